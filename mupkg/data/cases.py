@@ -1,0 +1,102 @@
+"""One scan with what is known about it, and the checks it must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import SimpleITK as sitk
+
+Point = tuple[float, float, float]  # physical (x, y, z) in mm, as SimpleITK gives it
+
+MIN_SLICES = 3
+SAME_GRID = 0.1  # grids are the same if their corners agree to this share of a voxel
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan, its prostate label if known, and what else is known about it."""
+
+    case_id: str
+    image: sitk.Image
+    label: sitk.Image | None = None
+    modality: str = "CT"  # "CT" (Hounsfield units) or "MR"
+    split: str | None = None  # "train", "validation" or "test"
+    femoral_heads: tuple[Point, Point] | None = None  # left, right; phantoms know them
+
+
+def grid_difference(image: sitk.Image, label: sitk.Image) -> str | None:
+    """In what the label's grid differs from the image's, in words; None if they are the same."""
+    if image.GetSize() != label.GetSize():
+        return f"size {label.GetSize()} against {image.GetSize()}"
+    last = [n - 1 for n in image.GetSize()]
+    for corner in ([0, 0, 0], last, [last[0], 0, 0], [0, last[1], 0]):
+        points = [np.array(i.TransformIndexToPhysicalPoint(corner)) for i in (image, label)]
+        if not np.linalg.norm(points[0] - points[1]) < SAME_GRID * min(image.GetSpacing()):
+            return f"voxel {tuple(corner)} lies at {points[1].round(2)} mm against {points[0].round(2)} mm"
+    return None
+
+
+def binary_label(label: sitk.Image, values: Sequence[int] | None) -> sitk.Image:
+    """Foreground 1 where the label has one of `values` (None: it must hold 0 and 1, or 0 and one other value).
+
+    Raises:
+        ValueError: if without `values` more than one foreground value is found, or values are not whole numbers.
+    """
+    voxels = sitk.GetArrayFromImage(label)
+    found = np.unique(voxels)
+    if values is None:
+        foreground = found[found != 0]
+        if len(foreground) > 1:
+            shown = ", ".join(f"{v:g}" for v in found[:8]) + (", ..." if len(found) > 8 else "")
+            raise ValueError(f"holds {len(found)} values ({shown}); choose which are prostate (label_values)")
+        mask = voxels != 0
+    else:
+        mask = np.isin(voxels, list(values))
+    binary = sitk.GetImageFromArray(mask.astype(np.uint8))
+    binary.CopyInformation(label)
+    return binary
+
+
+def checked_case(
+    case_id: str,
+    image: sitk.Image,
+    label: sitk.Image | None,
+    *,
+    image_name: str,
+    label_name: str = "",
+    label_values: Sequence[int] | None = None,
+    **known: object,
+) -> Case:
+    """The case, if it can be worked with: a binary label on exactly the image's grid.
+
+    Raises:
+        ValueError: with one line for every fault, each naming the case, the file, what is wrong and what to do.
+    """
+    faults = []
+    if image.GetSize()[2] < MIN_SLICES:
+        faults.append(f"{image_name}: {image.GetSize()[2]} slice(s), at least {MIN_SLICES} are needed; leave it out")
+    voxels = sitk.GetArrayFromImage(image)
+    if not np.isfinite(voxels).all():
+        faults.append(f"{image_name}: holds NaN or infinite values; export the scan again")
+    elif voxels.min() == voxels.max():
+        faults.append(f"{image_name}: is constant ({voxels.min():g} everywhere); export the scan again")
+    if label is not None:
+        difference = grid_difference(image, label)
+        if difference:
+            faults.append(
+                f"{label_name}: is not on its image's grid ({difference}); resample it onto {image_name} first"
+            )
+        try:
+            label = binary_label(label, label_values)
+            if not sitk.GetArrayFromImage(label).any():
+                wanted = "" if label_values is None else f" of value {tuple(label_values)}"
+                faults.append(f"{label_name}: has no foreground{wanted}; correct the contour or leave the case out")
+        except ValueError as error:
+            faults.append(f"{label_name}: {error}")
+    if faults:
+        raise ValueError("\n".join(f"case {case_id}: {fault}" for fault in faults))
+    if label is not None:
+        label.CopyInformation(image)  # the same up to rounding; SimpleITK wants it to the last digit
+    return Case(case_id, image, label, **known)

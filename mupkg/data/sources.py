@@ -1,0 +1,123 @@
+"""Where cohorts come from: phantoms, image / label pairs, tables, PROMISE12, Decathlon, one DICOM series."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from mupkg.data.cases import checked_case
+from mupkg.data.cohort import Case, Cohort, CohortError, Source
+from mupkg.data.files import read_scan
+from mupkg.data.phantom import make_phantom
+
+
+def sources_from_phantoms(seeds: Iterable[int], spacing_mm: tuple[float, float, float] | None) -> list[Source]:
+    """Phantoms of these seeds; on grids as in the paper if no spacing (z, y, x) is given."""
+    return [
+        Source(f"phantom{seed:04d}", lambda seed=seed: make_phantom(seed, spacing_mm=spacing_mm), {"seed": seed})
+        for seed in seeds
+    ]
+
+
+def _file_source(
+    case_id: str, image: Path, label: Path | None, modality: str, values: tuple[int, ...] | None, channel: int | None
+) -> Source:
+    def read() -> Case:
+        try:
+            scan = read_scan(image, channel=channel)
+            mask = read_scan(label) if label else None
+        except ValueError as error:
+            raise ValueError(f"case {case_id}: {error}") from error
+        return checked_case(
+            case_id, scan, mask, image_name=str(image), label_name=str(label), label_values=values, modality=modality
+        )
+
+    return Source(case_id, read, {"source": image.name})
+
+
+def sources_from_pattern(
+    folder: str | Path,
+    image_pattern: str,
+    label_pattern: str,
+    *,
+    modality: str,
+    label_values: tuple[int, ...] | None = None,
+    channel: int | None = None,
+) -> list[Source]:
+    """Image / label pairs found by name, for example "{case}_image.nii.gz" and "{case}_label.nii.gz".
+
+    A file that matches both patterns is a label. Raises CohortError if nothing is found or labels are missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CohortError([f"{folder}: there is no such folder"])
+    for name, pattern in (("image_pattern", image_pattern), ("label_pattern", label_pattern)):
+        if pattern.count("{case}") != 1:
+            raise CohortError(
+                [f"{name} must hold {{case}} once, for example {{case}}_image.nii.gz; it is {pattern!r}"]
+            )
+    matcher = re.compile(re.escape(image_pattern).replace(re.escape("{case}"), "(?P<case>[^/]+)"))
+    label_matcher = re.compile(re.escape(label_pattern).replace(re.escape("{case}"), "[^/]+"))
+    found, faults = [], []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        match = matcher.fullmatch(name)
+        if match is None or label_matcher.fullmatch(name):
+            continue
+        case_id = match["case"]
+        label = folder / label_pattern.replace("{case}", case_id)
+        if not label.is_file():
+            faults.append(
+                f"case {case_id}: no label {label.relative_to(folder)} beside {name}; add it or move the image"
+            )
+        found.append(_file_source(case_id, path, label, modality, label_values, channel))
+    if not found:
+        faults.append(f"{folder}: no file there matches {image_pattern!r}")
+    if faults:
+        raise CohortError(faults)
+    return found
+
+
+def sources_from_table(
+    path: str | Path, *, modality: str, label_values: tuple[int, ...] | None = None, channel: int | None = None
+) -> list[Source]:
+    """Cases listed in a CSV beside the volumes: case_id, image, label and, if known, split and patient."""
+    path = Path(path)
+    cohort = Cohort.read(path.parent if path.is_file() else path, check_voxels=False)
+    sources = []
+    for row in cohort.table.itertuples():
+        label = cohort.folder / row.label if isinstance(row.label, str) else None
+        source = _file_source(row.case_id, cohort.folder / row.image, label, modality, label_values, channel)
+        known = {k: v for k, v in row._asdict().items() if k not in ("Index", "case_id", "image", "label")}
+        sources.append(Source(source.case_id, source.read, known))
+    return sources
+
+
+def sources_from_promise12(folder: str | Path) -> list[Source]:
+    """The PROMISE12 layout: CaseNN.mhd and CaseNN_segmentation.mhd in one folder."""
+    return sources_from_pattern(folder, "{case}.mhd", "{case}_segmentation.mhd", modality="MR")
+
+
+def sources_from_decathlon(
+    folder: str | Path,
+    *,
+    modality: str = "MR",
+    label_values: tuple[int, ...] | None = (1, 2),
+    channel: int | None = 0,
+) -> list[Source]:
+    """The Medical Segmentation Decathlon's layout: imagesTr/ and labelsTr/.
+
+    The defaults fit its prostate task: channel 0 is T2, and both zones (1, 2) make the prostate.
+    """
+    label = "labelsTr/{case}.nii.gz"
+    return sources_from_pattern(
+        folder, "imagesTr/{case}.nii.gz", label, modality=modality, label_values=label_values, channel=channel
+    )
+
+
+def source_from_dicom(folder: str | Path, *, modality: str) -> list[Source]:
+    """One DICOM series as a case without a label (contours from RTSTRUCT are not read yet)."""
+    folder = Path(folder)
+    case_id = re.sub(r"[^A-Za-z0-9._-]", "_", folder.resolve().name)
+    return [_file_source(case_id, folder, None, modality, None, None)]

@@ -1,0 +1,218 @@
+"""The networks: the paper's UNet (Table I), the light UNet of stage 1, UNet++, and a tap for any other network.
+
+Every network maps images (N, C, H, W) to a `SegmentationOutput`: the logits, and the voxel embeddings that
+the metric losses learn from. The metric branch has no weights of its own; at test time it is simply not used.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+POOLINGS = 3
+MULTIPLE = 2**POOLINGS  # heights and widths must be multiples of this
+
+
+class SegmentationOutput(NamedTuple):
+    """What every network returns: logits (N, classes, *spatial) and embeddings (N, E, *spatial)."""
+
+    logits: Float[Tensor, "n classes *spatial"]
+    embeddings: Float[Tensor, "n e *spatial"]
+
+
+def conv_bn_relu(channels_in: int, channels_out: int, kernel: int = 3) -> nn.Sequential:
+    """One "conv+bn+r" row of Table I; the kernel is 3 x 3 with padding 1, or 1 x 1 in the head."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+def double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
+    """The two conv rows of each block of Table I."""
+    return nn.Sequential(conv_bn_relu(channels_in, channels_out), conv_bn_relu(channels_out, channels_out))
+
+
+class SegmentationNetwork(nn.Module):
+    """What the backbones share: the head, and where the gradient is cut for a `-Sep` configuration.
+
+    Subclasses implement `embed`, which maps images to voxel embeddings at full resolution.
+    """
+
+    def __init__(self, embedding_dim: int, num_classes: int, separate: bool):
+        super().__init__()
+        # Table I prints sega as 3 x 3 x 256 but counts 66 K parameters: a 1 x 1 convolution (reading R4).
+        self.head = nn.Sequential(
+            conv_bn_relu(embedding_dim, embedding_dim, kernel=1), nn.Conv2d(embedding_dim, num_classes, 1)
+        )
+        self.separate = separate
+
+    def embed(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n e h w"]:
+        raise NotImplementedError(f"{type(self).__name__} must implement embed(images)")
+
+    def forward(self, images: Float[Tensor, "n c h w"]) -> SegmentationOutput:
+        """Logits and embeddings on the images' grid. ValueError if H or W is not a multiple of 8."""
+        height, width = images.shape[-2:]
+        if height % MULTIPLE or width % MULTIPLE:
+            raise ValueError(
+                f"images are {height} x {width}, but three poolings need multiples of {MULTIPLE}: pad them"
+            )
+        embeddings = self.embed(images)
+        # "-Sep": cross-entropy teaches the head alone, the metric loss everything before it (Section IV-D).
+        return SegmentationOutput(self.head(embeddings.detach() if self.separate else embeddings), embeddings)
+
+
+class UNet(SegmentationNetwork):
+    """The UNet of Table I; with the default arguments 3 279 842 parameters, the paper's 3.28 M.
+
+    Args:
+        in_channels: neighbouring slices that go in (3 in stage 2, 5 in stage 1).
+        base_filters: channels of the first block; they grow by `growth` with every pooling.
+        embedding_dim: channels of the last up-sampling block, that is of a voxel's embedding.
+        num_classes: classes of the logits.
+        growth: 2 as in Table I; 1 for the light network of stage 1 (reading R2).
+        separate: cut the gradient between embeddings and head (`-Sep`).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        base_filters: int = 32,
+        embedding_dim: int = 256,
+        num_classes: int = 2,
+        *,
+        growth: int = 2,
+        separate: bool = False,
+    ):
+        super().__init__(embedding_dim, num_classes, separate)
+        widths = [base_filters * growth**level for level in range(POOLINGS + 1)]
+        self.down = nn.ModuleList(
+            double_conv(before, after) for before, after in zip([in_channels, *widths], widths, strict=False)
+        )
+        # Going up, level by level: below -> here, beside the skip. Only the last block widens, to E channels.
+        below, here = [widths[3], widths[2], widths[1]], [widths[2], widths[1], embedding_dim]
+        skips = [widths[2], widths[1], widths[0]]
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, h, 2, stride=2) for b, h in zip(below, here, strict=True))
+        self.merge = nn.ModuleList(double_conv(h + s, h) for h, s in zip(here, skips, strict=True))
+
+    def embed(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n e h w"]:
+        """Voxel embeddings: the output of the last up-sampling block, after its last ReLU."""
+        features, skips = self.down[0](images), []
+        for block in self.down[1:]:
+            skips.append(features)
+            features = block(F.max_pool2d(features, 2))
+        for up, merge in zip(self.up, self.merge, strict=True):
+            features = merge(torch.cat([up(features), skips.pop()], dim=1))
+        return features
+
+
+def light_unet(in_channels: int = 5, filters: int = 32, num_classes: int = 2) -> UNet:
+    """Stage 1's light UNet: the same topology with `filters` channels at every level (reading R2), about 0.16 M."""
+    return UNet(in_channels, filters, filters, num_classes, growth=1)
+
+
+class UNetPlusPlus(SegmentationNetwork):
+    """UNet++ with the UNet's blocks, widths and head; only the wiring differs: dense nested skips.
+
+    Node (level, column) reads all earlier nodes of its level and, up-sampled, the node below of the column
+    before. The last node of level 0 gives the embeddings. No deep supervision. Arguments as in `UNet`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        base_filters: int = 32,
+        embedding_dim: int = 256,
+        num_classes: int = 2,
+        *,
+        separate: bool = False,
+    ):
+        super().__init__(embedding_dim, num_classes, separate)
+        widths = [base_filters * 2**level for level in range(POOLINGS + 1)]
+        self.down = nn.ModuleList(
+            double_conv(before, after) for before, after in zip([in_channels, *widths], widths, strict=False)
+        )
+        self.up, self.merge = nn.ModuleDict(), nn.ModuleDict()
+        for column in range(1, POOLINGS + 1):
+            for level in range(POOLINGS + 1 - column):
+                out = embedding_dim if (level, column) == (0, POOLINGS) else widths[level]
+                self.up[f"{level}_{column}"] = nn.ConvTranspose2d(widths[level + 1], out, 2, stride=2)
+                self.merge[f"{level}_{column}"] = double_conv(out + column * widths[level], out)
+
+    def embed(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n e h w"]:
+        """Voxel embeddings: the last node of the full-resolution level."""
+        rows = [[self.down[0](images)]]  # rows[level] holds the nodes of a level, column by column
+        for block in self.down[1:]:
+            rows.append([block(F.max_pool2d(rows[-1][0], 2))])
+        for column in range(1, POOLINGS + 1):
+            for level in range(POOLINGS + 1 - column):
+                node = f"{level}_{column}"
+                above = self.up[node](rows[level + 1][column - 1])
+                rows[level].append(self.merge[node](torch.cat([above, *rows[level]], dim=1)))
+        return rows[0][-1]
+
+
+class EmbeddingTap(nn.Module):
+    """Any segmentation network that returns logits, with its embeddings tapped at a named layer.
+
+    So voxel metric learning fits MONAI's networks, segmentation_models_pytorch's or your own, unchanged.
+
+    Args:
+        network: maps images (N, C, *spatial) to logits (N, classes, *spatial), or to a list or tuple whose
+            first entry, or a dict whose entry "out", holds them.
+        layer: the layer's name, as `network.named_modules()` gives it; its output (N, E, *smaller) is brought
+            to the logits' grid by linear interpolation if it is smaller. Of a layer that runs more than once in
+            a forward pass, the last output counts.
+
+    Raises:
+        ValueError: at construction, if there is no such layer; at a call, if the layer was not run or does
+            not give a feature map.
+    """
+
+    def __init__(self, network: nn.Module, layer: str):
+        super().__init__()
+        layers = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
+        if layer not in layers:
+            near = [name for name in layers if layer and layer in name]
+            near = (near or difflib.get_close_matches(layer, layers, n=5, cutoff=0.3) or layers[-5:])[:5]
+            raise ValueError(f"{type(network).__name__} has no layer named {layer!r}; near are: {', '.join(near)}")
+        self.network, self.layer = network, layer
+
+    def forward(self, images: Float[Tensor, "n c *spatial"]) -> SegmentationOutput:
+        tapped: list[Any] = []
+
+        def tap(_layer: nn.Module, _inputs: tuple, output: Any) -> None:
+            # cloned, because a ReLU that works in place may come next
+            tapped.append(output.clone() if isinstance(output, Tensor) else output)
+
+        # Hooked for this pass alone: nothing stale is ever returned, no graph is kept, the network stays as it was.
+        hook = self.network.get_submodule(self.layer).register_forward_hook(tap)
+        try:
+            logits = _first_tensor(self.network(images))
+        finally:
+            hook.remove()
+        embeddings = tapped[-1] if tapped else None
+        if not isinstance(embeddings, Tensor) or embeddings.ndim != logits.ndim:
+            raise ValueError(
+                f"layer {self.layer!r} gave no feature map (N, E, *spatial) in this forward pass; tap another"
+            )
+        if embeddings.shape[2:] != logits.shape[2:]:
+            mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[logits.ndim]
+            embeddings = F.interpolate(embeddings, logits.shape[2:], mode=mode, align_corners=False)
+        return SegmentationOutput(logits, embeddings)
+
+
+def _first_tensor(output: Tensor | Sequence | Mapping) -> Tensor:
+    """The logits in what a network returned: the tensor itself, the first of a list, or a dict's "out"."""
+    if isinstance(output, Mapping):
+        if "out" not in output:
+            raise ValueError(f'the network returned a dict without "out": {", ".join(map(str, output))}')
+        return output["out"]
+    return output if isinstance(output, Tensor) else output[0]

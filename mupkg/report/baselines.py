@@ -1,0 +1,72 @@
+"""Two trivial answers that any trained network must beat: the training prostates' mean shape, and a threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+from jaxtyping import Bool, UInt8
+from scipy import ndimage
+
+from mupkg.data.cohort import Cohort
+from mupkg.data.preprocessing import crop_region, to_scan_grid
+from mupkg.stages.inference import measure
+from mupkg.stages.localization import Regions
+from mupkg.stages.slices import dice
+
+Volume = UInt8[np.ndarray, "z y x"]
+THRESHOLDS = range(8, 256, 8)
+
+
+class Threshold(NamedTuple):
+    """The prostate is the largest component of the voxels above (or below) a value of the prepared region."""
+
+    value: int
+    above: bool
+    training_dsc: float
+
+    def __call__(self, region: Volume) -> Bool[np.ndarray, "z y x"]:
+        labels, count = ndimage.label(region > self.value if self.above else region < self.value)
+        return labels == 1 + np.argmax(np.bincount(labels.ravel())[1:]) if count else labels > 0
+
+
+def best_threshold(regions: Regions) -> Threshold:
+    """The single threshold with the highest mean DSC on the training regions."""
+    images, labels = regions.volumes("train")
+    tried = []
+    for value in THRESHOLDS:
+        for above in (True, False):
+            rule = Threshold(value, above, 0.0)
+            scores = [dice(rule(np.asarray(i)), np.asarray(t)) for i, t in zip(images, labels, strict=True)]
+            tried.append(rule._replace(training_dsc=float(np.mean(scores))))
+    return max(tried, key=lambda rule: rule.training_dsc)
+
+
+def mean_shape(regions: Regions) -> Bool[np.ndarray, "z y x"]:
+    """Voxels that at least half of the training prostates hold when their centroids lie at the region's centre."""
+    _, labels = regions.volumes("train")
+    centred = []
+    for label in labels:
+        middle = (np.array(label.shape) - 1) / 2
+        shift = np.round(middle - ndimage.center_of_mass(np.asarray(label))).astype(int)
+        centred.append(ndimage.shift(np.asarray(label), shift, order=0))
+    return np.mean(centred, axis=0) >= 0.5
+
+
+def measure_baseline(
+    answer: Callable[[Volume], Bool[np.ndarray, "z y x"]],
+    cohort: Cohort,
+    regions: Regions,
+) -> pd.DataFrame:
+    """Metrics of a trivial answer on the test cases, on the scans' own grids; the same path as a network's."""
+    rows = []
+    for case_id in regions.ids("test"):
+        case = cohort.case(case_id)
+        region = crop_region(cohort.prepared(case_id).image, regions.centre(case_id), regions.region_mm)
+        mask = sitk.GetImageFromArray(answer(sitk.GetArrayFromImage(region)).astype(np.float32))
+        mask.CopyInformation(region)
+        rows.append({"case_id": case_id} | measure(to_scan_grid(mask, case.image), case))
+    return pd.DataFrame(rows)

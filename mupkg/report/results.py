@@ -1,0 +1,135 @@
+"""A study's numbers: runs gathered, summarised, compared; the paper's figures beside them, never mixed in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import ttest_rel
+
+from mupkg.configurations import TABLE_II
+from mupkg.data.files import whole_file
+
+HEADLINE = ("DSC", "ASD", "SEN", "PPV", "HD95", "aRVD")
+
+
+def runs(study: str | Path, configurations: Sequence[str] = ()) -> pd.DataFrame:
+    """The finished runs of a study: configuration, seed, folder; in the order asked for, or Table II's.
+
+    Raises:
+        ValueError: if there is none, or one that was asked for is missing.
+    """
+    rows = []
+    for path in sorted(Path(study).glob("*-seed*/metrics.csv")):
+        name, _, seed = path.parent.name.rpartition("-seed")
+        rows.append({"configuration": name, "seed": int(seed), "folder": path.parent})
+    table = pd.DataFrame(rows, columns=["configuration", "seed", "folder"])
+    order = list(configurations) or [*TABLE_II, *sorted(set(table["configuration"]) - set(TABLE_II))]
+    missing = [name for name in configurations if name not in set(table["configuration"])]
+    if table.empty or missing:
+        raise ValueError(f"{study}: no finished run of {', '.join(missing) or 'any configuration'}; run notebook 03")
+    table = table[table["configuration"].isin(order)]
+    return table.sort_values(["configuration", "seed"], key=lambda c: c.map(order.index) if c.name != "seed" else c)
+
+
+def case_metrics(table: pd.DataFrame) -> pd.DataFrame:
+    """metrics.csv of all these runs in one table: configuration, seed, case_id and the metrics."""
+    parts = [
+        pd.read_csv(row.folder / "metrics.csv", dtype={"case_id": str}).assign(
+            configuration=row.configuration, seed=row.seed
+        )
+        for row in table.itertuples()
+    ]
+    metrics = pd.concat(parts, ignore_index=True)
+    cases = metrics.groupby(["configuration", "seed"])["case_id"].agg(frozenset)
+    if len(set(cases)) > 1:
+        raise ValueError("the runs were not tested on the same cases; evaluate runs of one study only")
+    return metrics
+
+
+def per_case(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """One metric as a table case x configuration, averaged over seeds; a NaN or inf of any seed stays one."""
+    order = list(dict.fromkeys(metrics["configuration"]))
+    kept = lambda values: values.mean(skipna=False)  # noqa: E731
+    return metrics.pivot_table(metric, "case_id", "configuration", aggfunc=kept, dropna=False)[order]
+
+
+def summary(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
+    """Mean, std, median over cases for each configuration, and how many cases that are: n, and `undefined` (NaN).
+
+    An infinite distance (one mask empty) makes its mean infinite, visibly. A NaN (PPV without prediction) cannot
+    be averaged: it is left out and counted under `undefined`.
+    """
+    rows = {}
+    for name in names:
+        cases = per_case(metrics, name)
+        with np.errstate(invalid="ignore"):  # inf - inf in a std is NaN, and shown as such
+            rows[name] = pd.DataFrame(
+                {
+                    "mean": cases.mean(),
+                    "std": cases.std(ddof=1),
+                    "median": cases.median(),
+                    "n": cases.notna().sum(),
+                    "undefined": cases.isna().sum(),
+                }
+            )
+    table = pd.concat(rows, axis=1)
+    table.insert(0, ("", "seeds"), metrics.groupby("configuration")["seed"].nunique().reindex(table.index))
+    return table
+
+
+def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
+    """A summary as text: "mean ± std (median), n" and what was undefined."""
+    text = {}
+    for name in dict.fromkeys(table.columns.get_level_values(0).drop("")):
+        part = table[name]
+        text[name] = [
+            f"{r['mean']:.{digits}f} ± {r['std']:.{digits}f} ({r['median']:.{digits}f}), n={r['n']:.0f}"
+            + (f", {r['undefined']:.0f} undefined" if r["undefined"] else "")
+            for _, r in part.iterrows()
+        ]
+    return pd.DataFrame(text, index=table.index)
+
+
+def paired_tests(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
+    """Two-sided paired t-tests of every configuration against the first, case by case.
+
+    Cases that are not finite in both cannot be paired: `n` says how many were. Fewer than two pairs, or pairs that
+    do not differ, give NaN.
+    """
+    rows = []
+    for name in names:
+        cases = per_case(metrics, name)
+        reference = cases.columns[0]
+        for other in cases.columns[1:]:
+            pair = cases[[reference, other]].replace([np.inf, -np.inf], np.nan).dropna()
+            difference = pair[other] - pair[reference]
+            testable = len(pair) > 1 and difference.std() > 0
+            p = float(ttest_rel(pair[other], pair[reference]).pvalue) if testable else float("nan")
+            rows.append(
+                {
+                    "configuration": other,
+                    "against": reference,
+                    "metric": name,
+                    "mean_difference": difference.mean(),
+                    "p": p,
+                    "n": len(pair),
+                }
+            )
+    columns = ["configuration", "against", "metric", "mean_difference", "p", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def published(table: int) -> pd.DataFrame:
+    """The paper's Table III, IV, V or VI, as printed. Other patients, other hardware: to stand beside ours."""
+    return pd.read_csv(files("mupkg.report") / "published" / f"table{table}.csv")
+
+
+def save_table(table: pd.DataFrame, path: str | Path, *, index: bool = True) -> pd.DataFrame:
+    """Write a table as CSV, whole, and give it back for display."""
+    with whole_file(path) as temporary:
+        table.to_csv(temporary, index=index)
+    return table

@@ -1,0 +1,161 @@
+"""From a region to a mask on the scan's own grid: the test cases of a run, and a new scan through both stages."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+import torch
+
+from mupkg.configurations import build, configuration
+from mupkg.data.cases import Case
+from mupkg.data.cohort import Cohort
+from mupkg.data.files import whole_file, write_image
+from mupkg.data.preprocessing import (
+    Preparation,
+    array_spacing,
+    crop_region,
+    largest_component,
+    prepare,
+    to_scan_grid,
+)
+from mupkg.metrics import segmentation_metrics
+from mupkg.models import SegmentationNetwork, UNet, light_unet
+from mupkg.stages.localization import COARSE_CHANNELS, Location, Regions, locate
+from mupkg.stages.runs import load_tensors, load_weights
+from mupkg.stages.slices import predict_volume
+from mupkg.stages.training import BEST, progress
+
+CHANNELS = 3  # neighbouring slices into stage 2
+LOCALIZER = "localizer.safetensors"  # stage 1's weights, copied into every run
+
+
+def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
+    """A run's network with its weights, on the GPU if there is one, and what its file says about them."""
+    tensors, metadata = load_tensors(path)
+    sizes = {name: metadata[name] for name in ("base_filters", "embedding_dim")}
+    network, _ = build(configuration(metadata["configuration"]), CHANNELS, **sizes)
+    return _with_weights(network, tensors, path), metadata
+
+
+def load_localizer(path: Path) -> tuple[UNet, dict[str, Any]]:
+    """Stage 1's light UNet with its weights, and what its file says about them."""
+    tensors, metadata = load_tensors(path)
+    return _with_weights(light_unet(COARSE_CHANNELS, metadata["filters"]), tensors, path), metadata
+
+
+def _with_weights(network: Any, tensors: Mapping[str, torch.Tensor], path: Path) -> Any:
+    load_weights(network, tensors, path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return network.to(device, memory_format=torch.channels_last).eval()
+
+
+def region_probability(network: SegmentationNetwork, region: sitk.Image) -> sitk.Image:
+    """The foreground probability on a prepared region's grid."""
+    probability = sitk.GetImageFromArray(predict_volume(network, sitk.GetArrayFromImage(region), channels=CHANNELS))
+    probability.CopyInformation(region)
+    return probability
+
+
+def keep_largest(probability: sitk.Image) -> sitk.Image:
+    """The probability with every foreground component but the largest set to 0 (reading R10)."""
+    mask = probability > 0.5
+    dropped = sitk.Subtract(mask, largest_component(mask))
+    return sitk.Mask(probability, dropped, outsideValue=0.0, maskingValue=1)
+
+
+def test_run(run_folder: str | Path, cohort: Cohort, regions: Regions) -> pd.DataFrame:
+    """Predict a run's test cases and measure them on their scans' own grids; a row a case.
+
+    Writes predictions/<case>.nii.gz (with the largest-component step) and metrics.csv: `DSC`, `ASD`, ... with that
+    step, `DSC_all`, `ASD_all`, ... without.
+    """
+    run_folder, rows = Path(run_folder), []
+    network, _ = load_network(run_folder / BEST)
+    for case_id in progress(regions.ids("test"), desc="testing", unit="case"):
+        case = cohort.case(case_id)
+        region = crop_region(cohort.prepared(case_id).image, regions.centre(case_id), regions.region_mm)
+        probability = region_probability(network, region)
+        mask = to_scan_grid(keep_largest(probability), case.image)
+        write_image(mask, run_folder / "predictions" / f"{case_id}.nii.gz")
+        everything = measure(to_scan_grid(probability, case.image), case)
+        rows.append({"case_id": case_id} | measure(mask, case) | {f"{k}_all": v for k, v in everything.items()})
+    table = pd.DataFrame(rows)
+    with whole_file(run_folder / "metrics.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    return table
+
+
+test_run.__test__ = False  # not a test of pytest's
+
+
+def measure(mask: sitk.Image, case: Case) -> dict[str, float]:
+    """All metrics of a mask against the case's label, on the scan's own grid, in mm."""
+    prediction, truth = (sitk.GetArrayFromImage(image).astype(bool) for image in (mask, case.label))
+    return segmentation_metrics(prediction, truth, spacing_mm=array_spacing(case.image))
+
+
+def copy_localizer(stage1_folder: Path, run_folder: Path) -> None:
+    """Put stage 1's weights into a run's folder, so that the run can be used alone."""
+    with whole_file(run_folder / LOCALIZER) as temporary:
+        shutil.copyfile(stage1_folder / BEST, temporary)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What both stages say about one scan."""
+
+    mask: sitk.Image  # uint8 0/1 on the scan's own grid
+    probability: sitk.Image  # of foreground, on the region's grid, before the largest-component step
+    location: Location
+
+    @property
+    def volume_ml(self) -> float:
+        return float(np.count_nonzero(sitk.GetArrayFromImage(self.mask)) * np.prod(self.mask.GetSpacing()) / 1000)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Both stages of a trained run, ready for new scans; nothing but the run's folder is needed."""
+
+    localizer: UNet
+    network: SegmentationNetwork
+    preparation: Preparation
+    coarse_mm: float
+    region_mm: tuple[float, float, float]
+
+    @classmethod
+    def load(cls, run_folder: str | Path) -> Pipeline:
+        """ValueError naming the file if a part of the run is missing or broken."""
+        localizer, stage1 = load_localizer(Path(run_folder) / LOCALIZER)
+        network, _ = load_network(Path(run_folder) / BEST)
+        preparation = Preparation.model_validate(stage1["preparation"])
+        return cls(localizer, network, preparation, stage1["coarse_mm"], tuple(stage1["region_mm"]))
+
+    def __call__(self, image: sitk.Image, *, name: str = "scan", largest: bool = True) -> Segmentation:
+        """Both stages on a scan (HU for CT); ValueError naming the scan if the prostate cannot be located."""
+        case = Case(name, image, modality=self.preparation.modality)
+        prepared = prepare(case, self.preparation).image
+        location = locate(case, prepared, self.localizer, coarse_mm=self.coarse_mm)
+        probability = region_probability(self.network, crop_region(prepared, location.centre, self.region_mm))
+        kept = keep_largest(probability) if largest else probability
+        return Segmentation(to_scan_grid(kept, image), probability, location)
+
+
+def segment(image: sitk.Image, run_folder: str | Path) -> sitk.Image:
+    """The prostate mask of a new scan, on the scan's own grid: both stages of a trained run.
+
+    Args:
+        image: a CT in HU or an MR volume, as the run was trained on.
+        run_folder: outputs/<study>/<configuration>-seed<k>, or a copy of it anywhere.
+
+    Raises:
+        ValueError: if a part of the run is missing or broken, or the prostate cannot be located.
+    """
+    return Pipeline.load(run_folder)(image).mask

@@ -1,0 +1,164 @@
+"""Stage 1: find the prostate and cut a fixed region around it (Section III-A)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+from torch import nn
+
+from mupkg.data.cases import Case, Point
+from mupkg.data.cohort import Cohort
+from mupkg.data.files import whole_file
+from mupkg.data.preprocessing import Prepared, array_spacing, centroid, crop_region, largest_component, resample
+from mupkg.stages.landmarks import femoral_heads
+from mupkg.stages.slices import predict_volume
+from mupkg.stages.training import progress
+
+COARSE_CHANNELS = 5
+FEWEST_SLICES = 16
+
+
+class Location(NamedTuple):
+    """Where the prostate is thought to be; points are physical (x, y, z) in mm."""
+
+    centre: Point
+    coarse_centre: Point | None
+    heads_centre: Point | None
+    fallback: str  # "" if both parts were found, otherwise what was done without which, and why
+
+
+def coarse(image: sitk.Image, coarse_mm: float = 4.0, *, label: bool = False) -> sitk.Image:
+    """A prepared volume on stage 1's grid: voxels of `coarse_mm`, a quarter of the paper's 1 mm grid.
+
+    An axis that is coarser already stays as it is, and a short scan keeps slices thin enough for 16 of them.
+    """
+    own = np.array(array_spacing(image))
+    wanted = np.full(3, coarse_mm)
+    wanted[0] = min(coarse_mm, own[0] * image.GetSize()[2] / FEWEST_SLICES)
+    return resample(image, np.maximum(own, wanted), label=label)
+
+
+def coarse_volumes(cohort: Cohort, split: str, coarse_mm: float = 4.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Images and labels of one split on stage 1's grid, uint8 (z, y, x)."""
+    prepared = [cohort.prepared(case_id) for case_id in cohort.ids(split)]
+    images = [sitk.GetArrayFromImage(coarse(p.image, coarse_mm)) for p in prepared]
+    return images, [sitk.GetArrayFromImage(coarse(p.label, coarse_mm, label=True)) for p in prepared]
+
+
+def coarse_centre(network: nn.Module, prepared: sitk.Image, coarse_mm: float = 4.0) -> Point | None:
+    """Centroid of the coarse mask's largest component (reading R12); None if the mask is empty."""
+    small = coarse(prepared, coarse_mm)
+    probability = predict_volume(network, sitk.GetArrayFromImage(small), channels=COARSE_CHANNELS)
+    mask = sitk.GetImageFromArray((probability > 0.5).astype(np.uint8))
+    mask.CopyInformation(small)
+    return centroid(largest_component(mask))
+
+
+def locate(case: Case, prepared: sitk.Image, network: nn.Module, *, coarse_mm: float = 4.0) -> Location:
+    """The region's centre: the average of the coarse mask's and the femoral heads' centres.
+
+    Heads are looked for in CT only. One part missing: the other alone, said in `fallback`.
+
+    Raises:
+        ValueError: naming the case, if neither part is found.
+    """
+    rough = coarse_centre(network, prepared, coarse_mm)
+    heads_centre, reason = None, "MR: no femoral heads are sought"
+    if case.modality == "CT":
+        heads = femoral_heads(case.image)
+        reason = heads.reason
+        if heads.left is not None:
+            heads_centre = tuple(np.mean([heads.left, heads.right], axis=0).tolist())
+    parts = [part for part in (rough, heads_centre) if part is not None]
+    if not parts:
+        raise ValueError(
+            f"case {case.case_id}: the prostate cannot be located: the coarse mask is empty, and there is no centre "
+            f"of the femoral heads ({reason}). Check its field of view and intensities, or train stage 1 longer."
+        )
+    fallback = ""
+    if rough is None:
+        fallback = "heads alone: the coarse mask is empty"
+    elif heads_centre is None:
+        fallback = f"coarse centre alone: {reason}"
+    return Location(tuple(np.mean(parts, axis=0).tolist()), rough, heads_centre, fallback)
+
+
+def coverage(label: sitk.Image, centre: Point, region_mm: Sequence[float]) -> float:
+    """Share of the label's voxels that the region around `centre` holds."""
+    inside = np.count_nonzero(sitk.GetArrayFromImage(crop_region(label, centre, region_mm)))
+    return inside / np.count_nonzero(sitk.GetArrayFromImage(label))
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The regions of a study, as stage 1 left them: `regions.csv` and the cropped volumes.
+
+    The same for every configuration of a study; training, validation and test alike centred without a label.
+    """
+
+    folder: Path
+    table: pd.DataFrame
+
+    @classmethod
+    def read(cls, stage1_folder: str | Path) -> Regions:
+        path = Path(stage1_folder) / "regions.csv"
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such table; run notebook 02 for this study first")
+        table = pd.read_csv(path, dtype={"case_id": str, "fallback": str}).fillna({"fallback": ""})
+        return cls(path.parent, table.set_index("case_id", drop=False).rename_axis(None))
+
+    @property
+    def region_mm(self) -> tuple[float, float, float]:
+        """Edge lengths (z, y, x) that stage 1 was run with."""
+        return tuple(json.loads((self.folder / "run.json").read_text())["parameters"]["region_mm"])
+
+    def ids(self, split: str) -> list[str]:
+        return list(self.table.index[self.table["split"] == split])
+
+    def centre(self, case_id: str) -> Point:
+        return tuple(float(self.table.loc[case_id, f"centre_{axis}"]) for axis in "xyz")
+
+    def volume(self, case_id: str, kind: str = "image") -> np.ndarray:
+        """A region's voxels (z, y, x), memory-mapped; kind "image" or "label"."""
+        return np.load(self.folder / "regions" / f"{case_id}_{kind}.npy", mmap_mode="r")
+
+    def volumes(self, split: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Images and labels of one split."""
+        ids = self.ids(split)
+        return [self.volume(i) for i in ids], [self.volume(i, "label") for i in ids]
+
+
+def write_regions(
+    cohort: Cohort, network: nn.Module, folder: str | Path, *, coarse_mm: float, region_mm: Sequence[float]
+) -> Regions:
+    """Locate every labelled case of a cohort, crop its region, and report how well that went.
+
+    Columns of regions.csv: the centre and its two parts, what fell back to what, the distance of the centre and
+    of the coarse centre from the true centroid in mm, and the share of the prostate the region covers.
+    """
+    folder, rows = Path(folder), []
+    ids = [case_id for split in ("train", "validation", "test") for case_id in cohort.ids(split)]
+    for case_id in progress(ids, desc="locating", unit="case"):
+        case, prepared = cohort.case(case_id), cohort.prepared(case_id)
+        location = locate(case, prepared.image, network, coarse_mm=coarse_mm)
+        for kind, volume in zip(Prepared._fields, prepared, strict=True):
+            with whole_file(folder / "regions" / f"{case_id}_{kind}.npy") as temporary:
+                np.save(temporary, sitk.GetArrayFromImage(crop_region(volume, location.centre, region_mm)))
+        truth = np.array(centroid(case.label))
+        row: dict[str, object] = {"case_id": case_id, "split": case.split, "fallback": location.fallback}
+        for name, point in zip(("centre", "coarse", "heads"), location[:3], strict=True):
+            known = (None,) * 3 if point is None else np.round(point, 4)
+            row |= {f"{name}_{axis}": value for axis, value in zip("xyz", known, strict=True)}
+            row[f"{name}_distance_mm"] = None if point is None else round(float(np.linalg.norm(truth - point)), 3)
+        row["covered"] = round(coverage(prepared.label, location.centre, region_mm), 5)
+        rows.append(row)
+    with whole_file(folder / "regions.csv") as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+    return Regions.read(folder)

@@ -1,0 +1,104 @@
+"""A run's folder: everything needed to trust, repeat and use a training, also alone on another machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mupkg.data.files import whole_file, write_text
+
+PACKAGES = ("mupkg", "torch", "SimpleITK", "numpy", "monai", "accelerate")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write tensors and JSON-able metadata as one safetensors file, whole."""
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as temporary:
+        save_file(flat, temporary, metadata={"mupkg": json.dumps(metadata)})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a safetensors file that `save_tensors` wrote.
+
+    Raises:
+        ValueError: naming the file, if it is not there, cut short, or not such a file (a pickle, say).
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file; train the run first (notebooks 02 and 03)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("mupkg")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: is not a whole safetensors file ({error}); train again or copy it again"
+        ) from error
+    if metadata is None:
+        raise ValueError(f"{path}: was not written by this suite (its metadata lacks the network's settings)")
+    return tensors, json.loads(metadata)
+
+
+def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put weights into a network; ValueError naming the file if they belong to another one."""
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ValueError(f"{path}: holds weights of another network ({reason})") from error
+
+
+def fingerprint(paths: list[Path]) -> str:
+    """A short SHA-256 over the contents of files: the same data give the same fingerprint anywhere."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit, device and thread count of this process, and the time."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # an installed package outside its repository has none
+    return {
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_run(folder: Path, parameters: Mapping[str, Any], **measured: Any) -> dict[str, Any]:
+    """Write run.json: the parameters, what was measured (data fingerprint, timings), and the provenance."""
+    content = {"parameters": dict(parameters), **measured, **provenance()}
+    write_json(folder / "run.json", content)
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")

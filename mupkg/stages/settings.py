@@ -1,0 +1,317 @@
+"""What a notebook may be told: one validated model per stage, and the three sizes of everything.
+
+A notebook's `parameters` cell holds literals; its next cell turns them into one of these objects with
+`from_notebook`, where an unknown or wrong value fails before any work is done.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mupkg.configurations import configuration
+from mupkg.data.cohort import Source
+from mupkg.data.preprocessing import Preparation
+from mupkg.data.sources import (
+    source_from_dicom,
+    sources_from_decathlon,
+    sources_from_pattern,
+    sources_from_phantoms,
+    sources_from_promise12,
+    sources_from_table,
+)
+
+Size = Literal["smoke", "quick", "paper"]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    # The whole chain in seconds, to see that it runs. Its numbers mean nothing.
+    "smoke": {
+        "cohort": {"spacing_mm": (6.0, 5.0, 5.0), "phantoms": 3, "phantom_spacing_mm": (7.0, 6.0, 6.0)},
+        "stage1": {"steps": 12, "batch_size": 8, "filters": 4, "patch_size": 32, "learning_rate": 0.5},
+        "stage2": {"steps": 12, "batch_size": 8, "base_filters": 4, "embedding_dim": 8, "patch_size": 16}
+        | {"validate_every": 6, "learning_rate": 0.01},
+    },
+    # Numbers that mean something, in minutes on two cores: coarse grid, narrow network.
+    "quick": {
+        "cohort": {"spacing_mm": (4.0, 2.5, 2.5), "phantoms": 40, "phantom_spacing_mm": (4.0, 2.5, 2.5)},
+        # A short training needs a higher rate than the paper's 0.01 to leave the all-background answer.
+        "stage1": {"steps": 800, "batch_size": 16, "filters": 8, "patch_size": 64, "learning_rate": 0.5},
+        "stage2": {"steps": 600, "batch_size": 16, "base_filters": 8, "embedding_dim": 32, "patch_size": 48}
+        | {"validate_every": 100, "learning_rate": 0.01},
+    },
+    # METHOD.md's numbers; phantoms on grids as in the paper.
+    "paper": {
+        "cohort": {"spacing_mm": (1.0, 1.0, 1.0), "phantoms": 339, "phantom_spacing_mm": None},
+        "stage1": {"steps": 20000, "batch_size": 30, "filters": 32, "patch_size": 64, "learning_rate": 0.01},
+        "stage2": {"steps": 40000, "batch_size": 30, "base_filters": 32, "embedding_dim": 256, "patch_size": 64}
+        | {"validate_every": 1000, "learning_rate": 0.01},
+    },
+}
+
+
+class Settings(BaseModel):
+    """Base of all notebook parameters: nothing unknown, and None means "what the size says"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any], inputs: Sequence[str]) -> Self:
+        """The validated parameters of a running notebook: `from_notebook(globals(), In)`.
+
+        Parameters are the names assigned in cells that hold nothing but literals: the `parameters` cell and what
+        papermill injects after it. So a misspelt `-p` is caught here, which papermill itself only warns about.
+
+        Raises:
+            ValueError: naming every parameter that is wrong or unknown, and what is allowed.
+        """
+        names = {name for cell in inputs for name in _literal_assignments(cell)}
+        try:
+            return cls.model_validate({name: namespace[name] for name in names})
+        except ValidationError as error:
+            raise ValueError(_explain(cls, error)) from None
+
+
+def _literal_assignments(cell: str) -> list[str]:
+    """Names assigned in a cell that holds nothing but assignments of literals; none for any other cell."""
+    try:
+        statements, names = ast.parse(cell).body, []
+        for statement in statements:
+            target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+            ast.literal_eval(statement.value)
+            names.append(target.id)
+    except (SyntaxError, ValueError, AttributeError, TypeError):
+        return []  # magics, imports, calls: not a cell of parameters
+    return names
+
+
+def _explain(model: type[Settings], error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        name = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"unknown parameter {name!r}; there are: {', '.join(model.model_fields)}")
+        else:
+            lines.append(f"parameter {name or 'combination'}: {fault['msg']} (given: {fault['input']!r})")
+    return "\n".join(lines)
+
+
+class CohortSettings(Settings):
+    """Notebook 00: where scans come from and how they are prepared."""
+
+    cohort: str = "phantoms-quick"
+    source: Literal["phantoms", "pattern", "table", "promise12", "decathlon", "dicom"] = "phantoms"
+    source_folder: str | None = None
+    size: Size = "quick"
+    modality: Literal["CT", "MR"] = "CT"
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    window_hu: tuple[float, float] = (-160.0, 240.0)
+    image_pattern: str = "{case}_image.nii.gz"
+    label_pattern: str = "{case}_label.nii.gz"
+    label_values: tuple[int, ...] | None = None
+    channel: int | None = None
+    phantoms: Annotated[int, Field(ge=3)] | None = None
+    seed: Seed = 0
+    data_folder: str = "data"
+
+    @field_validator("cohort")
+    @classmethod
+    def _one_folder(cls, value: str) -> str:
+        return check_name(value)
+
+    @model_validator(mode="after")
+    def _a_folder_to_read(self) -> Self:
+        if self.source != "phantoms" and self.source_folder is None:
+            raise ValueError(f"source {self.source!r} needs source_folder, the folder to read from")
+        return self
+
+    @property
+    def cohort_path(self) -> Path:
+        return repository() / self.data_folder / self.cohort
+
+    @property
+    def source_path(self) -> Path:
+        return repository() / (self.source_folder or "")
+
+    def sources(self) -> list[Source]:
+        """The cases to be, from whatever source was chosen."""
+        folder, options = self.source_path, {"label_values": self.label_values, "channel": self.channel}
+        match self.source:
+            case "phantoms":
+                sized = SIZES[self.size]["cohort"]
+                seeds = range(self.seed, self.seed + (self.phantoms or sized["phantoms"]))
+                return sources_from_phantoms(seeds, sized["phantom_spacing_mm"])
+            case "pattern":
+                patterns = self.image_pattern, self.label_pattern
+                return sources_from_pattern(folder, *patterns, modality=self.modality, **options)
+            case "table":
+                return sources_from_table(folder, modality=self.modality, **options)
+            case "promise12":
+                return sources_from_promise12(folder)
+            case "decathlon":
+                return sources_from_decathlon(folder)
+        return source_from_dicom(folder, modality=self.modality)
+
+    @property
+    def preparation(self) -> Preparation:
+        spacing = self.spacing_mm or SIZES[self.size]["cohort"]["spacing_mm"]
+        return Preparation(modality=self.modality, spacing_mm=spacing, window_hu=self.window_hu)
+
+
+class StudySettings(Settings):
+    """What every notebook of a study is told."""
+
+    study: str = "quick"
+    cohort: str = "phantoms-quick"
+    size: Size = "quick"
+    data_folder: str = "data"
+    outputs_folder: str = "outputs"
+
+    @field_validator("study", "cohort")
+    @classmethod
+    def _one_folder(cls, value: str) -> str:
+        return check_name(value)
+
+    @property
+    def cohort_path(self) -> Path:
+        return repository() / self.data_folder / self.cohort
+
+    @property
+    def study_path(self) -> Path:
+        return repository() / self.outputs_folder / self.study
+
+    @property
+    def stage1_path(self) -> Path:
+        return self.study_path / "stage1"
+
+    @property
+    def report_path(self) -> Path:
+        return self.study_path / "report"
+
+    def sized(self, name: str) -> Any:
+        """The value of a parameter of this stage, the size's own where it was left None."""
+        value = getattr(self, name)
+        return SIZES[self.size][self.stage][name] if value is None else value
+
+    def unsized(self) -> list[str]:
+        """The parameters that the size decides when they are left None."""
+        return list(SIZES[self.size][self.stage])
+
+
+class Stage1Settings(StudySettings):
+    """Notebook 02: the localizer and the region."""
+
+    stage: ClassVar[str] = "stage1"
+    seed: Seed = 0
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    filters: PositiveInt | None = None
+    patch_size: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    learning_rate: PositiveFloat | None = None
+    coarse_mm: PositiveFloat = 4.0
+    region_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (128.0, 128.0, 128.0)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+
+
+class Stage2Settings(StudySettings):
+    """Notebook 03: one configuration, one seed."""
+
+    stage: ClassVar[str] = "stage2"
+    configuration: str = "MetricUNet-HCP"
+    seed: Seed = 0
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    base_filters: PositiveInt | None = None
+    embedding_dim: PositiveInt | None = None
+    patch_size: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    validate_every: PositiveInt | None = None
+    learning_rate: PositiveFloat | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    anchors: PositiveInt = 20
+    pairs: PositiveInt = 1
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    margin: Annotated[float, Field(ge=0)] = 0.7
+    metric_weight: Annotated[float, Field(ge=0)] = 0.01
+    pair_weight: Annotated[float, Field(ge=0)] = 0.1
+    pair_distance: Annotated[float, Field(ge=0)] = 0.01
+    normalize: bool = False
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    deterministic: bool = False
+
+    @field_validator("configuration")
+    @classmethod
+    def _valid_configuration(cls, value: str) -> str:
+        return configuration(value).name
+
+    @property
+    def run_path(self) -> Path:
+        return self.study_path / f"{self.configuration}-seed{self.seed}"
+
+
+class ReportSettings(StudySettings):
+    """Notebooks 01, 04 and 05: which runs, in which order; none named means all that are there."""
+
+    configurations: tuple[str, ...] = ()
+    seed: Seed = 0
+    cases: PositiveInt = 3
+    real_scan: str | None = None
+
+
+class SegmentSettings(Settings):
+    """Notebook 09: a trained run and a new scan."""
+
+    run: str
+    scan: str
+    output: str = "outputs/segmented"
+
+
+class Study(Settings):
+    """A study file of notebooks/studies: what a batch runs, and with which parameters."""
+
+    study: str
+    cohort: str
+    size: Size = "quick"
+    configurations: tuple[str, ...]
+    seeds: tuple[Seed, ...] = (0,)
+    data_folder: str = "data"
+    outputs_folder: str = "outputs"
+    prepare: dict[str, Any] = {}
+    stage1: dict[str, Any] = {}
+    stage2: dict[str, Any] = {}
+    report: dict[str, Any] = {}
+    segment_case: bool = False
+    threads: dict[Literal["stage1", "stage2"], PositiveInt] = {"stage1": 2, "stage2": 1}
+
+    @field_validator("configurations")
+    @classmethod
+    def _valid_configurations(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(configuration(name).name for name in value)
+
+
+def check_name(value: str) -> str:
+    """A folder's own name, not a path: so no study or cohort can leave its place."""
+    if not value or value in (".", "..") or Path(value).name != value or "\\" in value:
+        raise ValueError(f"must be a plain folder name, not {value!r}")
+    return value
+
+
+def repository() -> Path:
+    """The repository's root, wherever the kernel was started: relative paths resolve from here."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "notebooks").is_dir() and (folder / "mupkg").is_dir():
+            return folder
+    return Path(__file__).resolve().parents[2]

@@ -1,0 +1,70 @@
+"""Running a 2.5D network fully convolutionally over a volume, slice by slice."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mupkg.models import MULTIPLE, SegmentationOutput
+
+VOXELS_AT_ONCE = 2**18  # bounds the memory of a forward pass: 16 slices of 128 x 128
+
+
+def neighbouring_slices(
+    volume: UInt8[np.ndarray, "z y x"], middle: Int[np.ndarray, " n"], channels: int
+) -> Float[Tensor, "n c y x"]:
+    """Each middle slice with its neighbours, in [0, 1]; beyond the ends the end slice is taken again."""
+    offsets = np.arange(channels) - channels // 2
+    rows = np.clip(middle[:, None] + offsets, 0, len(volume) - 1)
+    return torch.from_numpy(volume[rows]).float().div_(255)
+
+
+@torch.inference_mode()
+def run_slices(
+    network: nn.Module, volume: UInt8[np.ndarray, "z y x"], middle: Int[np.ndarray, " n"], channels: int
+) -> SegmentationOutput:
+    """Logits and embeddings of some slices of a volume; padded to a multiple of 8 and cut back."""
+    height, width = volume.shape[1:]
+    device = next(network.parameters()).device
+    images = neighbouring_slices(volume, middle, channels).to(device)
+    images = F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+    network.eval()
+    output = network(images)
+    return SegmentationOutput(*(tensor[..., :height, :width].float() for tensor in output))
+
+
+def predict_volume(
+    network: nn.Module, volume: UInt8[np.ndarray, "z y x"], *, channels: int = 3
+) -> Float[np.ndarray, "z y x"]:
+    """The foreground probability of every voxel of a prepared volume; no patch voting (Section III-A).
+
+    Args:
+        network: returns a `SegmentationOutput`.
+        volume: prepared, uint8.
+        channels: neighbouring slices that go in: 3 in stage 2, 5 in stage 1.
+    """
+    probability = np.empty(volume.shape, np.float32)
+    at_once = max(1, VOXELS_AT_ONCE // (volume.shape[1] * volume.shape[2]))
+    for start in range(0, len(volume), at_once):
+        middle = np.arange(start, min(start + at_once, len(volume)))
+        logits = run_slices(network, volume, middle, channels).logits
+        probability[middle] = logits.softmax(dim=1)[:, 1].cpu().numpy()
+    return probability
+
+
+def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """DSC of two masks; 1 if both are empty."""
+    size = np.count_nonzero(prediction) + np.count_nonzero(truth)
+    return 2 * np.count_nonzero(np.logical_and(prediction, truth)) / size if size else 1.0
+
+
+def mean_dice(network: nn.Module, volumes: list, labels: list, *, channels: int) -> float:
+    """Mean DSC over prepared volumes on the working grid: what training validates by."""
+    scores = [
+        dice(predict_volume(network, np.asarray(volume), channels=channels) > 0.5, np.asarray(label))
+        for volume, label in zip(volumes, labels, strict=True)
+    ]
+    return float(np.mean(scores))

@@ -1,0 +1,171 @@
+"""Training: SGD with poly decay, validation DSC, best and last weights, checkpoint and resume (Section IV-C)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+from tqdm.auto import tqdm as notebook_tqdm
+
+from mupkg.data.files import whole_file
+from mupkg.data.patches import PatchSource
+from mupkg.losses import SegmentationMetricLoss
+from mupkg.stages.runs import load_tensors, load_weights, save_tensors
+
+BEST, LAST, CHECKPOINT, HISTORY = "weights.safetensors", "last.safetensors", "checkpoint.safetensors", "history.csv"
+LOGS_PER_VALIDATION = 10
+
+
+def poly_learning_rate(initial: float, step: int, steps: int, power: float = 0.9) -> float:
+    """The learning rate of step number `step` (from 0) of `steps`: initial * (1 - step / steps) ** power (R8)."""
+    return initial * (1 - step / steps) ** power
+
+
+def progress(items: Iterable, **options: Any) -> tqdm:
+    """A progress bar with time left: a widget in JupyterLab, few plain lines in a batch run."""
+    if os.environ.get("JPY_SESSION_NAME"):  # set in JupyterLab, not under papermill
+        return notebook_tqdm(items, **options)
+    return tqdm(items, file=sys.stdout, mininterval=10, ascii=True, ncols=100, **options)
+
+
+def train(
+    network: nn.Module,
+    loss: SegmentationMetricLoss,
+    source: PatchSource,
+    folder: str | Path,
+    *,
+    steps: int,
+    validate: Callable[[nn.Module], float],
+    validate_every: int,
+    metadata: Mapping[str, Any],
+    seed: int = 0,
+    learning_rate: float = 0.01,
+    power: float = 0.9,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    precision: str = "no",
+) -> pd.DataFrame:
+    """Train, or go on where a broken-off training in the same folder stopped; the history, a row every few steps.
+
+    The folder then holds the weights of the best validation DSC (used at test, reading R15) and the last ones,
+    the checkpoint, and history.csv. On a CPU the result is the same to the bit after a break.
+
+    Args:
+        validate: mean DSC of a network on the validation cases; called every `validate_every` steps.
+        metadata: what made these weights; stored with them. A checkpoint with other metadata is not resumed.
+        seed: of the samplers' draws. precision: "no" (float32), "bf16" or "fp16" (autocast).
+
+    Raises:
+        ValueError: if the folder holds the checkpoint of a run with other settings.
+        FloatingPointError: if the loss is no longer finite.
+    """
+    folder = Path(folder)
+    accelerator = Accelerator(mixed_precision=precision)
+    network = network.to(accelerator.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay)
+    generator = torch.Generator(accelerator.device).manual_seed(seed + accelerator.process_index)
+    first, history = _resume(folder / CHECKPOINT, network, optimizer, generator, metadata)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    best = max((row["validation_dsc"] for row in history if "validation_dsc" in row), default=-1.0)
+    log_every = max(1, validate_every // LOGS_PER_VALIDATION)
+    window: dict[str, torch.Tensor | float] = {}
+    counted, started = 0, time.perf_counter()
+
+    bar = progress(range(first, steps), initial=first, total=steps, desc="training", unit="step")
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = poly_learning_rate(learning_rate, step, steps, power)
+        images, labels = source.batch(step * accelerator.num_processes + accelerator.process_index)
+        images = images.to(accelerator.device, memory_format=torch.channels_last)
+        model.train()
+        terms = loss(model(images), labels.to(accelerator.device), generator)
+        optimizer.zero_grad()
+        accelerator.backward(terms.total)
+        optimizer.step()
+
+        # Sums stay on the device between log rows, so that a GPU need not wait for us.
+        values = {"loss": terms.total, "cross_entropy": terms.cross_entropy}
+        values |= {f"metric_{letter}": value for letter, value in terms.metric.items()}
+        for name, value in values.items():
+            window[name] = window.get(name, 0.0) + value.detach()
+        counted += 1
+
+        done = step + 1
+        validating = done % validate_every == 0 or done == steps
+        if not validating and done % log_every:
+            continue
+        row = {"step": done, "learning_rate": group["lr"]}
+        row |= {name: float(value) / counted for name, value in window.items()}
+        row["seconds"] = round((time.perf_counter() - started) / counted, 5)  # per step
+        if not row["loss"] < float("inf"):
+            raise FloatingPointError(f"{folder}: the loss is {row['loss']} at step {done}; lower the learning rate")
+        history.append(row)
+        if validating and accelerator.is_main_process:
+            row["validation_dsc"] = validate(network)
+            bar.set_postfix(ce=f"{row['cross_entropy']:.3f}", dsc=f"{row['validation_dsc']:.3f}", refresh=False)
+            if row["validation_dsc"] > best:
+                best = row["validation_dsc"]
+                save_tensors(network.state_dict(), folder / BEST, {**metadata, "step": done, "validation_dsc": best})
+            _checkpoint(folder / CHECKPOINT, network, optimizer, generator, {**metadata, "history": history})
+        window, counted, started = {}, 0, time.perf_counter()
+
+    table = pd.DataFrame(history)
+    if accelerator.is_main_process:
+        save_tensors(network.state_dict(), folder / LAST, {**metadata, "step": steps})
+        with whole_file(folder / HISTORY) as temporary:
+            table.to_csv(temporary, index=False)
+    accelerator.wait_for_everyone()
+    return table
+
+
+def _checkpoint(
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Everything the next step depends on: weights, momentum and the samplers' generator, in one whole file."""
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        if state.get("momentum_buffer") is not None:
+            tensors[f"momentum.{number}"] = state["momentum_buffer"]
+    tensors["generator"] = generator.get_state()
+    save_tensors(tensors, path, metadata)
+
+
+def _resume(
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    metadata: Mapping[str, Any],
+) -> tuple[int, list[dict[str, float]]]:
+    """Put a checkpoint's state back, if there is one: the next step's number and the history so far."""
+    if not path.exists():
+        return 0, []
+    tensors, stored = load_tensors(path)
+    history = stored.pop("history")
+    if stored != dict(metadata):
+        changed = sorted(k for k in {*stored, *metadata} if stored.get(k) != metadata.get(k))
+        raise ValueError(
+            f"{path}: belongs to a run with other settings ({', '.join(changed)}); "
+            "give this run another name or study, or delete the folder to start anew"
+        )
+    weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
+    load_weights(network, weights, path)
+    state = optimizer.state_dict()
+    momentum = {int(n.removeprefix("momentum.")): t for n, t in tensors.items() if n.startswith("momentum.")}
+    state["state"] = {number: {"momentum_buffer": tensor} for number, tensor in momentum.items()}
+    optimizer.load_state_dict(state)
+    generator.set_state(tensors["generator"])
+    return history[-1]["step"], history

@@ -1,0 +1,368 @@
+"""The losses: each against a naive loop over tuples, the degenerate cases, and what a step may cost."""
+
+import itertools
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mupkg.losses import SegmentationMetricLoss, VoxelMetricLoss, gather_embeddings
+from mupkg.models import SegmentationOutput
+from mupkg.samplers import SAMPLERS, ContourSampler, HardNegativeSampler, RandomSampler, VoxelTuples
+
+SHAPES = {"2D": (3, 6, 4, 5), "3D": (2, 6, 3, 4, 5)}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_tuples(shape: tuple[int, ...], count: int, seed: int = 0) -> VoxelTuples:
+    """Any voxels of any image: the loss itself does not care."""
+    voxels = shape[0] * int(np.prod(shape[2:]))
+    return VoxelTuples(*torch.randint(0, voxels, (3, count), generator=seeded(seed)))
+
+
+def naive_loss(embeddings, tuples, margin, pair_weight, pair_distance, normalize):
+    """Section III-B.3 read aloud: one tuple after the other, one channel after the other."""
+    grid = (embeddings.shape[0], *embeddings.shape[2:])
+
+    def vector(flat_index):
+        image, *position = np.unravel_index(int(flat_index), grid)
+        values = embeddings[(image, slice(None), *position)]
+        return values / values.square().sum().sqrt() if normalize else values
+
+    def distance(u, v):
+        return sum((x - y) ** 2 for x, y in zip(u, v, strict=True))
+
+    total = embeddings.new_zeros(())
+    for a, p, n in zip(*tuples, strict=True):
+        a, p, n = vector(a), vector(p), vector(n)
+        total = total + max(distance(a, p) - distance(a, n) + margin, total.new_zeros(()))
+        total = total + pair_weight * max(distance(a, p) - pair_distance, total.new_zeros(()))
+    return total / len(tuples.anchors)
+
+
+OPTIONS = [
+    {"margin": margin, "pair_weight": weight, "pair_distance": distance, "normalize": normalize}
+    for margin, (weight, distance), normalize in itertools.product(
+        (0.0, 0.7, 3.0), ((0.0, 0.01), (0.1, 0.01), (0.5, 2.0)), (False, True)
+    )
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_voxel_metric_loss_and_its_gradient_agree_with_a_naive_loop(shape, options):
+    embeddings = torch.randn(shape, generator=seeded()).requires_grad_()
+    tuples = random_tuples(shape, 12)
+    loss, expected = VoxelMetricLoss(**options)(embeddings, tuples), naive_loss(embeddings, tuples, **options)
+    torch.testing.assert_close(loss, expected)
+    gradient, expected_gradient = (torch.autograd.grad(value, embeddings)[0] for value in (loss, expected))
+    assert expected_gradient.any()
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_by_hand():
+    """a = (0, 0), p = (1, 0), n = (0, 2): distances 1 and 4."""
+    embeddings = torch.tensor([[[[0.0, 1.0, 0.0]], [[0.0, 0.0, 2.0]]]])
+    tuples = VoxelTuples(*torch.tensor([[0], [1], [2]]))
+    assert VoxelMetricLoss(margin=1.0)(embeddings, tuples) == 0  # 1 - 4 + 1 < 0: the hinge (R6)
+    assert VoxelMetricLoss(margin=5.0)(embeddings, tuples) == 2
+    # P: 0.1 * (1 - 0.01) beside a triplet term that is at rest; the pair's distance is allowed to be 2
+    assert VoxelMetricLoss(pair_weight=0.1)(embeddings, tuples).item() == pytest.approx(0.099)
+    assert VoxelMetricLoss(pair_weight=0.1, pair_distance=2.0)(embeddings, tuples) == 0
+
+
+def test_a_tuple_that_satisfies_the_margin_gives_no_gradient():
+    embeddings = torch.tensor([[[[0.0, 1.0, 5.0]]]], requires_grad=True)
+    VoxelMetricLoss(margin=0.7)(embeddings, VoxelTuples(*torch.tensor([[0], [1], [2]]))).backward()
+    assert not embeddings.grad.any()
+
+
+def test_the_defaults_are_the_papers():
+    loss = VoxelMetricLoss()
+    assert (loss.margin, loss.pair_weight, loss.pair_distance, loss.normalize) == (0.7, 0.0, 0.01, False)
+    assert SegmentationMetricLoss().weight == 0.01
+
+
+@pytest.mark.parametrize("pair_weight", [0.0, 0.1])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_no_tuples_give_a_zero_that_back_propagates(pair_weight, normalize):
+    embeddings = torch.randn(2, 3, 4, 4, requires_grad=True)
+    none = VoxelTuples(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
+    loss = VoxelMetricLoss(pair_weight=pair_weight, normalize=normalize)(embeddings, none)
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(embeddings.grad, torch.zeros_like(embeddings))
+
+
+def test_normalising_a_zero_vector_gives_finite_gradients():
+    embeddings = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    VoxelMetricLoss(normalize=True)(embeddings, VoxelTuples(*torch.tensor([[0], [1], [2]]))).backward()
+    assert embeddings.grad.isfinite().all()
+
+
+def test_memory_layout_does_not_matter():
+    embeddings = torch.randn(2, 6, 8, 8, generator=seeded())
+    layouts = {
+        "contiguous": embeddings,
+        "channels last": embeddings.to(memory_format=torch.channels_last),
+        "transposed": embeddings.transpose(2, 3).contiguous().transpose(2, 3),
+        "cut out": F.pad(embeddings, (1, 2, 3, 4))[..., 3:-4, 1:-2],
+    }
+    tuples, loss = random_tuples(embeddings.shape, 40), VoxelMetricLoss(pair_weight=0.1)
+    values, gradients = {}, {}
+    for name, tensor in layouts.items():
+        leaf = tensor.detach().requires_grad_()
+        values[name] = loss(leaf, tuples)
+        gradients[name] = torch.autograd.grad(values[name], leaf)[0]
+    assert all(torch.equal(value, values["contiguous"]) for value in values.values())
+    for gradient in gradients.values():
+        torch.testing.assert_close(gradient, gradients["contiguous"])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_gathering_picks_the_voxel_of_the_flattened_labels(shape):
+    position = torch.arange(shape[0] * int(np.prod(shape[2:]))).reshape(shape[0], 1, *shape[2:])
+    embeddings = torch.cat([position, 1000 + position], dim=1).float()
+    picked = gather_embeddings(embeddings, torch.tensor([0, 7, 59]))
+    assert picked.tolist() == [[0, 1000], [7, 1007], [59, 1059]]
+
+
+def test_channels_last_embeddings_are_gathered_without_a_copy_of_them_all():
+    embeddings = torch.zeros(4, 16, 32, 32).to(memory_format=torch.channels_last)
+    with Watch() as watch:
+        gather_embeddings(embeddings, torch.arange(10))
+    assert watch.largest_new <= 10 * 16
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"margin": -0.1}, {"pair_weight": float("nan")}, {"pair_distance": float("inf")}, {"margin": -1}]
+)
+def test_options_that_make_no_sense_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        VoxelMetricLoss(**wrong)
+
+
+def test_shapes_of_the_signatures_are_checked_in_these_tests():
+    """Guards conftest.py: without its import hook all signature checks would be gone in silence."""
+    with pytest.raises(jaxtyping.TypeCheckError):
+        VoxelMetricLoss()(torch.zeros(2, 3, 4, 4, dtype=torch.int64), random_tuples((2, 3, 4, 4), 2))
+
+
+# --- the multi-task loss ---
+
+
+def batch(spatial: tuple[int, ...] = (8, 8)) -> tuple[SegmentationOutput, torch.Tensor]:
+    """Four images: two with an organ (of 16 and 4 voxels in 2D), one without, one that is nothing else."""
+    logits = torch.randn(4, 2, *spatial, generator=seeded(1)).requires_grad_()
+    embeddings = torch.randn(4, 5, *spatial, generator=seeded(2)).requires_grad_()
+    labels = torch.zeros(4, *spatial, dtype=torch.int64)
+    labels[(0, *(slice(2, 6),) * len(spatial))] = 1
+    labels[(1, *(slice(0, 2),) * len(spatial))] = 1
+    labels[3] = 1
+    return SegmentationOutput(logits, embeddings), labels
+
+
+@pytest.mark.parametrize("spatial", [(8, 8), (6, 7, 8)], ids=["2D", "3D"])
+@pytest.mark.parametrize("letters", ["H", "C", "R", "HC", "HR", "HCR"])
+@pytest.mark.parametrize("options", [{}, {"pair_weight": 0.1}, {"normalize": True, "margin": 0.2}], ids=str)
+def test_every_term_agrees_with_naive_ones_from_the_same_draws(spatial, letters, options):
+    output, labels = batch(spatial)
+    samplers = [SAMPLERS[letter](anchors=3, pairs=2) for letter in letters]
+    terms = SegmentationMetricLoss(samplers, VoxelMetricLoss(**options), weight=0.05)(output, labels, seeded())
+
+    probability, generator = output.logits.softmax(dim=1)[:, 1], seeded()
+    assert tuple(terms.metric) == tuple(letters)
+    every = {"margin": 0.7, "pair_weight": 0.0, "pair_distance": 0.01, "normalize": False} | options
+    for sampler in samplers:
+        tuples = sampler(labels, probability, generator)  # images 2 and 3 contribute none
+        assert len(tuples.anchors) == 2 * 3 * 2
+        torch.testing.assert_close(terms.metric[sampler.letter], naive_loss(output.embeddings, tuples, **every))
+
+    own = -output.logits.log_softmax(dim=1).gather(1, labels[:, None]).mean()
+    torch.testing.assert_close(terms.cross_entropy, own)
+    torch.testing.assert_close(terms.total, own + 0.05 * sum(terms.metric.values()))
+
+
+def test_the_mean_is_over_tuples_not_over_images():
+    """R7: images without tuples do not dilute the loss, so leaving them out changes nothing."""
+    output, labels = batch()
+    loss = SegmentationMetricLoss([RandomSampler(8)], VoxelMetricLoss())
+    whole = loss(output, labels, seeded()).metric["R"]
+    tuples = RandomSampler(8)(labels, generator=seeded())
+    assert len(tuples.anchors) == 16 < len(labels) * 8
+    torch.testing.assert_close(whole, VoxelMetricLoss()(output.embeddings, tuples))
+    alone = VoxelMetricLoss()(output.embeddings[:2], tuples)  # same flat indices: the empty images come last
+    torch.testing.assert_close(whole, alone)
+
+
+def test_without_samplers_the_total_is_the_cross_entropy():
+    output, labels = batch()
+    terms = SegmentationMetricLoss()(output, labels)
+    assert terms.total == terms.cross_entropy == F.cross_entropy(output.logits, labels)
+    assert terms.metric == {}
+
+
+def test_every_term_keeps_its_graph_and_reaches_what_it_should():
+    output, labels = batch()
+    samplers = [HardNegativeSampler(5), ContourSampler(5), RandomSampler(5)]
+    terms = SegmentationMetricLoss(samplers, weight=0.01)(output, labels, seeded())
+
+    def gradients(value):
+        return torch.autograd.grad(value, list(output), retain_graph=True, allow_unused=True)
+
+    to_logits, to_embeddings = gradients(terms.cross_entropy)
+    assert to_logits.any()
+    assert to_embeddings is None
+    summed = torch.zeros_like(output.embeddings)
+    for value in terms.metric.values():  # H too: the probability that chooses its anchors is detached
+        to_logits, to_embeddings = gradients(value)
+        assert to_logits is None
+        assert to_embeddings.any()
+        summed += 0.01 * to_embeddings
+    torch.testing.assert_close(gradients(terms.total)[1], summed)
+
+
+def test_only_voxels_of_valid_tuples_get_a_gradient():
+    output, labels = batch()
+    terms = SegmentationMetricLoss([RandomSampler(50)], VoxelMetricLoss(margin=100.0))(output, labels, seeded())
+    terms.metric["R"].backward()
+    touched = output.embeddings.grad.abs().sum(dim=(1, 2, 3)) > 0
+    assert touched.tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_batch_without_tuples_still_back_propagates(value):
+    output, labels = batch()
+    samplers = [HardNegativeSampler(), ContourSampler(), RandomSampler()]
+    terms = SegmentationMetricLoss(samplers)(output, torch.full_like(labels, value), seeded())
+    assert list(terms.metric.values()) == [0, 0, 0]
+    terms.total.backward()
+    assert output.logits.grad.any()
+    assert torch.equal(output.embeddings.grad, torch.zeros_like(output.embeddings))
+
+
+def test_hard_negatives_follow_the_heads_foreground_probability():
+    """The head is sure and right but for one voxel: that one is every anchor."""
+    _, labels = batch()
+    labels, at = labels[:1], (0, 3, 4)
+    logits = torch.stack([-10.0 * (2 * labels - 1), 10.0 * (2 * labels - 1)], dim=1)
+    logits[0, :, 3, 4] = 0.0
+    embeddings = torch.randn(1, 5, 8, 8).requires_grad_()
+    loss = SegmentationMetricLoss([HardNegativeSampler(7)], VoxelMetricLoss(margin=100.0))
+    loss(SegmentationOutput(logits, embeddings), labels, seeded()).metric["H"].backward()
+    expected = HardNegativeSampler(7)(labels, logits.softmax(dim=1)[:, 1], seeded())
+    assert set(expected.anchors.tolist()) == {3 * 8 + 4}
+    assert embeddings.grad[at[0], :, at[1], at[2]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+def test_labels_of_any_whole_or_boolean_type(dtype):
+    output, labels = batch()
+    loss = SegmentationMetricLoss([HardNegativeSampler(3), ContourSampler(3)])
+    assert loss(output, labels.to(dtype), seeded()).total == loss(output, labels, seeded()).total
+
+
+def test_voxels_marked_minus_100_count_nowhere():
+    output, labels = batch()
+    labels[:, 5:] = -100
+    terms = SegmentationMetricLoss([RandomSampler(50)], VoxelMetricLoss(margin=100.0))(output, labels, seeded())
+    terms.total.backward()
+    assert not output.logits.grad[:, :, 5:].any()
+    assert not output.embeddings.grad[:, :, 5:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_outputs_give_a_float32_loss(dtype):
+    output, labels = batch()
+    halves = SegmentationOutput(*(tensor.detach().to(dtype).requires_grad_() for tensor in output))
+    loss = SegmentationMetricLoss([RandomSampler(5)], VoxelMetricLoss(pair_weight=0.1))
+    terms, rounded = (loss(o, labels, seeded()) for o in (halves, SegmentationOutput(*(t.float() for t in halves))))
+    assert terms.total.dtype == terms.metric["R"].dtype == torch.float32
+    assert terms.total == rounded.total  # nothing is lost but the rounding of the network's own output
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss(halves, labels, seeded()).total == terms.total
+    terms.total.backward()
+    assert halves.embeddings.grad.dtype == dtype
+
+
+def test_a_sampler_may_not_be_there_twice():
+    with pytest.raises(ValueError, match="once, not R, R"):
+        SegmentationMetricLoss([RandomSampler(), RandomSampler(5)])
+
+
+@pytest.mark.parametrize("weight", [-0.01, float("nan"), float("inf")])
+def test_a_weight_that_makes_no_sense_is_refused(weight):
+    with pytest.raises(ValueError, match="weight"):
+        SegmentationMetricLoss([RandomSampler()], weight=weight)
+
+
+# --- what a step costs ---
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operation: the largest tensor made anew, and operations that make a GPU wait for the CPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.largest_new, self.waits = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name == "index" else []
+        if masks or any(waiting in name for waiting in self.WAITING):
+            self.waits.append(name)
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.largest_new = max(self.largest_new, result.numel())
+        return result
+
+
+SAMPLERS_HCR = [HardNegativeSampler(), ContourSampler(), RandomSampler()]
+
+
+def test_a_training_step_never_waits_for_the_device():
+    output, labels = batch()
+    with Watch() as watch:
+        SegmentationMetricLoss(SAMPLERS_HCR, VoxelMetricLoss(pair_weight=0.1))(
+            output, labels, seeded()
+        ).total.backward()
+    assert watch.largest_new  # it did watch
+    assert watch.waits == []
+    with Watch() as watch:  # and would have seen it: the public call leaves invalid tuples out
+        RandomSampler()(labels, generator=seeded())
+    assert watch.waits
+
+
+def test_no_tensor_of_a_step_is_larger_than_the_embeddings():
+    """No N x N distances: a slice of 256 x 256 voxels would have 4.3 billion of them."""
+    labels = torch.zeros(1, 256, 256, dtype=torch.int64)
+    labels[:, 90:160, 100:170] = 1
+    output = SegmentationOutput(*(torch.randn(1, c, 256, 256).requires_grad_() for c in (2, 8)))
+    with Watch() as watch:
+        SegmentationMetricLoss(SAMPLERS_HCR)(output, labels, seeded()).total.backward()
+    assert watch.largest_new <= output.embeddings.numel()
+
+
+def test_gradients_are_the_same_to_the_bit_in_every_run_on_several_threads():
+    """Regression: indexing's backward adds up a voxel drawn more than once in any order if there are threads."""
+    embeddings = torch.randn(16, 64, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
+    drawn = torch.randint(0, 60, (9, 16, 20)) + 1024 * torch.arange(16)[:, None]  # each voxel about three times
+    weights = torch.randn(drawn.numel(), 64)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        gradients = [
+            torch.autograd.grad((gather_embeddings(embeddings, drawn.flatten()) * weights).sum(), embeddings)[0]
+            for _ in range(20)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)

@@ -1,0 +1,345 @@
+"""The samplers: which voxels may be drawn, how likely each is, and what happens when there are few."""
+
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from scipy.stats import chisquare
+
+from mupkg.samplers import (
+    SAMPLERS,
+    ContourSampler,
+    HardNegativeSampler,
+    RandomSampler,
+    contour,
+    draw_with_replacement,
+    draw_without_replacement,
+)
+
+IGNORE = 255
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def voxels(mask) -> set[int]:
+    """Flat indices of a mask's voxels."""
+    return set(np.flatnonzero(np.asarray(mask)).tolist())
+
+
+def naive_contour(labels: np.ndarray) -> np.ndarray:
+    """One image's contour, voxel by voxel."""
+    result = np.zeros(labels.shape, bool)
+    for voxel in np.ndindex(labels.shape):
+        for axis in range(labels.ndim):
+            for step in (-1, 1):
+                neighbour = list(voxel)
+                neighbour[axis] += step
+                inside = 0 <= neighbour[axis] < labels.shape[axis]
+                if labels[voxel] == 1 and inside and labels[tuple(neighbour)] == 0:
+                    result[voxel] = True
+    return result
+
+
+def looks_uniform(drawn, candidates) -> bool:
+    """Chi-square test that `drawn` holds each candidate equally often, and nothing else."""
+    counts = Counter(drawn)
+    return set(counts) == set(candidates) and chisquare([counts[c] for c in candidates]).pvalue > 1e-3
+
+
+# Two images with a foreground of 6 and 4 voxels; the first has a patch of voxels to ignore beside it.
+LABELS = torch.zeros(2, 5, 6, dtype=torch.int64)
+LABELS[0, 1:4, 2:4] = 1
+LABELS[0, 0] = IGNORE
+LABELS[1, 3:5, 4:6] = 1
+PROBABILITY = torch.linspace(0, 1, 60).reshape(2, 5, 6)
+
+
+# --- candidates ---
+
+
+def test_random_draws_anchors_and_positives_in_the_foreground_negatives_in_the_background():
+    anchors, positives, negatives = RandomSampler(anchors=500)(LABELS, generator=seeded())
+    assert voxels(LABELS == 1) == set(anchors.tolist()) == set(positives.tolist())
+    assert voxels(LABELS == 0) == set(negatives.tolist())
+
+
+def test_hard_negative_takes_anchors_only_where_the_head_errs_in_the_foreground():
+    sampler = HardNegativeSampler(anchors=500, threshold=0.3)
+    anchors, positives, negatives = sampler(LABELS, PROBABILITY, seeded())
+    wrong = ((PROBABILITY - (LABELS == 1).float()).abs() > 0.3) & (LABELS == 1)
+    first = set(range(30))  # the second image lies at probabilities above 0.7: no anchors, so no tuples at all
+    assert voxels(wrong) == set(anchors.tolist()) <= first
+    assert voxels(LABELS == 1) & first == set(positives.tolist())
+    assert voxels(LABELS == 0) & first == set(negatives.tolist())
+
+
+def test_contour_takes_anchors_and_positives_on_the_contour_negatives_anywhere_in_the_background():
+    labels = torch.zeros(1, 7, 7, dtype=torch.int64)
+    labels[0, 1:6, 1:6] = 1
+    anchors, positives, negatives = ContourSampler(anchors=500)(labels, generator=seeded())
+    edge = labels.clone()
+    edge[0, 2:5, 2:5] = 0
+    assert voxels(edge) == set(anchors.tolist()) == set(positives.tolist())
+    assert voxels(labels == 0) == set(negatives.tolist())
+
+
+@pytest.mark.parametrize("letter", SAMPLERS)
+def test_voxels_to_ignore_are_never_drawn(letter):
+    labels = torch.randint(0, 2, (3, 6, 6), generator=seeded())
+    labels[:, ::2] = IGNORE
+    tuples = SAMPLERS[letter](anchors=200)(labels, torch.full((3, 6, 6), 0.5), seeded())
+    assert len(tuples.anchors) == 600
+    assert (labels.flatten()[torch.cat(tuples)] != IGNORE).all()
+
+
+def test_an_error_of_exactly_tau_is_not_hard():
+    labels = torch.tensor([[[1, 1, 1, 0, 0]]])
+    probability = torch.tensor([[[0.75, 0.749, 1.0, 0.25, 1.0]]])  # 1 - 0.75 is 0.25 without rounding
+    anchors, _, _ = HardNegativeSampler(anchors=50, threshold=0.25)(labels, probability, seeded())
+    assert set(anchors.tolist()) == {1}
+
+
+def test_hard_negative_without_probability_or_with_one_of_another_shape_is_refused(unchecked):
+    with pytest.raises(ValueError, match="needs foreground_probability"):
+        HardNegativeSampler()(LABELS)
+    with pytest.raises(ValueError, match=r"labels are \(2, 5, 6\) but the probabilities \(1, 5, 6\)"):
+        HardNegativeSampler().draw(LABELS, PROBABILITY[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+@pytest.mark.parametrize("letter", SAMPLERS)
+def test_labels_of_any_whole_or_boolean_type_give_the_same_tuples(letter, dtype):
+    labels = (LABELS == 1).long()
+    sampler = SAMPLERS[letter](5)
+    expected = sampler(labels, PROBABILITY, seeded())
+    assert all(map(torch.equal, sampler(labels.to(dtype), PROBABILITY, seeded()), expected))
+
+
+def test_gradients_stay_out_of_the_choice():
+    probability = PROBABILITY.clone().requires_grad_()
+    assert not any(t.requires_grad for t in HardNegativeSampler(3)(LABELS, probability, seeded()))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"anchors": 0}, {"pairs": 0}, {"anchors": 2.5}, {"pairs": True}, {"threshold": 1.0}, {"threshold": -0.1}],
+)
+def test_options_that_make_no_sense_are_refused_by_name(wrong, unchecked):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        HardNegativeSampler(**wrong)
+
+
+# --- contours ---
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (6, 7), (1, 4, 5), (4, 5, 6)])
+@pytest.mark.parametrize("foreground", [0.3, 0.6, 0.95])
+def test_contour_agrees_with_a_naive_loop(shape, foreground):
+    rng = np.random.default_rng(0)
+    labels = (rng.random((4, *shape)) < foreground).astype(np.int64)
+    labels[rng.random(labels.shape) < 0.1] = IGNORE
+    expected = np.stack([naive_contour(image) for image in labels])
+    assert np.array_equal(contour(torch.from_numpy(labels)).numpy(), expected)
+
+
+def test_the_patchs_own_border_is_no_contour():
+    labels = torch.zeros(1, 4, 5, dtype=torch.int64)
+    labels[:, :, :3] = 1  # touches three sides; only column 2 has a background neighbour
+    assert contour(labels).nonzero()[:, 2].unique().tolist() == [2]
+    assert not contour(torch.ones(1, 4, 5, dtype=torch.int64)).any()
+
+
+def test_contour_looks_along_axes_not_diagonals_and_not_into_the_next_image():
+    labels = torch.ones(3, 3, 3, dtype=torch.int64)
+    labels[0] = 0
+    labels[1, 0, 0] = 0
+    assert contour(labels)[1].tolist() == [[False, True, False], [True, False, False], [False, False, False]]
+    assert not contour(labels)[2].any()
+
+
+def test_a_single_voxel_is_anchor_and_positive_at_once():
+    labels = torch.zeros(1, 3, 3, 3, dtype=torch.int64)
+    labels[0, 1, 1, 1] = 1
+    for sampler in RandomSampler(4), ContourSampler(4), HardNegativeSampler(4):
+        anchors, positives, negatives = sampler(labels, torch.zeros(1, 3, 3, 3), seeded())
+        assert anchors.tolist() == positives.tolist() == [13] * 4
+        assert 13 not in negatives
+
+
+# --- probabilities ---
+
+
+def test_positives_and_negatives_are_uniform_and_independent():
+    tuples = RandomSampler(anchors=1, pairs=20_000)(LABELS[:1], generator=seeded())
+    foreground, background = sorted(voxels(LABELS[0] == 1)), sorted(voxels(LABELS[0] == 0))
+    positives, negatives = tuples.positives.tolist(), tuples.negatives.tolist()
+    assert looks_uniform(positives, foreground)
+    assert looks_uniform(negatives, background)
+    both = list(zip(positives, negatives, strict=True))
+    assert looks_uniform(both, [(p, n) for p in foreground for n in background])
+
+
+def test_anchors_come_without_replacement_and_every_set_is_equally_likely():
+    images = 4000
+    labels = torch.tensor([[[1, 1, 1, 0, 1]]]).expand(images, 1, 5)
+    anchors = RandomSampler(anchors=2)(labels, generator=seeded()).anchors.view(images, 2) % 5
+    assert looks_uniform([tuple(sorted(row)) for row in anchors.tolist()], list(combinations([0, 1, 2, 4], 2)))
+
+
+def test_as_many_anchors_as_candidates_are_all_the_candidates():
+    anchors = RandomSampler(anchors=6)(LABELS[:1], generator=seeded()).anchors
+    assert sorted(anchors.tolist()) == sorted(voxels(LABELS[0] == 1))
+
+
+def test_too_few_candidates_are_drawn_with_replacement_uniformly():
+    """Reading R5: three anchors of two candidates, independent of each other."""
+    images = 4000
+    labels = torch.tensor([[[1, 0, 0, 1]]]).expand(images, 1, 4)
+    anchors = RandomSampler(anchors=3)(labels, generator=seeded()).anchors.view(images, 3) % 4
+    every = [(a, b, c) for a in (0, 3) for b in (0, 3) for c in (0, 3)]
+    assert looks_uniform([tuple(row) for row in anchors.tolist()], every)
+
+
+def test_each_image_of_a_batch_decides_for_itself_whether_to_replace():
+    """Image 0 has six candidates, image 1 four: five anchors are distinct in the first alone."""
+    anchors = RandomSampler(anchors=5)(LABELS, generator=seeded()).anchors.view(2, 5)
+    assert len(set(anchors[0].tolist())) == 5
+    assert len(set(anchors[1].tolist())) < 5
+
+
+def test_more_anchors_than_voxels():
+    labels = torch.tensor([[[1, 0]], [[0, 1]]])
+    tuples = RandomSampler(anchors=7)(labels, generator=seeded())
+    assert [t.tolist() for t in tuples] == [[0] * 7 + [3] * 7, [0] * 7 + [3] * 7, [1] * 7 + [2] * 7]
+
+
+def test_every_voxel_of_a_large_scan_can_be_drawn():
+    """Regression: a float32 random number has 24 bits, so that of 2^25 candidates only every second came up."""
+    drawn = draw_with_replacement(torch.ones(1, 2**25, dtype=torch.bool), 2000, seeded())
+    assert looks_uniform((drawn % 2).flatten().tolist(), [0, 1])
+    assert looks_uniform((drawn // 2**22).flatten().tolist(), range(8))
+
+
+MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=12))
+
+
+@settings(deadline=None, max_examples=200)
+@given(mask=MASKS, count=st.integers(1, 30), seed=st.integers(0, 2**31))
+def test_no_draw_ever_gives_a_voxel_that_is_no_candidate(mask, count, seed):
+    candidates = torch.from_numpy(mask)
+    for draw in draw_with_replacement, draw_without_replacement:
+        drawn = draw(candidates, count, seeded(seed))
+        assert drawn.shape == (len(mask), count)
+        assert ((drawn >= 0) & (drawn < mask.shape[1])).all()
+        assert candidates.gather(1, drawn)[candidates.any(dim=1)].all()
+    distinct = [len(set(row)) for row in drawn.tolist()]  # of the draw without replacement
+    assert all(d == count for d, total in zip(distinct, mask.sum(axis=1), strict=True) if total >= count)
+
+
+# --- tuples and images ---
+
+LABEL_BATCHES = arrays(
+    np.uint8, array_shapes(min_dims=3, max_dims=4, max_side=6), elements=st.sampled_from([0, 1, 255])
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    labels=LABEL_BATCHES,
+    letter=st.sampled_from("HCR"),
+    anchors=st.integers(1, 6),
+    pairs=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_the_tuples_of_any_batch_are_what_they_should_be(labels, letter, anchors, pairs, seed):
+    probability = torch.rand(labels.shape, generator=seeded(seed))
+    sampler = SAMPLERS[letter](anchors, pairs)
+    tuples = sampler(torch.from_numpy(labels), probability, seeded(seed))
+
+    edge = np.stack([naive_contour(image) for image in labels])
+    hard = (labels == 1) & (np.abs(probability.numpy() - 1) > 0.1)
+    anchor_set = {"R": labels == 1, "H": hard, "C": edge}[letter]
+    positive_set = edge if letter == "C" else labels == 1
+    for drawn, allowed in zip(tuples, (anchor_set, positive_set, labels == 0), strict=True):
+        assert drawn.dtype == torch.int64
+        assert allowed.flatten()[drawn.numpy()].all()
+
+    images = [(drawn // labels[0].size).tolist() for drawn in tuples]
+    complete = [
+        i for i in range(len(labels)) if all(s[i].any() for s in (anchor_set, positive_set, labels == 0))
+    ]  # exactly these contribute, k * m tuples each
+    assert images[0] == images[1] == images[2] == [i for i in complete for _ in range(anchors * pairs)]
+
+
+@pytest.mark.parametrize("letter", SAMPLERS)
+def test_an_image_that_lacks_a_candidate_set_contributes_no_tuple(letter):
+    labels = torch.zeros(4, 4, 4, dtype=torch.int64)
+    labels[1] = 1  # no background
+    labels[2, 1:3, 1:3] = 1  # the only complete one
+    labels[3, 1:3, 1:3] = 1
+    labels[3][labels[3] == 0] = IGNORE
+    tuples = SAMPLERS[letter](3, 2)(labels, torch.zeros(4, 4, 4), seeded())
+    assert all((t // 16).tolist() == [2] * 6 for t in tuples)
+
+
+@pytest.mark.parametrize("letter", SAMPLERS)
+@pytest.mark.parametrize("value", [0, 1, IGNORE])
+def test_a_batch_without_any_tuple_gives_empty_index_tensors(letter, value):
+    tuples = SAMPLERS[letter]()(torch.full((2, 4, 4), value), torch.zeros(2, 4, 4), seeded())
+    assert all(t.shape == (0,) and t.dtype == torch.int64 for t in tuples)
+
+
+def test_every_anchor_has_its_m_pairs_side_by_side():
+    anchors, positives, negatives = RandomSampler(anchors=4, pairs=3)(LABELS, generator=seeded())
+    assert len(anchors) == len(positives) == len(negatives) == 2 * 4 * 3
+    groups = anchors.view(8, 3)
+    assert (groups == groups[:, :1]).all()
+    assert len(set(groups[:4, 0].tolist())) == 4
+
+
+@pytest.mark.parametrize("letter", SAMPLERS)
+def test_calling_a_sampler_gives_the_valid_part_of_its_draw(letter):
+    labels = torch.cat([LABELS, torch.zeros_like(LABELS)])
+    probability = torch.rand(labels.shape, generator=seeded())
+    sampler = SAMPLERS[letter](3, 2)
+    drawn, valid = sampler.draw(labels, probability, seeded())
+    assert valid.view(4, 6)[:, 0].tolist() == [True, True, False, False]
+    assert all(len(t) == 4 * 3 * 2 for t in drawn)
+    called = sampler(labels, probability, seeded())
+    assert all(torch.equal(t[valid], c) for t, c in zip(drawn, called, strict=True))
+
+
+# --- the generator ---
+
+
+@pytest.mark.parametrize("letter", SAMPLERS)
+def test_the_generator_alone_decides(letter):
+    sampler = SAMPLERS[letter](5)
+    torch.manual_seed(1)
+    first = sampler(LABELS, PROBABILITY, seeded())
+    torch.manual_seed(2)
+    assert all(map(torch.equal, first, sampler(LABELS, PROBABILITY, seeded())))
+    assert not all(map(torch.equal, first, sampler(LABELS, PROBABILITY, seeded(1))))
+
+
+@pytest.mark.parametrize("letter", SAMPLERS)
+def test_a_draw_with_a_generator_leaves_the_global_one_alone_and_moves_its_own(letter):
+    state, generator = torch.get_rng_state(), seeded()
+    sampler = SAMPLERS[letter](5)
+    first, second = (sampler(LABELS, PROBABILITY, generator) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not all(map(torch.equal, first, second))  # drawn anew at every step
+
+
+def test_without_a_generator_the_global_seed_decides():
+    torch.manual_seed(3)
+    first = RandomSampler()(LABELS)
+    torch.manual_seed(3)
+    assert all(map(torch.equal, first, RandomSampler()(LABELS)))
