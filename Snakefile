@@ -1,15 +1,19 @@
 # A whole study in the right order: snakemake --configfile notebooks/studies/quick.yaml --cores 2
 # Skips what is done, goes on after a break; a failed notebook is kept as *.failed.ipynb and its target is not there.
-import pandas as pd
+import csv
+import json
+import sys
 
-from mupkg.report.batch import run_notebook
 from mupkg.stages.settings import Study
 
 STUDY = Study.model_validate(config)
 DATA, OUT = f"{STUDY.data_folder}/{STUDY.cohort}", f"{STUDY.outputs_folder}/{STUDY.study}"
 FOLDERS = {"data_folder": STUDY.data_folder, "outputs_folder": STUDY.outputs_folder}
+PREPARE = {"cohort": STUDY.cohort, "size": STUDY.size, "data_folder": STUDY.data_folder, **STUDY.prepare}
 COMMON = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size, **FOLDERS}
 RUNS = [f"{name}-seed{seed}" for name in STUDY.configurations for seed in STUDY.seeds]
+PYTHON = sys.executable
+RUN = "{PYTHON:q} -m mupkg.report.batch {input[0]:q} {output.notebook:q} {params.notebook:q} --threads {threads}"
 REPORT = {**COMMON, "configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.report}
 
 
@@ -33,9 +37,9 @@ rule prepare_cohort:
         f"{DATA}/cohort.csv",
         notebook=f"{DATA}/00_prepare_cohort.ipynb",
     params:
-        notebook={"cohort": STUDY.cohort, "size": STUDY.size, "data_folder": STUDY.data_folder, **STUDY.prepare},
-    run:
-        run_notebook(input[0], output.notebook, params.notebook)
+        notebook=json.dumps(PREPARE),
+    shell:
+        RUN
 
 
 rule explore_data:
@@ -45,9 +49,9 @@ rule explore_data:
     output:
         notebook=f"{OUT}/report/01_data_exploration.ipynb",
     params:
-        notebook=REPORT,
-    run:
-        run_notebook(input[0], output.notebook, params.notebook)
+        notebook=json.dumps(REPORT),
+    shell:
+        RUN
 
 
 rule stage1:
@@ -60,10 +64,10 @@ rule stage1:
         f"{OUT}/stage1/weights.safetensors",
         notebook=f"{OUT}/stage1/02_stage1_localization.ipynb",
     params:
-        notebook={**COMMON, **STUDY.stage1},
+        notebook=json.dumps({**COMMON, **STUDY.stage1}),
     threads: STUDY.threads["stage1"]
-    run:
-        run_notebook(input[0], output.notebook, params.notebook, threads=threads)
+    shell:
+        RUN
 
 
 rule stage2:
@@ -76,10 +80,12 @@ rule stage2:
         OUT + "/{configuration}-seed{seed}/weights.safetensors",
         notebook=OUT + "/{configuration}-seed{seed}/03_stage2_training.ipynb",
     params:
-        notebook=lambda w: {**COMMON, "configuration": w.configuration, "seed": int(w.seed), **STUDY.stage2},
+        notebook=lambda w: json.dumps(
+            {**COMMON, "configuration": w.configuration, "seed": int(w.seed), **STUDY.stage2}
+        ),
     threads: STUDY.threads["stage2"]
-    run:
-        run_notebook(input[0], output.notebook, params.notebook, threads=threads)
+    shell:
+        RUN
 
 
 rule evaluate:
@@ -90,9 +96,9 @@ rule evaluate:
         f"{OUT}/report/cases.csv",
         notebook=f"{OUT}/report/04_evaluation.ipynb",
     params:
-        notebook=REPORT,
-    run:
-        run_notebook(input[0], output.notebook, params.notebook)
+        notebook=json.dumps(REPORT),
+    shell:
+        RUN
 
 
 rule visualize:
@@ -102,9 +108,17 @@ rule visualize:
     output:
         notebook=f"{OUT}/report/05_visualization.ipynb",
     params:
-        notebook=REPORT,
-    run:
-        run_notebook(input[0], output.notebook, params.notebook)
+        notebook=json.dumps(REPORT),
+    shell:
+        RUN
+
+
+def first_test_scan(wildcards, input):
+    """Parameters of notebook 09; known once stage 1 is done, until then Snakemake shows TBD."""
+    with open(input[1], newline="") as file:
+        case_id = next(row["case_id"] for row in csv.DictReader(file) if row["split"] == "test")
+    run, output = f"{OUT}/{RUNS[-1]}", f"{OUT}/report/segmented"
+    return json.dumps({"run": run, "scan": f"{DATA}/images/{case_id}.nii.gz", "output": output})
 
 
 rule segment_a_patient:
@@ -115,11 +129,6 @@ rule segment_a_patient:
     output:
         notebook=f"{OUT}/report/09_segment_a_patient.ipynb",
     params:
-        run=f"{OUT}/{RUNS[-1]}",
-    run:
-        regions = pd.read_csv(input[1], dtype={"case_id": str})
-        case_id = regions.loc[regions["split"] == "test", "case_id"].iloc[0]
-        scan = f"{DATA}/images/{case_id}.nii.gz"
-        run_notebook(
-            input[0], output.notebook, {"run": params.run, "scan": scan, "output": f"{OUT}/report/segmented"}
-        )
+        notebook=first_test_scan,
+    shell:
+        RUN

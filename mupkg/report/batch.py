@@ -1,15 +1,23 @@
-"""Running one notebook of a batch: the target is there only if the notebook ran to its end."""
+"""Running one notebook of a batch: the target is there only if the notebook ran to its end.
+
+    python -m mupkg.report.batch NOTEBOOK TARGET '{"parameter": value}' [--threads N]
+
+Nothing heavy is imported here: the notebook's kernel does that once more anyway.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import papermill
 
-from mupkg.stages.settings import repository
+from mupkg import repository
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
@@ -42,3 +50,20 @@ def run_notebook(
         raise RuntimeError(message) from None
     os.replace(running, target)
     failed.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=run_notebook.__doc__.splitlines()[0])
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("parameters", type=json.loads, help="a JSON object")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    try:
+        run_notebook(arguments.notebook, arguments.target, arguments.parameters, threads=arguments.threads)
+    except RuntimeError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

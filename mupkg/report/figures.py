@@ -33,7 +33,9 @@ def save(figure: Figure, path: str | Path) -> Image:
 
 
 def draw_contour(ax: Axes, mask: np.ndarray, colour: str, extent: Sequence[float] | None = None) -> None:
-    """The outline of a mask; nothing for an empty one."""
+    """The outline of a mask, in an image's axes (rows downwards); nothing for an empty one."""
+    height, width = mask.shape
+    extent = extent or (-0.5, width - 0.5, height - 0.5, -0.5)  # as imshow's own; contour's default is upside down
     if mask.any():
         ax.contour(mask.astype(float), [0.5], colors=colour, linewidths=1.2, extent=extent, origin="upper")
 

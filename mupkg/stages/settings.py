@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from mupkg import repository
 from mupkg.configurations import configuration
 from mupkg.data.cohort import Source
 from mupkg.data.preprocessing import Preparation
@@ -64,9 +65,19 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Settings(BaseModel):
-    """Base of all notebook parameters: nothing unknown, and None means "what the size says"."""
+    """Base of all notebook parameters: nothing unknown, and None (0, "", []) means "what the size says"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_none(cls, values: Any) -> Any:
+        """0, "" and [] stand for None where None is allowed: papermill shows no types such as `int | None`."""
+        if not isinstance(values, Mapping):
+            return values
+        optional = {name for name, field in cls.model_fields.items() if field.default is None}
+        empty = (0, "", [], ())
+        return {k: None if k in optional and not isinstance(v, bool) and v in empty else v for k, v in values.items()}
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any], inputs: Sequence[str]) -> Self:
@@ -122,7 +133,7 @@ class CohortSettings(Settings):
     image_pattern: str = "{case}_image.nii.gz"
     label_pattern: str = "{case}_label.nii.gz"
     label_values: tuple[int, ...] | None = None
-    channel: int | None = None
+    channel: Annotated[int, Field(ge=-1)] = -1
     phantoms: Annotated[int, Field(ge=3)] | None = None
     seed: Seed = 0
     data_folder: str = "data"
@@ -148,7 +159,10 @@ class CohortSettings(Settings):
 
     def sources(self) -> list[Source]:
         """The cases to be, from whatever source was chosen."""
-        folder, options = self.source_path, {"label_values": self.label_values, "channel": self.channel}
+        folder, options = (
+            self.source_path,
+            {"label_values": self.label_values, "channel": None if self.channel < 0 else self.channel},
+        )
         match self.source:
             case "phantoms":
                 sized = SIZES[self.size]["cohort"]
@@ -307,11 +321,3 @@ def check_name(value: str) -> str:
     if not value or value in (".", "..") or Path(value).name != value or "\\" in value:
         raise ValueError(f"must be a plain folder name, not {value!r}")
     return value
-
-
-def repository() -> Path:
-    """The repository's root, wherever the kernel was started: relative paths resolve from here."""
-    for folder in (Path.cwd(), *Path.cwd().parents):
-        if (folder / "notebooks").is_dir() and (folder / "mupkg").is_dir():
-            return folder
-    return Path(__file__).resolve().parents[2]

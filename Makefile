@@ -1,0 +1,50 @@
+# make demo    installs, runs the quick study on phantoms from raw scans to tables and figures, says where to look
+# make test    installs, lints, runs all tests
+.DEFAULT_GOAL := demo
+.PHONY: setup demo test lint lab gallery bench clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+CORES ?= 2
+STUDY ?= quick
+# Real scans for tests and for notebook 01, if they are at hand; none of them is needed.
+MUPKG_REALDATA ?= $(wildcard ../shared/realdata)
+export MUPKG_REALDATA
+export PYTHONWARNINGS ?= ignore::DeprecationWarning
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/snakemake --configfile notebooks/studies/quick.yaml --cores $(CORES) --quiet progress rules
+	@echo
+	@echo "Done. Numbers are measured on PHANTOMS, not on patients."
+	@echo "  the table           outputs/quick/report/table.csv (and with the paper's beside it: 04_evaluation.ipynb)"
+	@echo "  contours, heatmaps  outputs/quick/report/figure8_contours.png, figure1_heatmaps.png"
+	@echo "  executed notebooks  outputs/quick/report/*.ipynb; as web pages: make gallery"
+	@echo "  JupyterLab          make lab"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+gallery: setup
+	$(BIN)/python -m mupkg.report.gallery outputs/$(STUDY) data outputs/gallery/$(STUDY)
+
+bench: setup
+	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s
+
+clean:
+	rm -rf .venv .snakemake .pytest_cache .ruff_cache .import_linter_cache

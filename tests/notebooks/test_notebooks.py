@@ -1,0 +1,133 @@
+"""All notebooks at smoke size, through Snakemake and papermill, none skipped; and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+
+from mupkg.data.cases import grid_difference
+from mupkg.report.batch import run_notebook
+from mupkg.report.gallery import executed_notebooks, make_gallery
+from mupkg.stages import segment
+
+ROOT = Path(__file__).parents[2]
+RUNS = ("UNet-seed0", "MetricUNet-HCP-seed0")
+
+
+def snakemake(folder: Path, *options: str, study: str = "smoke", **config: object) -> subprocess.CompletedProcess:
+    folders = {"data_folder": str(folder / "data"), "outputs_folder": str(folder / "outputs"), **config}
+    command = [sys.executable, "-m", "snakemake", "--configfile", f"notebooks/studies/{study}.yaml", "--cores", "2"]
+    command += ["--nolock", *options, "--config", *(f"{name}={value}" for name, value in folders.items())]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke study, run from scans to tables and figures in a folder of its own."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = snakemake(folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_every_notebook_ran_to_its_end(study: Path) -> None:
+    executed = {path.name for path in executed_notebooks(study)}
+    assert executed == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    for path in executed_notebooks(study):
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "code":
+                assert cell.execution_count is not None, path.name
+                assert not [output for output in cell.outputs if output.output_type == "error"]
+
+
+def test_a_run_folder_holds_everything(study: Path) -> None:
+    tests = pd.read_csv(study / "outputs/smoke/stage1/regions.csv").query("split == 'test'")["case_id"].tolist()
+    for run in RUNS:
+        folder = study / "outputs/smoke" / run
+        metrics = pd.read_csv(folder / "metrics.csv")
+        assert metrics["case_id"].tolist() == tests
+        assert {"DSC", "ASD", "HD95", "DSC_all", "ASD_all"} <= set(metrics)
+        record = json.loads((folder / "run.json").read_text())
+        assert record["parameters"]["steps"] == 12
+        assert {"data_fingerprint", "packages", "device", "threads", "training_seconds"} <= set(record)
+        for name in ("weights", "last", "checkpoint", "localizer"):
+            assert (folder / f"{name}.safetensors").stat().st_size > 1000
+        assert pd.read_csv(folder / "history.csv")["step"].iloc[-1] == 12
+
+
+def test_predictions_lie_on_the_scans_own_grids_and_segment_repeats_them(study: Path) -> None:
+    for run in RUNS:
+        for path in (study / "outputs/smoke" / run / "predictions").glob("*.nii.gz"):
+            scan = sitk.ReadImage(str(study / "data/phantoms-smoke/images" / path.name))
+            prediction = sitk.ReadImage(str(path))
+            assert grid_difference(scan, prediction) is None
+            again = sitk.GetArrayFromImage(segment(scan, path.parents[1]))
+            assert (again == sitk.GetArrayFromImage(prediction)).all()
+
+
+def test_tables_are_csv_and_figures_png_and_svg(study: Path) -> None:
+    report = study / "outputs/smoke/report"
+    for name in ("cases", "table", "table_all_components", "trivial", "paired_tests", "embedding_separation"):
+        assert len(pd.read_csv(report / f"{name}.csv"))
+    figures = ("figure1_heatmaps", "figure5_samplers", "figure7_convergence", "figure8_contours", "embeddings")
+    for name in (*figures, "scans", "boxes"):
+        assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (report / f"{name}.svg").read_text()
+
+
+def test_what_is_done_is_skipped(study: Path) -> None:
+    again = snakemake(study, "--dry-run")
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
+def test_the_gallery_shows_every_notebook(study: Path, tmp_path: Path) -> None:
+    index = make_gallery(executed_notebooks(study), tmp_path / "gallery", "Smoke").read_text()
+    for path in executed_notebooks(study):
+        assert f"{path.stem}-{path.parent.name}.html" in index
+    page = (tmp_path / "gallery" / "05_visualization-report.html").read_text()
+    assert page.count("data:image/png;base64") >= 5
+
+
+def test_no_part_of_the_package_leaves_temporary_files(study: Path) -> None:
+    assert not list(study.rglob("*.part.*"))
+    assert not list(study.rglob("*.running.ipynb"))
+
+
+def test_a_failed_notebook_is_kept_for_reading_and_its_target_is_not_there(tmp_path: Path) -> None:
+    target = tmp_path / "03.ipynb"
+    with pytest.raises(RuntimeError, match=r"(?s)unknown configuration 'UNet3'.*kept for reading") as failure:
+        run_notebook(ROOT / "notebooks/03_stage2_training.ipynb", target, {"configuration": "UNet3"})
+    assert not target.exists()
+    assert (tmp_path / "03.failed.ipynb").exists()
+    assert "03_stage2_training.ipynb" in str(failure.value)
+
+
+def test_a_misspelt_parameter_fails_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"unknown parameter 'phantom'; there are: .*phantoms"):
+        run_notebook(
+            ROOT / "notebooks/00_prepare_cohort.ipynb",
+            tmp_path / "00.ipynb",
+            {"phantom": 3, "size": "smoke", "data_folder": str(tmp_path / "data")},
+        )
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "notebooks/studies").glob("*.yaml")))
+def test_every_study_can_be_planned(name: str, tmp_path: Path) -> None:
+    planned = snakemake(tmp_path, "--dry-run", study=name)
+    assert planned.returncode == 0, planned.stderr[-2000:]
+    assert "03_stage2_training.ipynb" in planned.stdout + planned.stderr
+
+
+def test_a_study_file_with_a_misspelt_key_is_refused(tmp_path: Path) -> None:
+    planned = snakemake(tmp_path, "--dry-run", seedz=1)
+    assert planned.returncode != 0
+    assert "seedz" in planned.stdout + planned.stderr

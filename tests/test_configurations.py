@@ -1,0 +1,166 @@
+"""The grammar of Table II's names, and that building passes everything on."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from mupkg.configurations import TABLE_II, Configuration, build, configuration
+from mupkg.losses import SegmentationMetricLoss
+from mupkg.models import UNet, UNetPlusPlus
+from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
+
+# name: backbone, samplers, triplet, positive pair, gradient cut at the sampling layer
+EXPECTED = {
+    "UNet": ("UNet", "", False, False, False),
+    "UNet++": ("UNet++", "", False, False, False),
+    "MetricUNet-R-Sep": ("UNet", "R", True, False, True),
+    "MetricUNet-R": ("UNet", "R", True, False, False),
+    "MetricUNet-H": ("UNet", "H", True, False, False),
+    "MetricUNet++-H": ("UNet++", "H", True, False, False),
+    "MetricUNet-C": ("UNet", "C", True, False, False),
+    "MetricUNet-HR": ("UNet", "HR", True, False, False),
+    "MetricUNet-HC": ("UNet", "HC", True, False, False),
+    "MetricUNet-HP": ("UNet", "H", True, True, False),
+    "MetricUNet-HRP": ("UNet", "HR", True, True, False),
+    "MetricUNet-HCP": ("UNet", "HC", True, True, False),
+}
+ALSO = {
+    "MetricUNet-HCR": ("UNet", "HCR", True, False, False),  # the paper's figure and Table I
+    "MetricUNet++-HCRP-Sep": ("UNet++", "HCR", True, True, True),
+    "MetricUNet++-CP": ("UNet++", "C", True, True, False),
+}
+
+
+def test_table_ii_has_the_papers_twelve_names_in_order():
+    assert list(TABLE_II) == list(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED | ALSO)
+def test_a_name_switches_on_what_the_paper_says(name):
+    backbone, letters, triplet, pair, separate = (EXPECTED | ALSO)[name]
+    found = configuration(name)
+    # Order of the letters in a name: H, C, R, but the paper writes HR; both mean the same samplers.
+    expected = Configuration(found.name, backbone, tuple(sorted(letters, key="HCR".index)), triplet, pair, separate)
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", [*EXPECTED, *ALSO])
+def test_a_valid_name_is_its_own_normal_form(name):
+    assert configuration(name).name == name
+
+
+@pytest.mark.parametrize("letters", [p for n in (1, 2, 3) for p in itertools.permutations("HCR", n)], ids="".join)
+@pytest.mark.parametrize("suffix", ["", "P", "-Sep", "P-Sep"])
+@pytest.mark.parametrize("backbone", ["UNet", "UNet++"])
+def test_every_order_of_letters_is_accepted_and_normalised(letters, suffix, backbone):
+    normal = "".join(letter for letter in "HCR" if letter in letters)
+    found = configuration(f"Metric{backbone}-{''.join(letters)}{suffix}")
+    assert found.name == f"Metric{backbone}-{normal}{suffix}"
+    assert found == configuration(found.name)
+    assert (found.backbone, "".join(found.samplers)) == (backbone, normal)
+    assert (found.positive_pair, found.separate) == ("P" in suffix, "Sep" in suffix)
+
+
+WRONG = [
+    "",
+    "unet",
+    "UNet+",
+    "UNet-H",
+    "UNet-Sep",
+    "UNet++-H",
+    "MetricUNet",
+    "MetricUNet-",
+    "MetricUNet-P",
+    "MetricUNet-Sep",
+    "MetricUNet-hcp",
+    "metricunet-HCP",
+    "MetricUNet-HH",
+    "MetricUNet-HCH",
+    "MetricUNet-HCRH",
+    "MetricUNet-HX",
+    "MetricUNet-PH",
+    "MetricUNet-HPC",
+    "MetricUNet-HPP",
+    "MetricUNet-H-P",
+    "MetricUNet-HSep",
+    "MetricUNet-H-Sep-Sep",
+    "MetricUNet-H-SepP",
+    "MetricUNet-H-sep",
+    "MetricUNet HCP",
+    "MetricUNet-HCP ",
+    "MetricUNet-HCP\n",
+    "MetricUNet+-H",
+    "MetricVNet-H",
+]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_any_other_name_is_refused_with_itself_and_the_grammar(name):
+    with pytest.raises(ValueError, match="valid names are") as error:
+        configuration(name)
+    assert repr(name) in str(error.value)
+    for part in ("'UNet'", "'UNet++'", "'MetricUNet'", "H (focal", "C (contour", "R (random", "'P'", "'-Sep'"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["UNet"]])
+def test_what_is_no_text_is_refused_like_any_other_name(name, unchecked):
+    with pytest.raises(ValueError, match="unknown configuration"):
+        configuration(name)
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        configuration("UNet").separate = True
+
+
+# --- build ---
+
+
+@pytest.mark.parametrize("name", [*EXPECTED, *ALSO])
+def test_build_follows_the_configuration(name):
+    backbone, letters, _, pair, separate = (EXPECTED | ALSO)[name]
+    network, loss = build(configuration(name), base_filters=2, embedding_dim=4)
+    assert type(network) is {"UNet": UNet, "UNet++": UNetPlusPlus}[backbone]
+    assert network.separate is separate
+    assert isinstance(loss, SegmentationMetricLoss)
+    kinds = {"H": HardNegativeSampler, "C": ContourSampler, "R": RandomSampler}
+    assert [type(s) for s in loss.samplers] == [kinds[letter] for letter in sorted(letters, key="HCR".index)]
+    assert loss.metric_loss.pair_weight == (0.1 if pair else 0.0)
+
+
+def test_the_defaults_are_the_papers():
+    network, loss = build(configuration("MetricUNet-HCRP"))
+    assert sum(p.numel() for p in network.parameters()) == 3_279_842
+    assert [(s.anchors, s.pairs) for s in loss.samplers] == [(20, 1)] * 3
+    assert loss.samplers[0].threshold == 0.1
+    metric = loss.metric_loss
+    assert (metric.margin, metric.pair_weight, metric.pair_distance, metric.normalize) == (0.7, 0.1, 0.01, False)
+    assert loss.weight == 0.01
+
+
+@pytest.mark.parametrize("backbone", ["UNet", "UNet++"])
+def test_build_passes_every_parameter_on(backbone):
+    network, loss = build(
+        configuration(f"Metric{backbone}-HCRP"),
+        in_channels=5,
+        base_filters=3,
+        embedding_dim=7,
+        num_classes=4,
+        anchors=11,
+        pairs=2,
+        threshold=0.3,
+        margin=0.9,
+        weight=0.05,
+        pair_weight=0.2,
+        pair_distance=0.04,
+        normalize=True,
+    )
+    first, last = network.down[0][0][0], network.head[-1]
+    assert (first.in_channels, first.out_channels, last.in_channels, last.out_channels) == (5, 3, 7, 4)
+    assert [(s.anchors, s.pairs) for s in loss.samplers] == [(11, 2)] * 3
+    assert loss.samplers[0].threshold == 0.3
+    metric = loss.metric_loss
+    assert (metric.margin, metric.pair_weight, metric.pair_distance, metric.normalize) == (0.9, 0.2, 0.04, True)
+    assert loss.weight == 0.05
