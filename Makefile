@@ -1,7 +1,7 @@
 # make demo    installs, runs the quick study on phantoms from raw scans to tables and figures, says where to look
 # make test    installs, lints, runs all tests
 .DEFAULT_GOAL := demo
-.PHONY: setup demo test lint lab gallery bench clean
+.PHONY: setup study demo test lint lab gallery bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,6 +12,10 @@ MUPKG_REALDATA ?= $(wildcard ../shared/realdata)
 export MUPKG_REALDATA
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 
+SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --workflow-profile notebooks/studies/profiles/laptop
+REAL_SCAN := $(wildcard $(MUPKG_REALDATA)/ct_totalsegmentator/ts_example_image.nii.gz)
+REAL_CT := $(if $(REAL_SCAN),--config 'report={"real_scan": "$(REAL_SCAN)"}')
+
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -20,8 +24,12 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# Any study: make study STUDY=promise12_128 CORES=4 OPTIONS="--dry-run"
+study: setup
+	$(SNAKEMAKE) --configfile notebooks/studies/$(STUDY).yaml $(OPTIONS)
+
 demo: setup
-	$(BIN)/snakemake --configfile notebooks/studies/quick.yaml --cores $(CORES) --quiet progress rules
+	$(SNAKEMAKE) --configfile notebooks/studies/quick.yaml $(REAL_CT)
 	@echo
 	@echo "Done. Numbers are measured on PHANTOMS, not on patients."
 	@echo "  the table           outputs/quick/report/table.csv (and with the paper's beside it: 04_evaluation.ipynb)"

@@ -1,5 +1,7 @@
 # A whole study in the right order: snakemake --configfile notebooks/studies/quick.yaml --cores 2
 # Skips what is done, goes on after a break; a failed notebook is kept as *.failed.ipynb and its target is not there.
+# Weights and checkpoints are no declared outputs: Snakemake deletes those before it starts a broken-off job again,
+# and the training goes on from them.
 import csv
 import json
 import sys
@@ -60,8 +62,6 @@ rule stage1:
         f"{DATA}/cohort.csv",
     output:
         f"{OUT}/stage1/regions.csv",
-        f"{OUT}/stage1/run.json",
-        f"{OUT}/stage1/weights.safetensors",
         notebook=f"{OUT}/stage1/02_stage1_localization.ipynb",
     params:
         notebook=json.dumps({**COMMON, **STUDY.stage1}),
@@ -74,10 +74,8 @@ rule stage2:
     input:
         "notebooks/03_stage2_training.ipynb",
         f"{OUT}/stage1/regions.csv",
-        f"{OUT}/stage1/weights.safetensors",
     output:
         OUT + "/{configuration}-seed{seed}/metrics.csv",
-        OUT + "/{configuration}-seed{seed}/weights.safetensors",
         notebook=OUT + "/{configuration}-seed{seed}/03_stage2_training.ipynb",
     params:
         notebook=lambda w: json.dumps(
@@ -125,7 +123,7 @@ rule segment_a_patient:
     input:
         "notebooks/09_segment_a_patient.ipynb",
         f"{OUT}/stage1/regions.csv",
-        f"{OUT}/{RUNS[-1]}/weights.safetensors",
+        f"{OUT}/{RUNS[-1]}/metrics.csv",
     output:
         notebook=f"{OUT}/report/09_segment_a_patient.ipynb",
     params:

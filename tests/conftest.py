@@ -22,3 +22,65 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# A chain at smoke size for the tests that only look at it: what one of them changes, it copies first.
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory):
+    """Three coarse phantoms, prepared: one to train on, one to validate on, one to test on."""
+    from mupkg.data.cohort import write_cohort
+    from mupkg.data.preprocessing import Preparation
+    from mupkg.data.sources import sources_from_phantoms
+
+    sources = sources_from_phantoms(range(3), (7.0, 6.0, 6.0))
+    return write_cohort(
+        tmp_path_factory.mktemp("data") / "phantoms", sources, Preparation(spacing_mm=(6.0, 5.0, 5.0)), split_seed=0
+    )
+
+
+@pytest.fixture(scope="session")
+def regions(cohort, tmp_path_factory: pytest.TempPathFactory):
+    """Stage 1 of that cohort with an untrained light UNet of two channels: its folder is complete."""
+    from mupkg.models import light_unet
+    from mupkg.stages.localization import COARSE_CHANNELS, write_regions
+    from mupkg.stages.runs import save_tensors, write_run
+    from mupkg.stages.training import BEST
+
+    folder, grid = tmp_path_factory.mktemp("study") / "stage1", {"coarse_mm": 8.0, "region_mm": [96.0, 120.0, 120.0]}
+    torch.manual_seed(1)
+    network = light_unet(COARSE_CHANNELS, 2).eval()
+    settings = {"filters": 2, **grid, "preparation": cohort.preparation.model_dump(mode="json")}
+    save_tensors(network.state_dict(), folder / BEST, settings)
+    write_run(folder, grid)
+    return write_regions(cohort, network, folder, **grid)
+
+
+@pytest.fixture(scope="session")
+def run_folder(regions):
+    """A run of that study, a dozen steps of the narrowest network."""
+    from mupkg.configurations import build, configuration
+    from mupkg.data.patches import PatchSource
+    from mupkg.stages.inference import copy_localizer
+    from mupkg.stages.slices import mean_dice
+    from mupkg.stages.training import train
+
+    folder, sizes = regions.folder.parent / "MetricUNet-HCP-seed0", {"base_filters": 2, "embedding_dim": 4}
+    torch.manual_seed(0)
+    network, loss = build(configuration("MetricUNet-HCP"), **sizes, anchors=4)
+    source = PatchSource(*regions.volumes("train"), patch_size=(16, 16), batch_size=4)
+    validation = regions.volumes("validation")
+    train(
+        network,
+        loss,
+        source,
+        folder,
+        steps=12,
+        validate_every=6,
+        learning_rate=0.2,
+        validate=lambda net: mean_dice(net, *validation, channels=3),
+        metadata={"configuration": "MetricUNet-HCP", **sizes},
+    )
+    copy_localizer(regions.folder, folder)
+    return folder

@@ -12,6 +12,8 @@ Point = tuple[float, float, float]  # physical (x, y, z) in mm, as SimpleITK giv
 
 MIN_SLICES = 3
 SAME_GRID = 0.1  # grids are the same if their corners agree to this share of a voxel
+RIGHT_ANGLE = 1e-3  # how far from 0 the cosine between two axes may be; NIfTI cannot hold more
+WHOLE_NUMBER = 1e-3  # how far label values may be off (files that store them with a slope)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ def binary_label(label: sitk.Image, values: Sequence[int] | None) -> sitk.Image:
     """
     voxels = sitk.GetArrayFromImage(label)
     found = np.unique(voxels)
+    if not np.isfinite(found).all() or np.abs(found - np.round(found)).max() > WHOLE_NUMBER:
+        raise ValueError("holds values that are not whole numbers; export a mask, not probabilities")
+    voxels, found = np.round(voxels), np.unique(np.round(found))
     if values is None:
         foreground = found[found != 0]
         if len(foreground) > 1:
@@ -74,6 +79,8 @@ def checked_case(
     Raises:
         ValueError: with one line for every fault, each naming the case, the file, what is wrong and what to do.
     """
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise ValueError(f"case {case_id}: {image_name}: is no 3D volume of single values; choose one volume")
     faults = []
     if image.GetSize()[2] < MIN_SLICES:
         faults.append(f"{image_name}: {image.GetSize()[2]} slice(s), at least {MIN_SLICES} are needed; leave it out")
@@ -82,6 +89,11 @@ def checked_case(
         faults.append(f"{image_name}: holds NaN or infinite values; export the scan again")
     elif voxels.min() == voxels.max():
         faults.append(f"{image_name}: is constant ({voxels.min():g} everywhere); export the scan again")
+    elif known.get("modality", "CT") == "CT" and voxels.min() >= 0:
+        faults.append(f"{image_name}: has no value below 0, so it is no CT in HU; apply its rescale intercept first")
+    axes = np.reshape(image.GetDirection(), (3, 3))
+    if np.abs(axes.T @ axes - np.eye(3)).max() > RIGHT_ANGLE:
+        faults.append(f"{image_name}: its axes are not at right angles (a tilted gantry?); resample it first")
     if label is not None:
         difference = grid_difference(image, label)
         if difference:
@@ -90,7 +102,10 @@ def checked_case(
             )
         try:
             label = binary_label(label, label_values)
-            if not sitk.GetArrayFromImage(label).any():
+            mask = sitk.GetArrayFromImage(label)
+            if mask.all():
+                faults.append(f"{label_name}: is foreground everywhere; correct the contour or leave the case out")
+            if not mask.any():
                 wanted = "" if label_values is None else f" of value {tuple(label_values)}"
                 faults.append(f"{label_name}: has no foreground{wanted}; correct the contour or leave the case out")
         except ValueError as error:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ __all__ = ["Case", "Cohort", "CohortError", "Point", "Source", "split_cases", "w
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("case_id", "image", "label", "split")
+LEAST_KEPT = 0.5  # of the prostate's volume; preparing a scan that loses more has gone wrong
 _HEADS = [f"head_{side}_{axis}" for side in ("left", "right") for axis in "xyz"]
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -56,27 +58,14 @@ class Cohort:
         Raises:
             CohortError: with every fault of every case, each naming the case, the file and the way out.
         """
-        folder = Path(folder)
-        path = folder / "cohort.csv"
-        try:
-            table = pd.read_csv(
-                path, dtype={"case_id": str, "image": str, "label": str, "split": str, "patient": str}
-            )
-        except FileNotFoundError:
-            raise CohortError([f"{path}: there is no such table; notebook 00 makes one"]) from None
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise CohortError([f"{path}: is not a CSV table ({error})"]) from error
-        missing = [column for column in COLUMNS if column not in table]
-        if missing:
-            raise CohortError([f"{path}: lacks the column(s) {', '.join(missing)}; it has {', '.join(table)}"])
-        faults = list(_table_faults(folder, table))
-        if not faults:
-            cohort = cls(folder, table.set_index("case_id", drop=False).rename_axis(None))
-            for case_id in cohort.table.index if check_voxels else ():
-                try:
-                    cohort.case(case_id)
-                except ValueError as error:
-                    faults.append(str(error))
+        table = read_table(Path(folder) / "cohort.csv")
+        cohort = cls(Path(folder), table.set_index("case_id", drop=False).rename_axis(None))
+        faults = []
+        for case_id in cohort.table.index if check_voxels else ():
+            try:
+                cohort.case(case_id)
+            except ValueError as error:
+                faults.append(str(error))
         if faults:
             raise CohortError(faults)
         return cohort
@@ -124,16 +113,56 @@ class Cohort:
         return Prepared(read_scan(image), read_scan(label) if label.is_file() else None)
 
 
-def _table_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
-    if table.empty:
-        yield f"{folder / 'cohort.csv'}: has no cases"
-    for case_id in table["case_id"][table["case_id"].duplicated()].unique():
-        yield f"case {case_id}: is listed more than once; give every scan a name of its own"
+def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+    """A table of cases and of the files beside it; CohortError with everything that is wrong with it."""
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys([*COLUMNS, "patient", "modality"], str))
+    except FileNotFoundError:
+        raise CohortError([f"{path}: there is no such table; notebook 00 makes one"]) from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise CohortError([f"{path}: is not a CSV table ({error})"]) from error
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise CohortError([f"{path}: lacks the column(s) {', '.join(missing)}; it has {', '.join(table)}"])
+    faults = [*_name_faults(table["case_id"]), *_file_faults(path.parent, table), *_split_faults(table)]
+    if faults or table.empty:
+        raise CohortError(faults or [f"{path}: has no cases; list at least one"])
+    return table
+
+
+def _name_faults(case_ids: Iterable[object]) -> Iterator[str]:
+    for number, (case_id, times) in enumerate(Counter(case_ids).items(), start=1):
+        if times > 1:
+            yield f"case {case_id}: is listed {times} times; give every scan a name of its own"
+        if not isinstance(case_id, str) or not _SAFE_ID.fullmatch(case_id):
+            yield (
+                f"case {case_id} (number {number}): the name must be letters, digits, '.', '_' or '-', "
+                "a letter or digit first; rename it"
+            )
+
+
+def _split_faults(table: pd.DataFrame) -> Iterator[str]:
+    """A split may be missing altogether, or there for exactly the cases with a label, each patient in one."""
+    split = table["split"] if "split" in table else pd.Series(None, table.index, dtype=object)
+    for case_id, name in zip(table["case_id"], split, strict=True):
+        if isinstance(name, str) and name not in SPLITS:
+            yield f"case {case_id}: split is {name!r}; it must be one of {', '.join(SPLITS)}"
+    for row in table[split.notna() & table["label"].isna()].itertuples():
+        yield f"case {row.case_id}: has a split but no label; name its label, or leave its split empty"
+    for row in table[split.isna() & table["label"].notna() & split.notna().any()].itertuples():
+        yield f"case {row.case_id}: has no split, others have; fill it, or empty the column to have it drawn"
+    if "patient" in table:
+        for patient, names in split.groupby(table["patient"]):
+            if len(set(names.dropna())) > 1:
+                cases = ", ".join(table["case_id"][names.index])
+                yield f"cases {cases}: are of one patient ({patient}) but in several splits; put them into one"
+
+
+def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
     for row in table.itertuples():
-        if not isinstance(row.case_id, str) or not _SAFE_ID.fullmatch(row.case_id):
-            yield f"case {row.case_id}: the name must be letters, digits, '.', '_' or '-' (line {row.Index + 2})"
-        if isinstance(row.split, str) and row.split not in SPLITS:
-            yield f"case {row.case_id}: split is {row.split!r}; it must be one of {', '.join(SPLITS)}"
+        modality = getattr(row, "modality", None)
+        if isinstance(modality, str) and modality not in ("CT", "MR"):
+            yield f"case {row.case_id}: modality is {modality!r}; it must be CT or MR"
         for column, name in (("image", row.image), ("label", row.label)):
             if not isinstance(name, str):
                 if column == "image":
@@ -180,41 +209,62 @@ def write_cohort(
 ) -> Cohort:
     """Check, store and prepare every case; the table comes last, so that a broken-off build is not taken for whole.
 
-    A split that the sources bring along is kept; otherwise it is drawn by patient (`patient`, else the case).
+    A split that the sources bring along is kept; without any it is drawn by patient (`patient`, else the case).
     Cases without any label get no split.
 
     Raises:
         CohortError: after all cases were tried, with every fault of every case. No table is written then.
     """
-    folder = Path(folder)
-    if (folder / "cohort.csv").exists():
-        (folder / "cohort.csv").unlink()  # from here on the folder is in the making
-    rows, faults = [], []
-    for source in progress(list(sources)):
+    folder, sources = Path(folder), list(sources)
+    faults = list(_name_faults(source.case_id for source in sources)) if sources else ["there are no cases"]
+    if faults:
+        raise CohortError(faults)
+    (folder / "cohort.csv").unlink(missing_ok=True)  # from here on the folder is in the making
+    rows = []
+    for source in progress(sources):
         try:
-            case = source.read()
+            row = _store(folder, source.read(), preparation)
         except ValueError as error:
             faults.append(str(error))
             continue
-        rows.append(_store(folder, case, preparation) | source.columns)
+        rows.append(row | source.columns | row)  # what was found in the files counts
     if faults:
         raise CohortError(faults, f"{len(rows)} case(s) are fine. Mend or remove these and run again.")
     table = pd.DataFrame(rows)
-    if "split" not in table:
-        patient = table.get("patient", table["case_id"]).astype(str)
-        labelled = table["label"].notna()
-        drawn = split_cases(patient[labelled], split_seed) if labelled.any() else {}
-        table.insert(3, "split", patient.where(labelled).map(drawn))
+    if "split" not in table or table["split"].isna().all():
+        drawn = _drawn_split(table, split_seed)
+        table = table.drop(columns="split", errors="ignore")
+        table.insert(3, "split", drawn)
+    faults = list(_split_faults(table))
+    if faults:
+        raise CohortError(faults)
     write_text(folder / "preparation.json", preparation.model_dump_json(indent=2))
     with whole_file(folder / "cohort.csv") as temporary:
         table.to_csv(temporary, index=False)
     return Cohort.read(folder, check_voxels=False)
 
 
+def _drawn_split(table: pd.DataFrame, seed: int) -> pd.Series:
+    """A split for every case with a label, by patient where it is known."""
+    patient = table["case_id"]
+    if "patient" in table:
+        patient = table["patient"].astype(object).where(table["patient"].notna(), patient).astype(str)
+    patient = patient[table["label"].notna()]
+    drawn = split_cases(patient, seed) if len(patient) else {}
+    return patient.map(drawn).reindex(table.index)
+
+
 def _store(folder: Path, case: Case, preparation: Preparation) -> dict[str, object]:
     """Write one case's scan, label and prepared volumes; its row of the table."""
+    if case.modality != preparation.modality:
+        raise ValueError(f"case {case.case_id}: is {case.modality}, not {preparation.modality}; set modality to it")
     row: dict[str, object] = {"case_id": case.case_id, "image": f"images/{case.case_id}.nii.gz", "label": None}
     prepared = prepare(case, preparation)
+    if case.label is not None and label_volume_ml(prepared.label) < LEAST_KEPT * label_volume_ml(case.label):
+        raise ValueError(
+            f"case {case.case_id}: preparing it loses the prostate, because the working grid is too coarse or the "
+            "body's outline wrong; choose a finer spacing_mm, or look at the scan"
+        )
     write_image(case.image, folder / row["image"])
     write_image(prepared.image, folder / "prepared" / f"{case.case_id}_image.mha", compress=False)
     if case.label is not None:

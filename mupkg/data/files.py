@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import SimpleITK as sitk
+
+TWO_FILES = (".mhd", ".nhdr", ".hdr", ".img")  # a header and its voxels apart: never whole at one stroke
+UNEVEN_SLICES = 0.1  # of the slice distance; more means that slices are missing
 
 
 @contextmanager
@@ -33,7 +37,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_image(image: sitk.Image, path: str | Path, *, compress: bool = True) -> None:
-    """Write a volume whole, in the format of the path's ending."""
+    """Write a volume whole, in the format of the path's ending; one file, so not .mhd but .mha."""
+    if Path(path).suffix in TWO_FILES:
+        raise ValueError(f"{path}: would be two files; choose .mha, .nrrd or .nii.gz")
     with whole_file(path) as temporary:
         sitk.WriteImage(image, str(temporary), useCompression=compress)
 
@@ -75,7 +81,16 @@ def _read_dicom(folder: Path) -> sitk.Image:
         found = f"holds {len(series)} DICOM series: {', '.join(series)}" if series else "holds no DICOM series"
         raise ValueError(f"{folder}: {found}; give a folder with exactly one image series")
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder), series[0]))
+    reader.MetaDataDictionaryArrayUpdateOn()
     try:
-        return reader.Execute()
+        image = reader.Execute()
     except RuntimeError as error:
         raise ValueError(f"{folder}: its DICOM series cannot be read ({str(error).splitlines()[-1]})") from error
+    if image.HasMetaDataKey("ITK_non_uniform_sampling_deviation"):  # ITK only warns and stretches the slice distance
+        origins = [reader.GetMetaData(z, "0020|0032").split("\\") for z in range(image.GetSize()[2])]
+        gaps = np.linalg.norm(np.diff(np.array(origins, float), axis=0), axis=1)
+        if np.ptp(gaps) > UNEVEN_SLICES * np.median(gaps):
+            raise ValueError(
+                f"{folder}: its slices are not evenly spaced, some may be missing; copy the series again"
+            )
+    return image

@@ -47,6 +47,8 @@ class PatchSource:
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             if image.shape != label.shape or image.ndim != 3:
                 raise ValueError(f"volume {number}: image {image.shape} and label {label.shape} must be equal and 3D")
+            if image.dtype != np.uint8:
+                raise ValueError(f"volume {number}: is {image.dtype}; a prepared volume is uint8, 0 to 255")
         smallest = (channels, *patch_size)
         self.images = [_pad(image, smallest) for image in images]
         self.labels = [_pad(label, smallest) for label in labels]

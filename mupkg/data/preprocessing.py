@@ -18,6 +18,7 @@ from mupkg.data.cases import Case, Point
 BODY_GRID_MM = 4.0  # the body's outline is needed to a few mm only
 BODY_THRESHOLD_HU = -400.0
 TABLE_OPENING_MM = 12.0  # what is thinner than twice this (table top, sheets, tubes) is not body
+ROUNDING = 1e-6  # of a voxel
 AIR = 0  # the prepared volume's value outside the scan
 
 
@@ -52,7 +53,10 @@ def array_spacing(image: sitk.Image) -> tuple[float, float, float]:
 
 
 def resample(image: sitk.Image, spacing_mm: Sequence[float], *, label: bool = False) -> sitk.Image:
-    """The same physical extent with another voxel size (z, y, x); trilinear, labels nearest neighbour."""
+    """The same physical extent with another voxel size (z, y, x); trilinear, labels nearest neighbour.
+
+    Grids begin at the same outer face; where the sizes do not divide, they end within half a new voxel of each other.
+    """
     old, new = np.array(image.GetSpacing()), np.array(spacing_mm[::-1], dtype=float)
     if np.allclose(old, new, rtol=1e-6):
         return image
@@ -86,7 +90,7 @@ def body_mask(image: sitk.Image, modality: str) -> sitk.Image:
             sitk.Cast(coarse, sitk.sitkFloat32) - float(low), sitk.sitkFloat32, 0.0, float(high - low)
         )
         return largest_component(sitk.OtsuThreshold(sitk.Log(lifted / max(float(high - low), 1e-6) + 0.01), 0, 1))
-    body = coarse > BODY_THRESHOLD_HU
+    body = sitk.Cast(coarse, sitk.sitkFloat32) > BODY_THRESHOLD_HU  # an unsigned image would wrap the threshold round
     radius = [max(1, round(TABLE_OPENING_MM / s)) for s in coarse.GetSpacing()[:2]] + [0]
     return largest_component(sitk.BinaryMorphologicalOpening(body, radius))
 
@@ -100,8 +104,9 @@ def body_crop(image: sitk.Image, body: sitk.Image) -> sitk.Image:
     box = np.array(shape.GetBoundingBox(1))
     corners = [body.TransformContinuousIndexToPhysicalPoint((c - 0.5).tolist()) for c in (box[:3], box[:3] + box[3:])]
     low, high = (np.array(image.TransformPhysicalPointToContinuousIndex(c)) for c in corners)
-    start = np.clip(np.floor(low + 0.5), 0, np.array(image.GetSize()) - 1).astype(int)
-    stop = np.clip(np.ceil(high + 0.5), start + 1, image.GetSize()).astype(int)
+    # A face that lies on a voxel's own, but for rounding, takes no further voxel in.
+    start = np.clip(np.floor(low + 0.5 + ROUNDING), 0, np.array(image.GetSize()) - 1).astype(int)
+    stop = np.clip(np.ceil(high + 0.5 - ROUNDING), start + 1, image.GetSize()).astype(int)
     return sitk.RegionOfInterest(image, (stop - start).tolist(), start.tolist())
 
 
@@ -160,7 +165,7 @@ def crop_region(prepared: sitk.Image, centre: Point, region_mm: Sequence[float])
 def to_scan_grid(probability: sitk.Image, scan: sitk.Image) -> sitk.Image:
     """The foreground probability, linearly on the scan's own grid, cut at 0.5; background outside. uint8 0/1."""
     on_scan = sitk.Resample(probability, scan, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkFloat32)
-    return sitk.GreaterEqual(on_scan, 0.5)
+    return sitk.Greater(on_scan, 0.5)  # a tie is background, as in argmax
 
 
 def centroid(mask: sitk.Image) -> Point | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mupkg.data.cases import checked_case
-from mupkg.data.cohort import Case, Cohort, CohortError, Source
+from mupkg.data.cohort import Case, CohortError, Source, read_table
 from mupkg.data.files import read_scan
 from mupkg.data.phantom import make_phantom
 
@@ -15,7 +15,7 @@ from mupkg.data.phantom import make_phantom
 def sources_from_phantoms(seeds: Iterable[int], spacing_mm: tuple[float, float, float] | None) -> list[Source]:
     """Phantoms of these seeds; on grids as in the paper if no spacing (z, y, x) is given."""
     return [
-        Source(f"phantom{seed:04d}", lambda seed=seed: make_phantom(seed, spacing_mm=spacing_mm), {"seed": seed})
+        Source(f"phantom-{seed:04d}", lambda seed=seed: make_phantom(seed, spacing_mm=spacing_mm), {"seed": seed})
         for seed in seeds
     ]
 
@@ -60,7 +60,7 @@ def sources_from_pattern(
     matcher = re.compile(re.escape(image_pattern).replace(re.escape("{case}"), "(?P<case>[^/]+)"))
     label_matcher = re.compile(re.escape(label_pattern).replace(re.escape("{case}"), "[^/]+"))
     found, faults = [], []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):  # "._x": a Mac's leftovers in archives
         name = path.relative_to(folder).as_posix()
         match = matcher.fullmatch(name)
         if match is None or label_matcher.fullmatch(name):
@@ -82,15 +82,17 @@ def sources_from_pattern(
 def sources_from_table(
     path: str | Path, *, modality: str, label_values: tuple[int, ...] | None = None, channel: int | None = None
 ) -> list[Source]:
-    """Cases listed in a CSV beside the volumes: case_id, image, label and, if known, split and patient."""
-    path = Path(path)
-    cohort = Cohort.read(path.parent if path.is_file() else path, check_voxels=False)
+    """Cases listed in a CSV beside the volumes: case_id, image, label and, if known, split and patient.
+
+    Args:
+        path: the table, or the folder in which it is called cohort.csv.
+    """
+    path = Path(path) / "cohort.csv" if Path(path).is_dir() else Path(path)
     sources = []
-    for row in cohort.table.itertuples():
-        label = cohort.folder / row.label if isinstance(row.label, str) else None
-        source = _file_source(row.case_id, cohort.folder / row.image, label, modality, label_values, channel)
-        known = {k: v for k, v in row._asdict().items() if k not in ("Index", "case_id", "image", "label")}
-        sources.append(Source(source.case_id, source.read, known))
+    for row in read_table(path, ("case_id", "image", "label")).to_dict("records"):
+        label = path.parent / row["label"] if isinstance(row["label"], str) else None
+        source = _file_source(row["case_id"], path.parent / row["image"], label, modality, label_values, channel)
+        sources.append(Source(source.case_id, source.read, source.columns | row))
     return sources
 
 
@@ -119,5 +121,5 @@ def sources_from_decathlon(
 def source_from_dicom(folder: str | Path, *, modality: str) -> list[Source]:
     """One DICOM series as a case without a label (contours from RTSTRUCT are not read yet)."""
     folder = Path(folder)
-    case_id = re.sub(r"[^A-Za-z0-9._-]", "_", folder.resolve().name)
+    case_id = re.sub(r"[^A-Za-z0-9._-]", "_", folder.resolve().name).lstrip("._-") or "scan"
     return [_file_source(case_id, folder, None, modality, None, None)]

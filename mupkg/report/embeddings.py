@@ -65,10 +65,11 @@ def separation(voxels: EmbeddedVoxels, seed: int = 0) -> dict[str, float]:
     """Silhouette and Fisher ratio of prostate against background, in the full embedding space.
 
     Fisher ratio: squared distance of the two class means over the sum of the two classes' total variances.
-    Both are free of the embeddings' overall scale, which differs between networks. NaN for a single class.
+    Both are free of the embeddings' overall scale, which differs between networks. NaN for a single class or fewer
+    than three voxels.
     """
     inside, outside = voxels.embedding[voxels.is_prostate], voxels.embedding[~voxels.is_prostate]
-    if not len(inside) or not len(outside):
+    if not len(inside) or not len(outside) or len(voxels.embedding) < 3:
         return {"silhouette": float("nan"), "Fisher ratio": float("nan")}
     scatter = float(inside.var(axis=0).sum() + outside.var(axis=0).sum())
     between = float(((inside.mean(axis=0) - outside.mean(axis=0)) ** 2).sum())

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from mupkg.data.cases import Point
 from mupkg.data.files import whole_file
 from mupkg.report.embeddings import KINDS, EmbeddedVoxels, project
 from mupkg.samplers import VoxelTuples
@@ -66,8 +67,14 @@ def three_planes(
     rows: Mapping[str, tuple[sitk.Image, sitk.Image | None]],
     window: tuple[float, float] | None = None,
     colour: str = TRUTH,
+    through: Mapping[str, Point] | None = None,
 ) -> Figure:
-    """Axial, coronal and sagittal slices through each scan's label (or its middle), a row a scan."""
+    """Axial, coronal and sagittal slices of each scan, a row a scan: through its label's middle, or its own.
+
+    Args:
+        rows: name -> (image, label or None). window: grey values shown; None: the scan's 1st to 99th percentile.
+        through: name -> physical point (x, y, z) in mm that the slices of a scan without label go through.
+    """
     figure, axes = plt.subplots(len(rows), 3, figsize=(10, 3.1 * len(rows)), squeeze=False)
     for line, (name, (image, label)) in zip(axes, rows.items(), strict=True):
         image = sitk.DICOMOrient(image, "LPS")
@@ -75,6 +82,8 @@ def three_planes(
         mask = None if label is None else sitk.GetArrayFromImage(sitk.DICOMOrient(label, "LPS")) > 0
         seen = mask is not None and mask.any()
         middle = np.argwhere(mask).mean(axis=0).round().astype(int) if seen else np.array(volume.shape) // 2
+        if through and name in through:
+            middle = np.array(image.TransformPhysicalPointToIndex(through[name]))[::-1]
         shown = window or tuple(np.percentile(volume, [1, 99]))
         for ax, plane, index in zip(line, PLANES, middle, strict=True):
             masks = {colour: mask} if seen else {}
@@ -128,7 +137,8 @@ def heatmap_and_contours(
     spacing_mm: Sequence[float],
 ) -> Figure:
     """Fig. 1: for each network the foreground probability of one slice, and below it the two contours."""
-    figure, axes = plt.subplots(2, len(probabilities), figsize=(3.2 * len(probabilities), 6.2), squeeze=False)
+    size = (3.2 * len(probabilities), 5.8)
+    figure, axes = plt.subplots(2, len(probabilities), figsize=size, squeeze=False, layout="constrained")
     extent = (0, region.shape[2] * spacing_mm[2], region.shape[1] * spacing_mm[1], 0)
     for (top, bottom), (name, probability) in zip(axes.T, probabilities.items(), strict=True):
         heat = top.imshow(probability[index], cmap="inferno", vmin=0, vmax=1, extent=extent)

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 import torch
 
 from mupkg.configurations import build, configuration
-from mupkg.data.cases import Case
+from mupkg.data.cases import Case, checked_case
 from mupkg.data.cohort import Cohort
 from mupkg.data.files import whole_file, write_image
 from mupkg.data.preprocessing import (
@@ -28,7 +28,7 @@ from mupkg.data.preprocessing import (
 from mupkg.metrics import segmentation_metrics
 from mupkg.models import SegmentationNetwork, UNet, light_unet
 from mupkg.stages.localization import COARSE_CHANNELS, Location, Regions, locate
-from mupkg.stages.runs import load_tensors, load_weights
+from mupkg.stages.runs import load_tensors, load_weights, require
 from mupkg.stages.slices import predict_volume
 from mupkg.stages.training import BEST, progress
 
@@ -39,6 +39,7 @@ LOCALIZER = "localizer.safetensors"  # stage 1's weights, copied into every run
 def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
     """A run's network with its weights, on the GPU if there is one, and what its file says about them."""
     tensors, metadata = load_tensors(path)
+    require(metadata, ("configuration", "base_filters", "embedding_dim"), path)
     sizes = {name: metadata[name] for name in ("base_filters", "embedding_dim")}
     network, _ = build(configuration(metadata["configuration"]), CHANNELS, **sizes)
     return _with_weights(network, tensors, path), metadata
@@ -47,6 +48,7 @@ def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
 def load_localizer(path: Path) -> tuple[UNet, dict[str, Any]]:
     """Stage 1's light UNet with its weights, and what its file says about them."""
     tensors, metadata = load_tensors(path)
+    require(metadata, ("filters", "preparation", "coarse_mm", "region_mm"), path)
     return _with_weights(light_unet(COARSE_CHANNELS, metadata["filters"]), tensors, path), metadata
 
 
@@ -139,8 +141,8 @@ class Pipeline:
         return cls(localizer, network, preparation, stage1["coarse_mm"], tuple(stage1["region_mm"]))
 
     def __call__(self, image: sitk.Image, *, name: str = "scan", largest: bool = True) -> Segmentation:
-        """Both stages on a scan (HU for CT); ValueError naming the scan if the prostate cannot be located."""
-        case = Case(name, image, modality=self.preparation.modality)
+        """Both stages on a scan (HU for CT); ValueError naming the scan if it is unfit or the prostate not found."""
+        case = checked_case(name, image, None, image_name="image", modality=self.preparation.modality)
         prepared = prepare(case, self.preparation).image
         location = locate(case, prepared, self.localizer, coarse_mm=self.coarse_mm)
         probability = region_probability(self.network, crop_region(prepared, location.centre, self.region_mm))

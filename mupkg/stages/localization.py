@@ -91,9 +91,10 @@ def locate(case: Case, prepared: sitk.Image, network: nn.Module, *, coarse_mm: f
 
 
 def coverage(label: sitk.Image, centre: Point, region_mm: Sequence[float]) -> float:
-    """Share of the label's voxels that the region around `centre` holds."""
+    """Share of the label's voxels that the region around `centre` holds; NaN for an empty label."""
     inside = np.count_nonzero(sitk.GetArrayFromImage(crop_region(label, centre, region_mm)))
-    return inside / np.count_nonzero(sitk.GetArrayFromImage(label))
+    whole = np.count_nonzero(sitk.GetArrayFromImage(label))
+    return inside / whole if whole else float("nan")
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def write_regions(
     of the coarse centre from the true centroid in mm, and the share of the prostate the region covers.
     """
     folder, rows = Path(folder), []
+    (folder / "regions.csv").unlink(missing_ok=True)  # from here on the regions are in the making
     ids = [case_id for split in ("train", "validation", "test") for case_id in cohort.ids(split)]
     for case_id in progress(ids, desc="locating", unit="case"):
         case, prepared = cohort.case(case_id), cohort.prepared(case_id)

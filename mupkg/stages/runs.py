@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +51,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata)
 
 
+def require(metadata: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
+    """ValueError naming the file if its metadata lacks something: it is of the other stage, say."""
+    missing = [name for name in names if name not in metadata]
+    if missing:
+        raise ValueError(f"{path}: holds weights of another network (its metadata lacks {', '.join(missing)})")
+
+
 def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Put weights into a network; ValueError naming the file if they belong to another one."""
     try:
@@ -61,9 +68,12 @@ def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], path: 
 
 
 def fingerprint(paths: list[Path]) -> str:
-    """A short SHA-256 over the contents of files: the same data give the same fingerprint anywhere."""
+    """A short SHA-256 over the contents of files: the same data give the same fingerprint anywhere.
+
+    Hidden files are left out: a killed process may have left its temporary ones.
+    """
     digest = hashlib.sha256()
-    for path in sorted(paths):
+    for path in sorted(path for path in paths if not path.name.startswith(".")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ A notebook's `parameters` cell holds literals; its next cell turns them into one
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -89,24 +89,40 @@ class Settings(BaseModel):
         Raises:
             ValueError: naming every parameter that is wrong or unknown, and what is allowed.
         """
-        names = {name for cell in inputs for name in _literal_assignments(cell)}
+        names = {name for cell in inputs for name in _literal_assignments(cell, cls.model_fields)}
         try:
-            return cls.model_validate({name: namespace[name] for name in names})
+            return cls.model_validate({name: namespace[name] for name in names if name in namespace})
         except ValidationError as error:
             raise ValueError(_explain(cls, error)) from None
 
 
-def _literal_assignments(cell: str) -> list[str]:
-    """Names assigned in a cell that holds nothing but assignments of literals; none for any other cell."""
+def _literal_assignments(cell: str, parameters: Container[str]) -> list[str]:
+    """Names assigned in a cell that holds nothing but assignments of literals; none for any other cell.
+
+    Raises:
+        ValueError: if an annotated parameter is given by something else, `steps: int = 10 * 60` say: it would make
+            the whole cell no cell of parameters, and all of them would silently be left at their defaults.
+    """
+    names, literal = [], True
     try:
-        statements, names = ast.parse(cell).body, []
-        for statement in statements:
-            target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
-            ast.literal_eval(statement.value)
-            names.append(target.id)
-    except (SyntaxError, ValueError, AttributeError, TypeError):
+        for statement in ast.parse(cell).body:
+            annotated = isinstance(statement, ast.AnnAssign)
+            names.append(statement.target.id if annotated else statement.targets[0].id)
+            if not _is_literal(statement.value):
+                literal = False
+                if annotated and names[-1] in parameters:
+                    raise ValueError(f"parameter {names[-1]!r}: must be a literal, not {ast.unparse(statement)!r}")
+    except (SyntaxError, AttributeError):
         return []  # magics, imports, calls: not a cell of parameters
-    return names
+    return names if literal else []
+
+
+def _is_literal(value: ast.expr | None) -> bool:
+    try:
+        ast.literal_eval(value)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def _explain(model: type[Settings], error: ValidationError) -> str:
@@ -114,7 +130,8 @@ def _explain(model: type[Settings], error: ValidationError) -> str:
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            lines.append(f"unknown parameter {name!r}; there are: {', '.join(model.model_fields)}")
+            known = ", ".join(model.model_fields)
+            lines.append(f"unknown parameter {name!r}; there are: {known} (mended it? restart the kernel)")
         else:
             lines.append(f"parameter {name or 'combination'}: {fault['msg']} (given: {fault['input']!r})")
     return "\n".join(lines)
@@ -147,6 +164,11 @@ class CohortSettings(Settings):
     def _a_folder_to_read(self) -> Self:
         if self.source != "phantoms" and self.source_folder is None:
             raise ValueError(f"source {self.source!r} needs source_folder, the folder to read from")
+        if self.source != "phantoms" and self.source_path.resolve().is_relative_to(self.cohort_path.resolve()):
+            raise ValueError(f"source_folder lies in {self.cohort_path}, which is about to be written; move it")
+        modality = {"phantoms": "CT", "promise12": "MR", "decathlon": "MR"}.get(self.source, self.modality)
+        if self.modality != modality:
+            raise ValueError(f"source {self.source!r} is {modality}; set modality to {modality!r}")
         return self
 
     @property
@@ -159,10 +181,8 @@ class CohortSettings(Settings):
 
     def sources(self) -> list[Source]:
         """The cases to be, from whatever source was chosen."""
-        folder, options = (
-            self.source_path,
-            {"label_values": self.label_values, "channel": None if self.channel < 0 else self.channel},
-        )
+        folder, channel = self.source_path, None if self.channel < 0 else self.channel
+        options = {"label_values": self.label_values, "channel": channel}
         match self.source:
             case "phantoms":
                 sized = SIZES[self.size]["cohort"]
@@ -176,7 +196,7 @@ class CohortSettings(Settings):
             case "promise12":
                 return sources_from_promise12(folder)
             case "decathlon":
-                return sources_from_decathlon(folder)
+                return sources_from_decathlon(folder, **{k: v for k, v in options.items() if v is not None})
         return source_from_dicom(folder, modality=self.modality)
 
     @property

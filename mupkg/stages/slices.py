@@ -63,6 +63,8 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 def mean_dice(network: nn.Module, volumes: list, labels: list, *, channels: int) -> float:
     """Mean DSC over prepared volumes on the working grid: what training validates by."""
+    if not volumes:
+        raise ValueError("there is no case to validate on; give the cohort a validation split")
     scores = [
         dice(predict_volume(network, np.asarray(volume), channels=channels) > 0.5, np.asarray(label))
         for volume, label in zip(volumes, labels, strict=True)

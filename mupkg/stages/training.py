@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
 import time
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
@@ -69,13 +72,16 @@ def train(
         FloatingPointError: if the loss is no longer finite.
     """
     folder = Path(folder)
+    metadata = json.loads(json.dumps(dict(metadata)))  # as it comes back from a file: lists for tuples
     accelerator = Accelerator(mixed_precision=precision)
     network = network.to(accelerator.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay)
-    generator = torch.Generator(accelerator.device).manual_seed(seed + accelerator.process_index)
-    first, history = _resume(folder / CHECKPOINT, network, optimizer, generator, metadata)
+    generator = torch.Generator(accelerator.device)
+    first, history = _resume(folder / CHECKPOINT, network, optimizer, metadata)
     model, optimizer = accelerator.prepare(network, optimizer)
     best = max((row["validation_dsc"] for row in history if "validation_dsc" in row), default=-1.0)
+    if history and not (folder / BEST).exists():
+        raise ValueError(f"{folder / BEST}: is missing beside its checkpoint; delete {CHECKPOINT} to train anew")
     log_every = max(1, validate_every // LOGS_PER_VALIDATION)
     window: dict[str, torch.Tensor | float] = {}
     counted, started = 0, time.perf_counter()
@@ -87,6 +93,9 @@ def train(
         images, labels = source.batch(step * accelerator.num_processes + accelerator.process_index)
         images = images.to(accelerator.device, memory_format=torch.channels_last)
         model.train()
+        # A seed for every step and process: draws differ between processes, and a resumed run repeats them.
+        mixed = np.random.SeedSequence([seed, step, accelerator.process_index]).generate_state(1)
+        generator.manual_seed(int(mixed[0]))
         terms = loss(model(images), labels.to(accelerator.device), generator)
         optimizer.zero_grad()
         accelerator.backward(terms.total)
@@ -106,7 +115,7 @@ def train(
         row = {"step": done, "learning_rate": group["lr"]}
         row |= {name: float(value) / counted for name, value in window.items()}
         row["seconds"] = round((time.perf_counter() - started) / counted, 5)  # per step
-        if not row["loss"] < float("inf"):
+        if not math.isfinite(row["loss"]):
             raise FloatingPointError(f"{folder}: the loss is {row['loss']} at step {done}; lower the learning rate")
         history.append(row)
         if validating and accelerator.is_main_process:
@@ -115,7 +124,7 @@ def train(
             if row["validation_dsc"] > best:
                 best = row["validation_dsc"]
                 save_tensors(network.state_dict(), folder / BEST, {**metadata, "step": done, "validation_dsc": best})
-            _checkpoint(folder / CHECKPOINT, network, optimizer, generator, {**metadata, "history": history})
+            _checkpoint(folder / CHECKPOINT, network, optimizer, {**metadata, "history": history})
         window, counted, started = {}, 0, time.perf_counter()
 
     table = pd.DataFrame(history)
@@ -128,18 +137,13 @@ def train(
 
 
 def _checkpoint(
-    path: Path,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    metadata: Mapping[str, Any],
+    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, metadata: Mapping[str, Any]
 ) -> None:
-    """Everything the next step depends on: weights, momentum and the samplers' generator, in one whole file."""
+    """Everything the next step depends on: weights and momentum, in one whole file."""
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         if state.get("momentum_buffer") is not None:
             tensors[f"momentum.{number}"] = state["momentum_buffer"]
-    tensors["generator"] = generator.get_state()
     save_tensors(tensors, path, metadata)
 
 
@@ -147,7 +151,6 @@ def _resume(
     path: Path,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
     metadata: Mapping[str, Any],
 ) -> tuple[int, list[dict[str, float]]]:
     """Put a checkpoint's state back, if there is one: the next step's number and the history so far."""
@@ -155,7 +158,7 @@ def _resume(
         return 0, []
     tensors, stored = load_tensors(path)
     history = stored.pop("history")
-    if stored != dict(metadata):
+    if stored != metadata:
         changed = sorted(k for k in {*stored, *metadata} if stored.get(k) != metadata.get(k))
         raise ValueError(
             f"{path}: belongs to a run with other settings ({', '.join(changed)}); "
@@ -167,5 +170,4 @@ def _resume(
     momentum = {int(n.removeprefix("momentum.")): t for n, t in tensors.items() if n.startswith("momentum.")}
     state["state"] = {number: {"momentum_buffer": tensor} for number, tensor in momentum.items()}
     optimizer.load_state_dict(state)
-    generator.set_state(tensors["generator"])
     return history[-1]["step"], history

@@ -1,0 +1,258 @@
+"""A cohort is checked as a whole, split by patient, and there only if it is complete."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+
+from mupkg.data.cases import Case
+from mupkg.data.cohort import Cohort, CohortError, Source, split_cases, write_cohort
+from mupkg.data.preprocessing import Preparation
+
+SHAPE = (6, 12, 14)
+PREPARATION = Preparation(spacing_mm=(5.0, 4.0, 4.0))
+
+
+def scan() -> sitk.Image:
+    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(-200, 200, SHAPE).astype(np.int16))
+    image.SetSpacing((4.0, 4.0, 5.0))
+    return image
+
+
+def mask(value=1) -> sitk.Image:
+    voxels = np.zeros(SHAPE, np.uint8)
+    voxels[2:5, 4:9, 3:8] = value
+    label = sitk.GetImageFromArray(voxels)
+    label.CopyInformation(scan())
+    return label
+
+
+def table_of(names: str, **columns) -> pd.DataFrame:
+    table = pd.DataFrame({"case_id": list(names)})
+    table["image"], table["label"] = table["case_id"] + ".nii.gz", table["case_id"] + "_label.nii.gz"
+    table["split"] = (["train", "validation", "test"] * len(table))[: len(table)]
+    return table.assign(**columns)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three good cases a, b, c."""
+    for case_id in "abc":
+        sitk.WriteImage(scan(), str(tmp_path / f"{case_id}.nii.gz"))
+        sitk.WriteImage(mask(), str(tmp_path / f"{case_id}_label.nii.gz"))
+    table_of("abc").to_csv(tmp_path / "cohort.csv", index=False)
+    return tmp_path
+
+
+def source(case_id: str, **columns) -> Source:
+    return Source(case_id, lambda: Case(case_id, scan(), mask()), columns)
+
+
+def broken(case_id: str) -> Source:
+    def read() -> Case:
+        raise ValueError(f"case {case_id}: {case_id}.nii.gz: is torn; mend it")
+
+    return Source(case_id, read, {})
+
+
+def faults_of(folder: Path, **options) -> list[str]:
+    with pytest.raises(CohortError) as error:
+        Cohort.read(folder, **options)
+    return error.value.faults
+
+
+# Reading
+
+
+def test_a_good_cohort_is_read(folder):
+    cohort = Cohort.read(folder)
+    assert cohort.ids() == ["a", "b", "c"]
+    assert cohort.ids("test") == ["c"]
+    (case,) = cohort.cases("validation")
+    assert (case.case_id, case.split, case.modality) == ("b", "validation", "CT")
+    with pytest.raises(ValueError, match="train, validation, test, not 'tset'"):
+        cohort.ids("tset")
+    with pytest.raises(CohortError, match="case z: is not in"):
+        cohort.case("z")
+
+
+def test_no_table_no_cases_no_columns(tmp_path):
+    assert "notebook 00 makes one" in faults_of(tmp_path)[0]
+    (tmp_path / "cohort.csv").write_text("")
+    assert "is not a CSV table" in faults_of(tmp_path)[0]
+    (tmp_path / "cohort.csv").write_text("case_id,image\na,a.nii.gz\n")
+    assert "lacks the column(s) label, split; it has case_id, image" in faults_of(tmp_path)[0]
+    (tmp_path / "cohort.csv").write_text("case_id,image,label,split\n")
+    assert "has no cases" in faults_of(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "case_id", "fault"),
+    [
+        ({"split": ["train", "tset", "test"]}, "b", "split is 'tset'; it must be one of train, validation, test"),
+        ({"split": ["train", None, "test"]}, "b", "has no split, others have; fill it"),
+        ({"label": ["a_label.nii.gz", None, "c_label.nii.gz"]}, "b", "has a split but no label; name its label"),
+        ({"case_id": ["a", "b", "b"]}, "b", "is listed 2 times; give every scan a name of its own"),
+        ({"case_id": ["a", "b/../x", "c"]}, "b/../x", "the name must be letters"),
+        ({"image": ["a.nii.gz", None, "c.nii.gz"]}, "b", "no image is named; fill the column"),
+        ({"image": ["a.nii.gz", "x.nii.gz", "c.nii.gz"]}, "b", "image x.nii.gz is not there; check the name"),
+        ({"modality": ["CT", "PET", "CT"]}, "b", "modality is 'PET'; it must be CT or MR"),
+    ],
+)
+def test_a_wrong_entry_is_named_with_its_case_and_the_way_out(folder, columns, case_id, fault):
+    table_of("abc", **columns).to_csv(folder / "cohort.csv", index=False)
+    found = [line for line in faults_of(folder, check_voxels=False) if fault in line]
+    assert len(found) == 1 and found[0].startswith(f"case {case_id}")
+
+
+@pytest.mark.parametrize("way", ["dots", "absolute", "link"])
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_paths_that_lead_out_of_the_folder_are_refused(folder, tmp_path_factory, column, way):
+    outside = tmp_path_factory.mktemp("outside") / "x.nii.gz"
+    sitk.WriteImage(mask(), str(outside))
+    os.symlink(outside, folder / "link.nii.gz")
+    name = {"dots": os.path.relpath(outside, folder), "absolute": str(outside), "link": "link.nii.gz"}[way]
+    table = table_of("abc")
+    table.loc[1, column] = name
+    table.to_csv(folder / "cohort.csv", index=False)
+    (fault,) = faults_of(folder, check_voxels=False)
+    assert fault.startswith(f"case b: {column} {name} leads out of") and "copy the file" in fault
+
+
+def test_one_patient_in_two_splits_is_a_leak(folder):
+    table_of("abc", patient=["01", "02", "01"]).to_csv(folder / "cohort.csv", index=False)
+    (fault,) = faults_of(folder, check_voxels=False)
+    assert fault == "cases a, c: are of one patient (01) but in several splits; put them into one"
+
+
+def test_several_broken_cases_are_all_told_at_once(folder):
+    sitk.WriteImage(mask(0), str(folder / "a_label.nii.gz"))
+    (folder / "b.nii.gz").write_text("torn")
+    sitk.WriteImage(scan()[:, :, :1], str(folder / "c.nii.gz"))
+    faults = faults_of(folder)
+    for line, parts in zip(
+        faults,
+        (
+            ("case a: a_label.nii.gz: has no foreground", "correct the contour"),
+            ("case b: ", "b.nii.gz: cannot be read"),
+            ("case c: c.nii.gz: 1 slice(s)", "leave it out"),
+            ("case c: c_label.nii.gz: is not on its image's grid", "resample it onto c.nii.gz"),
+        ),
+        strict=True,
+    ):
+        assert all(part in line for part in parts)
+
+
+# Splitting
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(40, (28, 4, 8)), (3, (1, 1, 1)), (5, (3, 1, 1)), (339, (237, 34, 68))])
+def test_shares_of_the_split(n, sizes):
+    drawn = split_cases([f"p{i}" for i in range(n)], seed=0)
+    assert tuple(list(drawn.values()).count(name) for name in ("train", "validation", "test")) == sizes
+
+
+def test_the_split_is_the_seeds_and_not_the_orders():
+    names = [f"p{i}" for i in range(40)]
+    assert split_cases(names, 1) == split_cases(reversed(names), 1)
+    assert split_cases(names, 1) != split_cases(names, 2)
+
+
+def test_two_patients_cannot_be_split():
+    with pytest.raises(ValueError, match=r"2 patient\(s\) cannot be split"):
+        split_cases(["a", "b", "a"], 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scans_of_one_patient_stay_together(tmp_path, seed):
+    patients = {"a": "1", "b": "1", "c": "2", "d": "2", "e": "3"}
+    sources = [source(case_id, patient=patient) for case_id, patient in patients.items()]
+    table = write_cohort(tmp_path, sources, PREPARATION, split_seed=seed).table
+    assert table["split"]["a"] == table["split"]["b"] and table["split"]["c"] == table["split"]["d"]
+    assert set(table["split"]) == {"train", "validation", "test"}
+
+
+def test_cases_of_unknown_patients_are_patients_of_their_own(tmp_path):
+    """They were one patient called nan, all in one split."""
+    sources = [source("a", patient="1"), *(source(i, patient=float("nan")) for i in "bc")]
+    table = write_cohort(tmp_path, sources, PREPARATION, split_seed=0).table
+    assert set(table["split"]) == {"train", "validation", "test"}
+
+
+# Writing
+
+
+def test_a_written_cohort_passes_its_own_checks(tmp_path):
+    sources = [source(i, seed=n) for n, i in enumerate("abcd")]
+    cohort = write_cohort(tmp_path, sources, PREPARATION, split_seed=3)
+    assert Cohort.read(tmp_path).table.equals(cohort.table)
+    assert list(cohort.table.columns[:4]) == ["case_id", "image", "label", "split"]
+    assert cohort.table["split"].to_dict() == split_cases("abcd", 3)
+    assert list(cohort.table["seed"]) == [0, 1, 2, 3]
+    assert cohort.preparation == PREPARATION
+    assert cohort.table["prostate_ml"]["a"] == pytest.approx(3 * 5 * 5 * 80 / 1000)
+    prepared = cohort.prepared("a")
+    assert sitk.GetArrayFromImage(prepared.label).sum() == 3 * 5 * 5
+
+
+def test_the_same_seed_gives_the_same_cohort(tmp_path):
+    tables = []
+    for name in ("one", "two"):
+        write_cohort(tmp_path / name, [source(i) for i in "abcde"], PREPARATION, split_seed=3)
+        tables.append((tmp_path / name / "cohort.csv").read_bytes())
+    assert tables[0] == tables[1]
+
+
+def test_after_a_failure_there_is_no_table_and_the_good_cases_are_kept(tmp_path):
+    write_cohort(tmp_path, [source(i) for i in "abc"], PREPARATION, split_seed=0)
+    with pytest.raises(CohortError) as error:
+        write_cohort(tmp_path, [source("a"), broken("b"), broken("c"), source("d")], PREPARATION, split_seed=0)
+    assert error.value.faults == [f"case {i}: {i}.nii.gz: is torn; mend it" for i in "bc"]
+    assert "2 case(s) are fine" in str(error.value)
+    assert not (tmp_path / "cohort.csv").exists()
+    assert (tmp_path / "images" / "d.nii.gz").is_file() and (tmp_path / "prepared" / "d_label.mha").is_file()
+
+
+@pytest.mark.parametrize("names", [["a", "a", "b"], ["Case 1", "b", "c"], ["../a", "b", "c"], [".a", "b", "c"], []])
+def test_bad_names_are_refused_before_anything_is_written(tmp_path, names):
+    with pytest.raises(CohortError):
+        write_cohort(tmp_path / "cohort", [source(name) for name in names], PREPARATION, split_seed=0)
+    assert not (tmp_path / "cohort").exists()
+
+
+def test_a_split_that_is_brought_along_is_kept(tmp_path):
+    given = dict(zip("abcd", ["test", "train", "validation", "test"], strict=True))
+    sources = [source(i, split=split) for i, split in given.items()]
+    assert write_cohort(tmp_path, sources, PREPARATION, split_seed=0).table["split"].to_dict() == given
+
+
+def test_cases_without_a_label_get_no_split(tmp_path):
+    bare = Source("x", lambda: Case("x", scan()), {})
+    cohort = write_cohort(tmp_path, [bare, *(source(i) for i in "abc")], PREPARATION, split_seed=0)
+    assert pd.isna(cohort.table["split"]["x"]) and cohort.table["split"].notna().sum() == 3
+    assert cohort.case("x").label is None and cohort.prepared("x").label is None
+
+
+def test_a_scan_of_the_other_modality_is_refused(tmp_path):
+    with pytest.raises(CohortError, match="case a: is CT, not MR; set modality"):
+        write_cohort(tmp_path, [source("a")], Preparation(modality="MR"), split_seed=0)
+
+
+def test_a_working_grid_that_loses_the_prostate_is_refused(tmp_path):
+    voxels = np.zeros(SHAPE, np.uint8)
+    voxels[1, 1, 1] = 1
+    label = sitk.GetImageFromArray(voxels)
+    label.CopyInformation(scan())
+    with pytest.raises(CohortError, match="case a: preparing it loses the prostate.*finer spacing_mm"):
+        write_cohort(
+            tmp_path, [Source("a", lambda: Case("a", scan(), label), {})], Preparation(spacing_mm=(30,) * 3), split_seed=0
+        )
+
+
+def test_what_is_known_of_a_phantom_comes_back(cohort):
+    case = cohort.case(cohort.ids()[0])
+    assert case.femoral_heads[0][0] > case.femoral_heads[1][0]  # the patient's left is +x
+    assert case.case_id == "phantom-0000" and cohort.table["seed"][case.case_id] == 0

@@ -1,0 +1,140 @@
+"""Files are whole or not there; scans are read, or refused with the file's name and the way out."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from mupkg.data.files import read_scan, whole_file, write_image, write_text
+
+REAL_SERIES = Path(os.environ.get("MUPKG_REALDATA", "")) / "mr_ucla" / "dicom" / "T2"
+needs_series = pytest.mark.skipif(
+    "MUPKG_REALDATA" not in os.environ or not REAL_SERIES.is_dir(), reason="no DICOM series under MUPKG_REALDATA"
+)
+
+
+def volume(shape=(5, 8, 10), dtype=np.int16) -> sitk.Image:
+    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(-1000, 1000, shape).astype(dtype))
+    image.SetSpacing((2.0, 3.0, 4.0))
+    image.SetOrigin((-10.0, 20.0, 30.0))
+    return image
+
+
+def write_series(folder: Path, image: sitk.Image, *, uid="1.2.3.4", missing=()) -> None:
+    """A DICOM series with file names that run against the slices' order."""
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for z in sorted(set(range(image.GetSize()[2])) - set(missing)):
+        slice_ = image[:, :, z]
+        position = image.TransformIndexToPhysicalPoint((0, 0, z))
+        tags = {"0008|0060": "CT", "0020|000d": "1.2.3", "0020|000e": uid, "0008|0018": f"{uid}.{z + 1}"}
+        tags |= {"0020|0013": str(z), "0020|0037": "1\\0\\0\\0\\1\\0", "0020|0032": "\\".join(map(str, position))}
+        for key, value in tags.items():
+            slice_.SetMetaData(key, value)
+        writer.SetFileName(str(folder / f"{uid}-{99 - z}.dcm"))
+        writer.Execute(slice_)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "new" / "table.csv"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="broke off"), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("broke off")
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["table.csv"]
+
+
+def test_until_the_end_the_file_is_not_there(tmp_path):
+    with whole_file(tmp_path / "scan.nii.gz") as temporary:
+        temporary.write_text("whole")
+        assert temporary.name.endswith(".nii.gz") and temporary.parent == tmp_path
+        assert not (tmp_path / "scan.nii.gz").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["scan.nii.gz"]
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.mha", "scan.nrrd", "scan.nii"])
+def test_an_image_comes_back_as_it_was_written(tmp_path, name):
+    write_image(volume(), tmp_path / name)
+    again = read_scan(tmp_path / name)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(again), sitk.GetArrayFromImage(volume()))
+    assert (again.GetSpacing(), again.GetOrigin()) == (volume().GetSpacing(), volume().GetOrigin())
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_format_of_two_files_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"scan\.mhd: would be two files; choose \.mha"):
+        write_image(volume(), tmp_path / "scan.mhd")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_channel_of_a_4d_file(tmp_path):
+    both = [volume(), volume() + 5]
+    sitk.WriteImage(sitk.JoinSeries(both), str(tmp_path / "mr.nii.gz"))
+    for channel, wanted in enumerate(both):
+        image = read_scan(tmp_path / "mr.nii.gz", channel=channel)
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(wanted))
+        assert image.GetSpacing() == wanted.GetSpacing()
+    with pytest.raises(ValueError, match=r"mr\.nii\.gz: 4D .* choose a channel"):
+        read_scan(tmp_path / "mr.nii.gz")
+    for channel in (2, -1):
+        with pytest.raises(ValueError, match=rf"mr\.nii\.gz: has 2 channels, no channel {channel}"):
+            read_scan(tmp_path / "mr.nii.gz", channel=channel)
+
+
+def test_what_is_no_scan_is_refused_by_name(tmp_path):
+    (tmp_path / "text.nii.gz").write_text("hello")
+    sitk.WriteImage(volume()[:, :, 0], str(tmp_path / "flat.mha"))
+    sitk.WriteImage(sitk.Compose(volume(), volume()), str(tmp_path / "vectors.mha"))
+    (tmp_path / "empty").mkdir()
+    for name, fault in {
+        "text.nii.gz": "cannot be read as an image",
+        "absent.nii.gz": "there is no such file",
+        "flat.mha": "2D with 1 component",
+        "vectors.mha": "3D with 2 component",
+        "empty": "holds no DICOM series",
+    }.items():
+        with pytest.raises(ValueError, match=fault) as error:
+            read_scan(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_cut_off_file_is_refused(tmp_path):
+    path = tmp_path / "scan.mha"
+    write_image(volume((30, 30, 30)), path, compress=False)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=r"scan\.mha: cannot be read"):
+        read_scan(path)
+
+
+def test_a_dicom_series_is_put_in_order_of_position(tmp_path):
+    write_series(tmp_path, volume())
+    image = read_scan(tmp_path)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(volume()))
+    assert (image.GetSpacing(), image.GetOrigin()) == (volume().GetSpacing(), volume().GetOrigin())
+
+
+def test_two_dicom_series_in_a_folder_are_not_mixed(tmp_path):
+    write_series(tmp_path, volume())
+    write_series(tmp_path, volume(), uid="1.2.3.5")
+    with pytest.raises(ValueError, match=r"holds 2 DICOM series: .*exactly one"):
+        read_scan(tmp_path)
+
+
+def test_a_dicom_series_with_a_slice_missing_is_refused(tmp_path):
+    """ITK stretches the slice distance over the gap and only warns."""
+    write_series(tmp_path, volume(), missing=[2])
+    with pytest.raises(ValueError, match="not evenly spaced"):
+        read_scan(tmp_path)
+
+
+@needs_series
+def test_a_real_dicom_series_is_the_nifti_made_of_it():
+    series = read_scan(REAL_SERIES)
+    nifti = read_scan(REAL_SERIES.parents[1] / "UCLA0001_image.nii.gz")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(series), sitk.GetArrayFromImage(nifti))
+    np.testing.assert_allclose(series.GetOrigin(), nifti.GetOrigin(), atol=1e-4)
+    np.testing.assert_allclose(series.GetSpacing(), nifti.GetSpacing(), atol=1e-6)
+    np.testing.assert_allclose(series.GetDirection(), nifti.GetDirection(), atol=1e-6)

@@ -1,0 +1,191 @@
+"""Where cohorts come from: every source gives the cases that lie there, or says what is missing."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+
+from mupkg.data.cohort import CohortError, write_cohort
+from mupkg.data.preprocessing import Preparation
+from mupkg.data.sources import (
+    source_from_dicom,
+    sources_from_decathlon,
+    sources_from_pattern,
+    sources_from_phantoms,
+    sources_from_promise12,
+    sources_from_table,
+)
+
+SHAPE = (6, 12, 14)
+MR = Preparation(modality="MR", spacing_mm=(5.0, 4.0, 4.0))
+
+
+def scan(low=1) -> sitk.Image:
+    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(low, 400, SHAPE).astype(np.int16))
+    image.SetSpacing((4.0, 4.0, 5.0))
+    return image
+
+
+def mask(outer=1, inner=None) -> sitk.Image:
+    voxels = np.zeros(SHAPE, np.uint8)
+    voxels[1:5, 3:10, 3:10] = outer
+    voxels[2:4, 5:8, 5:8] = outer if inner is None else inner
+    label = sitk.GetImageFromArray(voxels)
+    label.CopyInformation(scan())
+    return label
+
+
+def write(image: sitk.Image, path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+
+
+@pytest.fixture
+def table_folder(tmp_path):
+    for case_id in ("007", "b", "c"):
+        write(scan(), tmp_path / f"{case_id}.mha")
+        write(mask(), tmp_path / "contours" / f"{case_id}.mha")
+    return tmp_path
+
+
+def write_table(folder, name="cohort.csv", **columns):
+    table = pd.DataFrame({"case_id": ["007", "b", "c"]})
+    table["image"], table["label"] = table["case_id"] + ".mha", "contours/" + table["case_id"] + ".mha"
+    table.assign(**columns).to_csv(folder / name, index=False)
+    return folder / name
+
+
+def test_every_source_names_its_case_as_the_case_names_itself():
+    (source,) = sources_from_phantoms([5], (12.0, 12.0, 12.0))
+    assert source.case_id == source.read().case_id == "phantom-0005"
+    assert source.columns == {"seed": 5}
+
+
+def test_promise12(tmp_path):
+    for number in ("00", "01", "02"):
+        write(scan(), tmp_path / f"Case{number}.mhd")
+        write(mask(), tmp_path / f"Case{number}_segmentation.mhd")
+    sources = sources_from_promise12(tmp_path)
+    assert [source.case_id for source in sources] == ["Case00", "Case01", "Case02"]
+    case = sources[1].read()
+    assert case.modality == "MR" and sitk.GetArrayFromImage(case.label).sum() == 4 * 7 * 7
+    cohort = write_cohort(tmp_path / "out", sources, MR, split_seed=0)
+    assert list(cohort.table["source"]) == ["Case00.mhd", "Case01.mhd", "Case02.mhd"]
+    assert set(cohort.table["modality"]) == {"MR"}
+
+
+def test_decathlon(tmp_path):
+    write(sitk.JoinSeries([scan(), scan() + 1000]), tmp_path / "imagesTr" / "prostate_00.nii.gz")
+    write(mask(1, 2), tmp_path / "labelsTr" / "prostate_00.nii.gz")
+    for folder in ("imagesTr", "labelsTr"):  # its archives bring such files along
+        (tmp_path / folder / "._prostate_00.nii.gz").write_bytes(b"\0")
+    write(scan(), tmp_path / "imagesTs" / "prostate_03.nii.gz")
+    (source,) = sources_from_decathlon(tmp_path)
+    case = source.read()
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(case.image), sitk.GetArrayFromImage(scan()))
+    assert sitk.GetArrayFromImage(case.label).sum() == 4 * 7 * 7
+    (source,) = sources_from_decathlon(tmp_path, label_values=(2,), channel=1)
+    case = source.read()
+    assert sitk.GetArrayFromImage(case.image).min() > 1000
+    assert sitk.GetArrayFromImage(case.label).sum() == 2 * 3 * 3
+
+
+def test_a_pattern_may_name_folders(tmp_path):
+    for name in ("a", "b"):
+        write(scan(), tmp_path / name / "t2.nii.gz")
+        write(mask(), tmp_path / name / "roi.nii.gz")
+    write(scan(), tmp_path / "deeper" / "c" / "t2.nii.gz")
+    sources = sources_from_pattern(tmp_path, "{case}/t2.nii.gz", "{case}/roi.nii.gz", modality="MR")
+    assert [source.case_id for source in sources] == ["a", "b"]
+    assert sources[1].read().case_id == "b"
+
+
+def test_dots_of_a_pattern_are_dots(tmp_path):
+    write(scan(), tmp_path / "a_image.nii.gz")
+    (tmp_path / "a_imagexnii.gz").write_text("")
+    write(mask(), tmp_path / "a_label.nii.gz")
+    found = sources_from_pattern(tmp_path, "{case}_image.nii.gz", "{case}_label.nii.gz", modality="MR")
+    assert [source.case_id for source in found] == ["a"]
+
+
+def test_all_missing_labels_are_told(tmp_path):
+    for name in ("a", "b", "c"):
+        write(scan(), tmp_path / f"{name}_image.mha")
+    write(mask(), tmp_path / "b_label.mha")
+    with pytest.raises(CohortError) as error:
+        sources_from_pattern(tmp_path, "{case}_image.mha", "{case}_label.mha", modality="MR")
+    first, second = error.value.faults
+    assert first == "case a: no label a_label.mha beside a_image.mha; add it or move the image"
+    assert second.startswith("case c: ")
+
+
+def test_a_pattern_that_cannot_be_or_finds_nothing(tmp_path):
+    for folder, image, label, fault in (
+        (tmp_path, "{case}.mha", "{case}_label.mha", "no file there matches"),
+        (tmp_path, "image.mha", "{case}.mha", "image_pattern must hold {case} once"),
+        (tmp_path, "{case}.mha", "{case}{case}.mha", "label_pattern must hold {case} once"),
+        (tmp_path / "absent", "{case}.mha", "{case}_label.mha", "there is no such folder"),
+    ):
+        with pytest.raises(CohortError) as error:
+            sources_from_pattern(folder, image, label, modality="MR")
+        assert fault in str(error.value)
+
+
+def test_a_broken_file_is_found_when_it_is_read(tmp_path):
+    write(scan(), tmp_path / "a.mha")
+    (tmp_path / "a_label.mha").write_text("torn")
+    (source,) = sources_from_pattern(tmp_path, "{case}.mha", "{case}_label.mha", modality="MR")
+    with pytest.raises(ValueError, match=r"^case a: .*a_label\.mha: cannot be read"):
+        source.read()
+
+
+# Tables
+
+
+@pytest.mark.parametrize("split", [{}, {"split": None}])
+def test_a_table_without_a_split_has_it_drawn(table_folder, split):
+    write_table(table_folder, **split)
+    sources = sources_from_table(table_folder, modality="MR")
+    assert sources[0].case_id == "007"
+    cohort = write_cohort(table_folder / "out", sources, MR, split_seed=0)
+    assert set(cohort.table["split"]) == {"train", "validation", "test"}
+    assert list(cohort.table.columns[:4]) == ["case_id", "image", "label", "split"]
+
+
+def test_a_table_keeps_its_split_and_what_else_it_knows(table_folder):
+    columns = {"split": ["test", "validation", "train"], "PSA (ng/ml)": [4.5, 7.0, None], "modality": "CT"}
+    write_table(table_folder, **columns)
+    cohort = write_cohort(table_folder / "out", sources_from_table(table_folder, modality="MR"), MR, split_seed=0)
+    assert list(cohort.table["split"]) == columns["split"]
+    assert cohort.table["PSA (ng/ml)"]["b"] == 7.0
+    assert set(cohort.table["modality"]) == {"MR"}  # as told and prepared, not as the old table said
+    assert cohort.table["image"]["b"] == "images/b.nii.gz"
+
+
+def test_a_split_filled_in_part_names_the_cases(table_folder):
+    write_table(table_folder, split=["test", None, None])
+    with pytest.raises(CohortError) as error:
+        sources_from_table(table_folder, modality="MR")
+    assert [fault[:7] for fault in error.value.faults] == ["case b:", "case c:"]
+    assert all("has no split, others have; fill it" in fault for fault in error.value.faults)
+
+
+def test_a_table_of_another_name_is_the_one_that_is_read(table_folder):
+    write_table(table_folder)
+    mine = write_table(table_folder, "mine.csv")
+    mine.write_text("\n".join(mine.read_text().splitlines()[:2]))
+    assert len(sources_from_table(mine, modality="MR")) == 1
+    assert len(sources_from_table(table_folder, modality="MR")) == 3
+
+
+def test_a_table_without_needed_columns_is_refused(table_folder):
+    (table_folder / "cohort.csv").write_text("case_id,image\nb,b.mha\n")
+    with pytest.raises(CohortError, match=r"lacks the column\(s\) label"):
+        sources_from_table(table_folder, modality="MR")
+
+
+def test_a_dicom_folder_is_a_case_without_a_label(tmp_path):
+    (source,) = source_from_dicom(tmp_path / "_Pelvis CT (2)", modality="CT")
+    assert source.case_id == "Pelvis_CT__2_"
+    with pytest.raises(ValueError, match="case Pelvis_CT__2_: .*there is no such file"):
+        source.read()

@@ -1,0 +1,244 @@
+"""A trained run segments any scan on the scan's own grid, and needs nothing but its folder."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+from safetensors.torch import save_file
+
+from mupkg.data.cases import Case
+from mupkg.data.preprocessing import Preparation, crop_region, prepare
+from mupkg.metrics import segmentation_metrics
+from mupkg.stages import inference, localization
+from mupkg.stages.inference import LOCALIZER, Pipeline, keep_largest, load_localizer, load_network, measure, segment
+from mupkg.stages.landmarks import FemoralHeads
+from mupkg.stages.localization import Location
+from mupkg.stages.runs import load_tensors, save_tensors
+from mupkg.stages.training import BEST, LAST
+
+
+@pytest.fixture(scope="module")
+def scan(cohort):
+    return cohort.case(cohort.ids("test")[0]).image
+
+
+@pytest.fixture
+def heads(cohort, monkeypatch):
+    """The femoral heads are known: looking for them takes a second."""
+    left, right = cohort.case(cohort.ids("test")[0]).femoral_heads
+    monkeypatch.setattr(localization, "femoral_heads", lambda image: FemoralHeads(left, right, 1.0, ""))
+
+
+@pytest.fixture
+def copied(run_folder, tmp_path):
+    """The run's folder alone, somewhere else."""
+    shutil.copytree(run_folder, tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+@pytest.fixture
+def bones(monkeypatch, heads):
+    """Instead of stage 2's network: bones are foreground. So masks are not empty and in several pieces."""
+    monkeypatch.setattr(
+        inference, "predict_volume", lambda network, volume, channels: (volume > 200).astype(np.float32)
+    )
+
+
+def array(image):
+    return sitk.GetArrayFromImage(image)
+
+
+def same_grid(a, b):
+    return all(getattr(a, f"Get{p}")() == getattr(b, f"Get{p}")() for p in ("Size", "Spacing", "Origin", "Direction"))
+
+
+def probability_of(voxels):
+    image = sitk.GetImageFromArray(np.asarray(voxels, np.float32))
+    image.SetSpacing((1.0, 2.0, 3.0))
+    return image
+
+
+# From a scan to a mask
+
+
+def test_a_mask_lies_on_the_scans_own_grid(scan, run_folder):
+    mask = segment(scan, run_folder)
+    assert same_grid(mask, scan) and mask.GetPixelID() == sitk.sitkUInt8
+    assert set(np.unique(array(mask))) <= {0, 1}
+
+
+def test_a_copy_of_the_run_elsewhere_says_the_same(scan, run_folder, copied, heads):
+    probabilities = [array(Pipeline.load(folder)(scan).probability) for folder in (run_folder, copied)]
+    np.testing.assert_array_equal(*probabilities)
+    assert np.ptp(probabilities[0]) > 0
+    for name in (LAST, "checkpoint.safetensors", "history.csv"):
+        (copied / name).unlink()
+    np.testing.assert_array_equal(array(Pipeline.load(copied)(scan).probability), probabilities[0])
+
+
+def test_however_a_scan_is_stored_its_mask_is_the_same(scan, run_folder, bones):
+    plain = segment(scan, run_folder)
+    assert array(plain).sum() > 100
+    turned = sitk.PermuteAxes(sitk.Flip(scan, (True, False, True)), (2, 0, 1))
+    mask = segment(turned, run_folder)
+    assert same_grid(mask, turned) and not same_grid(mask, plain)
+    back = sitk.Resample(mask, plain, sitk.Transform(), sitk.sitkNearestNeighbor)
+    assert segmentation_metrics(array(back) > 0, array(plain) > 0, spacing_mm=(7, 6, 6))["DSC"] > 0.97
+
+
+def test_a_mask_lies_within_its_region(scan, run_folder, bones):
+    result = Pipeline.load(run_folder)(scan)
+    region = result.probability
+    assert region.GetSize() == (24, 24, 16)
+    middle = region.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in region.GetSize()])
+    np.testing.assert_allclose(middle, result.location.centre, atol=3.01)
+    outside = sitk.Resample(region * 0 + 1, scan, sitk.Transform(), sitk.sitkNearestNeighbor, 0) == 0
+    assert not array(sitk.And(result.mask, sitk.Cast(outside, sitk.sitkUInt8))).any()
+    assert result.volume_ml == pytest.approx(array(result.mask).sum() * 7 * 6 * 6 / 1000)
+
+
+def test_the_largest_component_is_an_option(scan, run_folder, bones):
+    pipeline = Pipeline.load(run_folder)
+    kept, everything = (array(pipeline(scan, largest=largest).mask) > 0 for largest in (True, False))
+    assert kept.sum() < everything.sum() and not (kept & ~everything).any()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda scan: scan * 0, "case P1: image: is constant"),
+        (lambda scan: scan[:, :, :2], r"case P1: image: 2 slice\(s\)"),
+        (lambda scan: sitk.Cast(scan + 1024, sitk.sitkUInt16), "case P1: image: .*no CT in HU"),
+        (lambda scan: sitk.Log(sitk.Cast(scan, sitk.sitkFloat32)), "case P1: image: holds NaN"),
+        (lambda scan: sitk.JoinSeries([scan, scan]), "case P1: image: is no 3D volume"),
+        (lambda scan: scan[:, :, 0], "case P1: image: is no 3D volume"),
+    ],
+)
+def test_a_scan_that_is_unfit_is_refused_by_name(scan, run_folder, spoil, fault):
+    with pytest.raises(ValueError, match=fault):
+        Pipeline.load(run_folder)(spoil(scan), name="P1")
+
+
+@pytest.mark.parametrize("pixel", [sitk.sitkInt32, sitk.sitkFloat64])
+def test_the_type_of_the_voxels_does_not_matter(scan, run_folder, heads, pixel):
+    """But for the rounding of a resampled int16."""
+    pipeline = Pipeline.load(run_folder)
+    np.testing.assert_allclose(
+        array(pipeline(sitk.Cast(scan, pixel)).probability), array(pipeline(scan).probability), atol=0.02
+    )
+
+
+# Broken and foreign runs
+
+
+@pytest.mark.parametrize("name", [LOCALIZER, BEST])
+def test_a_missing_or_broken_part_is_named(scan, copied, name):
+    path = copied / name
+    whole = path.read_bytes()
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{name}: there is no such file"):
+        segment(scan, copied)
+    path.write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=rf"{name}: is not a whole safetensors file"):
+        segment(scan, copied)
+    torch.save(load_tensors(copied / LAST)[0], path)
+    with pytest.raises(ValueError, match=rf"{name}: is not a whole safetensors file"):
+        segment(scan, copied)
+    save_file(load_tensors(copied / LAST)[0], path)
+    with pytest.raises(ValueError, match=rf"{name}: was not written by this suite"):
+        segment(scan, copied)
+
+
+def test_the_weights_of_both_stages_are_not_taken_for_each_other(run_folder):
+    with pytest.raises(ValueError, match=rf"{LOCALIZER}: holds weights of another network .*lacks configuration"):
+        load_network(run_folder / LOCALIZER)
+    with pytest.raises(ValueError, match=rf"{BEST}: holds weights of another network .*lacks filters"):
+        load_localizer(run_folder / BEST)
+
+
+def test_weights_that_do_not_fit_their_own_metadata_are_named(copied):
+    tensors, metadata = load_tensors(copied / BEST)
+    save_tensors(tensors, copied / BEST, metadata | {"configuration": "UNet++"})
+    with pytest.raises(ValueError, match=rf"{BEST}: holds weights of another network"):
+        load_network(copied / BEST)
+
+
+# The largest component
+
+
+def test_only_the_largest_component_keeps_its_probability():
+    voxels = np.full((3, 6, 8), 0.3, np.float32)
+    voxels[1, 1, 1:3], voxels[1, 4, 2:7], voxels[2, 4, 6] = 0.6, 0.9, 0.8
+    kept = keep_largest(probability_of(voxels))
+    expected = voxels.copy()
+    expected[1, 1, 1:3] = 0
+    np.testing.assert_array_equal(array(kept), expected)
+    assert kept.GetSpacing() == (1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("value", [0.2, 0.5, 0.9])
+def test_none_or_one_component_stays_as_it_is(value):
+    voxels = np.full((3, 4, 5), value)
+    np.testing.assert_array_equal(array(keep_largest(probability_of(voxels))), voxels.astype(np.float32))
+
+
+# The test of a run
+
+
+def test_a_run_is_measured_on_the_scans_own_grid(cohort, regions, copied, bones):
+    table = inference.test_run(copied, cohort, regions)
+    (case_id,) = cohort.ids("test")
+    case = cohort.case(case_id)
+    mask = sitk.ReadImage(str(copied / "predictions" / f"{case_id}.nii.gz"))
+    assert mask.GetSize() == case.image.GetSize()
+    row = table.iloc[0]
+    truth, prediction = array(case.label) > 0, array(mask) > 0
+    assert prediction.any()
+    expected = segmentation_metrics(prediction, truth, spacing_mm=(7, 6, 6))
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert row["aRVD"] < row["aRVD_all"] and row["SEN"] <= row["SEN_all"]
+    stored = pd.read_csv(copied / "metrics.csv")
+    pd.testing.assert_frame_equal(stored, table)
+    assert stored["case_id"].tolist() == [case_id]
+
+
+def test_metrics_are_in_mm_of_the_scan():
+    voxels = np.zeros((6, 6, 6), np.uint8)
+    voxels[2:4, 2:4, 2:4] = 1
+    label = sitk.GetImageFromArray(voxels)
+    label.SetSpacing((2.0, 3.0, 5.0))
+    shifted = sitk.GetImageFromArray(np.roll(voxels, 1, axis=0))
+    shifted.CopyInformation(label)
+    found = measure(shifted, Case("a", label, label))
+    assert found["DSC"] == 0.5 and found["HD"] == 5.0
+
+
+def test_both_ways_to_a_region_are_one(cohort, regions, run_folder, monkeypatch):
+    """A new scan goes the way a test case went: same preparation, same region."""
+    (case_id,) = cohort.ids("test")
+    case, centre = cohort.case(case_id), regions.centre(case_id)
+    monkeypatch.setattr(inference, "locate", lambda *_, **__: Location(centre, None, None, ""))
+    fed = []
+    monkeypatch.setattr(
+        inference, "predict_volume", lambda network, volume, channels: fed.append(volume) or volume / np.float32(255)
+    )
+    Pipeline.load(run_folder)(case.image)
+    np.testing.assert_array_equal(fed[0], regions.volume(case_id))
+
+
+def test_an_mr_run_prepares_as_an_mr(copied, scan):
+    tensors, metadata = load_tensors(copied / LOCALIZER)
+    tensors["head.1.bias"] = torch.tensor([-99.0, 99.0])  # sees prostate everywhere
+    preparation = Preparation(modality="MR", spacing_mm=(6.0, 5.0, 5.0))
+    save_tensors(tensors, copied / LOCALIZER, metadata | {"preparation": preparation.model_dump(mode="json")})
+    pipeline = Pipeline.load(copied)
+    assert pipeline.preparation == preparation
+    lifted = sitk.Cast(scan + 1100, sitk.sitkUInt16)
+    result = pipeline(lifted)
+    prepared = prepare(Case("mr", lifted, modality="MR"), preparation).image
+    region = crop_region(prepared, result.location.centre, pipeline.region_mm)
+    assert same_grid(result.probability, region) and same_grid(result.mask, lifted)
+    assert result.location.fallback.startswith("coarse centre alone: MR")

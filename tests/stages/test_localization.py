@@ -1,0 +1,214 @@
+"""Stage 1: the centre is the average of two, a fallback is said, and the region is measured honestly."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+from torch import nn
+
+from mupkg.data.cases import Case
+from mupkg.data.cohort import Cohort
+from mupkg.data.preprocessing import array_spacing, centroid, crop_region, prepare
+from mupkg.models import SegmentationOutput
+from mupkg.stages import localization
+from mupkg.stages.landmarks import FemoralHeads
+from mupkg.stages.localization import Regions, coarse, coarse_centre, coverage, locate, write_regions
+
+
+class Bright(nn.Module):
+    """Foreground is what is brighter than a grey value in the middle slice."""
+
+    def __init__(self, value=128):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value / 255))
+
+    def forward(self, images):
+        logit = 1000 * (images[:, images.shape[1] // 2] - self.value)
+        return SegmentationOutput(torch.stack([-logit, logit], dim=1), images)
+
+
+NOTHING = Bright(300)
+
+
+def prepared_image(shape=(40, 50, 60), spacing=(2.0, 1.0, 1.0)) -> sitk.Image:
+    image = sitk.Image(shape[::-1], sitk.sitkUInt8)
+    image.SetSpacing(spacing[::-1])
+    image.SetOrigin((-20.0, 30.0, 400.0))
+    return image
+
+
+def with_balls(image: sitk.Image, *balls) -> sitk.Image:
+    """Balls of 255 given by centre (z, y, x) and radius in voxels."""
+    voxels = sitk.GetArrayFromImage(image)
+    grid = np.indices(voxels.shape)
+    for *centre, radius in balls:
+        voxels[sum((g - c) ** 2 for g, c in zip(grid, centre, strict=True)) <= radius**2] = 255
+    painted = sitk.GetImageFromArray(voxels)
+    painted.CopyInformation(image)
+    return painted
+
+
+def heads_at(monkeypatch, left=None, right=None, reason="said so"):
+    monkeypatch.setattr(localization, "femoral_heads", lambda image: FemoralHeads(left, right, 0.5, reason))
+
+
+# Coarse grid and centre
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "wanted"),
+    [
+        ((100, 80, 80), (1.0, 1.0, 1.0), (4.0, 4.0, 4.0)),
+        ((100, 80, 80), (5.0, 2.0, 6.0), (5.0, 4.0, 6.0)),  # coarser already: stays
+        ((24, 80, 80), (2.5, 1.0, 1.0), (3.75, 4.0, 4.0)),  # never fewer than 16 slices
+        ((12, 80, 80), (2.5, 1.0, 1.0), (2.5, 4.0, 4.0)),
+    ],
+)
+def test_stage_1_works_on_4_mm_but_keeps_slices(shape, spacing, wanted):
+    image = prepared_image(shape, spacing)
+    assert array_spacing(coarse(image)) == pytest.approx(wanted)
+    assert coarse(image).GetSize()[2] >= min(16, shape[0])
+
+
+def test_the_coarse_centre_is_that_of_the_largest_component():
+    image = with_balls(prepared_image(), (20, 30, 22, 12), (5, 8, 50, 6))
+    expected = image.TransformContinuousIndexToPhysicalPoint((22.0, 30.0, 20.0))
+    np.testing.assert_allclose(coarse_centre(Bright(), image), expected, atol=1)
+    assert coarse_centre(NOTHING, image) is None
+
+
+# The two parts of the centre
+
+
+def test_the_centre_is_the_average_of_mask_and_heads(monkeypatch):
+    image = with_balls(prepared_image(), (20, 30, 22, 12))
+    heads_at(monkeypatch, (100.0, 0.0, 500.0), (-60.0, 10.0, 520.0))
+    found = locate(Case("a", image), image, Bright())
+    rough = centroid(image > 128)
+    np.testing.assert_allclose(found.coarse_centre, rough, atol=1)
+    assert found.heads_centre == (20.0, 5.0, 510.0)
+    np.testing.assert_allclose(found.centre, (np.array(found.coarse_centre) + found.heads_centre) / 2)
+    assert found.fallback == ""
+
+
+def test_without_heads_the_mask_alone_and_it_is_said(monkeypatch):
+    image = with_balls(prepared_image(), (20, 30, 22, 12))
+    heads_at(monkeypatch, reason="metal everywhere")
+    found = locate(Case("a", image), image, Bright())
+    assert found.centre == found.coarse_centre and found.heads_centre is None
+    assert found.fallback == "coarse centre alone: metal everywhere"
+
+
+def test_without_a_mask_the_heads_alone_and_it_is_said(monkeypatch):
+    heads_at(monkeypatch, (100.0, 0.0, 500.0), (-60.0, 10.0, 520.0))
+    found = locate(Case("a", prepared_image()), prepared_image(), NOTHING)
+    assert found.centre == (20.0, 5.0, 510.0) and found.coarse_centre is None
+    assert "heads alone" in found.fallback
+
+
+def test_without_both_the_case_is_named(monkeypatch):
+    heads_at(monkeypatch, reason="metal everywhere")
+    with pytest.raises(ValueError, match=r"case a77: .*cannot be located.*metal everywhere"):
+        locate(Case("a77", prepared_image()), prepared_image(), NOTHING)
+
+
+def test_no_heads_are_sought_in_an_mr(monkeypatch):
+    monkeypatch.setattr(localization, "femoral_heads", lambda image: pytest.fail("sought"))
+    image = with_balls(prepared_image(), (20, 30, 22, 12))
+    found = locate(Case("a", image, modality="MR"), image, Bright())
+    assert found.fallback == "coarse centre alone: MR: no femoral heads are sought"
+
+
+def test_the_centre_does_not_depend_on_how_the_scan_is_stored(cohort):
+    case = cohort.case("phantom-0001")
+    turned = sitk.PermuteAxes(sitk.Flip(case.image, (True, False, True)), (1, 2, 0))
+    centres = [
+        locate(Case("a", image), prepare(Case("a", image), cohort.preparation).image, Bright(200)).centre
+        for image in (case.image, turned)
+    ]
+    np.testing.assert_allclose(*centres, atol=1)
+
+
+# Coverage
+
+
+def test_coverage_by_hand():
+    label = sitk.GetImageFromArray(np.pad(np.ones((4, 4, 4), np.uint8), 8))  # voxels 8 to 11, centre 9.5
+    assert coverage(label, (9.5, 9.5, 9.5), (4, 4, 4)) == 1
+    assert coverage(label, (9.5, 9.5, 9.5), (2, 4, 4)) == 0.5
+    assert coverage(label, (9.5, 9.5, 9.5), (2, 2, 2)) == 0.125
+    assert coverage(label, (11.5, 9.5, 9.5), (4, 4, 4)) == 0.5
+    assert coverage(label, (40.0, 9.5, 9.5), (4, 4, 4)) == 0
+    assert np.isnan(coverage(label * 0, (9.5, 9.5, 9.5), (4, 4, 4)))
+
+
+def test_coverage_is_never_above_one(cohort):
+    """Array views of images that were gone gave such numbers."""
+    label, rng = cohort.prepared("phantom-0000").label, np.random.default_rng(0)
+    for _ in range(30):
+        centre = np.array(centroid(label)) + rng.normal(0, 30, 3)
+        assert 0 <= coverage(label, centre.tolist(), rng.uniform(30, 150, 3)) <= 1
+    assert coverage(label, centroid(label), (150, 150, 150)) == 1
+
+
+# Regions on disk
+
+
+def test_the_regions_of_a_cohort_are_written_and_reported(cohort, regions):
+    table = regions.table
+    assert list(table["split"]) == ["train", "validation", "test"]
+    for split in table["split"]:
+        assert regions.ids(split) == cohort.ids(split)
+    for case_id in table.index:
+        prepared, centre = cohort.prepared(case_id), regions.centre(case_id)
+        for kind, volume in zip(("image", "label"), prepared, strict=True):
+            voxels = regions.volume(case_id, kind)
+            assert isinstance(voxels, np.memmap) and voxels.shape == (16, 24, 24) and voxels.dtype == np.uint8
+            np.testing.assert_array_equal(
+                voxels, sitk.GetArrayFromImage(crop_region(volume, centre, regions.region_mm))
+            )
+        truth = centroid(cohort.case(case_id).label)
+        assert table["centre_distance_mm"][case_id] == pytest.approx(np.linalg.norm(np.subtract(truth, centre)), abs=0.01)
+        inside, whole = regions.volume(case_id, "label").sum(), sitk.GetArrayFromImage(prepared.label).sum()
+        assert table["covered"][case_id] == pytest.approx(inside / whole, abs=1e-5)
+        parts = [[table[f"{part}_{axis}"][case_id] for axis in "xyz"] for part in ("coarse", "heads")]
+        parts = [part for part in parts if np.isfinite(part).all()]
+        np.testing.assert_allclose(centre, np.mean(parts, axis=0), atol=1e-3)
+        assert (len(parts) == 2) == (table["fallback"][case_id] == "")
+    images, labels = regions.volumes("train")
+    np.testing.assert_array_equal(images[0], regions.volume(cohort.ids("train")[0]))
+    assert len(images) == len(labels) == 1 and set(np.unique(labels[0])) <= {0, 1}
+
+
+def test_no_label_has_a_say_in_where_a_region_lies(cohort, regions, tmp_path):
+    """Every label is moved: centres stay what they are, only their distances change."""
+    moved = tmp_path / "cohort"
+    shutil.copytree(cohort.folder, moved)
+    for path in [*moved.glob("labels/*"), *moved.glob("prepared/*_label.mha")]:
+        label = sitk.ReadImage(str(path))
+        shifted = sitk.GetImageFromArray(np.roll(sitk.GetArrayFromImage(label), 3, axis=0))
+        shifted.CopyInformation(label)
+        sitk.WriteImage(shifted, str(path))
+    network = localization_network(regions)
+    again = write_regions(Cohort.read(moved), network, tmp_path / "s", coarse_mm=8.0, region_mm=regions.region_mm).table
+    centre = [f"centre_{axis}" for axis in "xyz"]
+    pd.testing.assert_frame_equal(again[centre], regions.table[centre])
+    assert (again["centre_distance_mm"] != regions.table["centre_distance_mm"]).all()
+
+
+def localization_network(regions):
+    from mupkg.stages.inference import load_localizer
+
+    return load_localizer(regions.folder / "weights.safetensors")[0]
+
+
+def test_when_a_case_fails_no_table_of_before_is_left(cohort, regions, tmp_path, monkeypatch):
+    shutil.copytree(regions.folder, tmp_path / "stage1")
+    heads_at(monkeypatch)
+    with pytest.raises(ValueError, match="case phantom-.* cannot be located"):
+        write_regions(cohort, NOTHING, tmp_path / "stage1", coarse_mm=8.0, region_mm=(96, 120, 120))
+    with pytest.raises(ValueError, match=r"regions\.csv: there is no such table; run notebook 02"):
+        Regions.read(tmp_path / "stage1")

@@ -1,0 +1,104 @@
+"""Weights are read back to the bit or refused by name; a run's record says what it takes to repeat it."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mupkg.models import UNet, light_unet
+from mupkg.stages.runs import fingerprint, load_tensors, load_weights, provenance, require, save_tensors, write_run
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(7), "b": torch.tensor([0, 255], dtype=torch.uint8)}
+
+
+def test_tensors_and_metadata_come_back_as_they_were(tmp_path):
+    wide = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    save_tensors(TENSORS | {"wide": wide}, tmp_path / "new" / "w.safetensors", {"filters": 4, "range": [1.5, None]})
+    tensors, metadata = load_tensors(tmp_path / "new" / "w.safetensors")
+    assert metadata == {"filters": 4, "range": [1.5, None]}
+    for name, tensor in (TENSORS | {"wide": wide}).items():
+        assert torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype
+
+
+def test_a_missing_file_is_named_with_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match=r"w\.safetensors: there is no such file; train the run first"):
+        load_tensors(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "pickle", "text"])
+def test_a_broken_file_is_named_with_the_way_out(tmp_path, kind):
+    path = tmp_path / "w.safetensors"
+    save_tensors(TENSORS, path, {})
+    content = {"cut": path.read_bytes()[:-5], "empty": b"", "pickle": pickle.dumps(TENSORS), "text": b"hello" * 9}
+    path.write_bytes(content[kind])
+    with pytest.raises(ValueError, match=r"w\.safetensors: is not a whole safetensors file .*; train again or copy"):
+        load_tensors(path)
+
+
+def test_a_pickle_is_never_unpacked(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+
+    for write in (lambda path: path.write_bytes(pickle.dumps(Trap())), lambda path: torch.save(Trap(), path)):
+        write(tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            load_tensors(tmp_path / "w.safetensors")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_file_of_somebody_else_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(TENSORS, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors: was not written by this suite"):
+        load_tensors(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("other", [UNet(3, 4, 4), UNet(5, 2, 4), light_unet(3, 2), nn.Linear(1, 1)])
+def test_weights_of_another_network_are_refused_by_name(other):
+    with pytest.raises(ValueError, match=r"^w\.safetensors: holds weights of another network \("):
+        load_weights(UNet(3, 2, 4), other.state_dict(), Path("w.safetensors"))
+
+
+def test_lacking_metadata_is_named():
+    require({"filters": 4}, ("filters",), Path("w"))
+    with pytest.raises(ValueError, match=r"^w: holds weights of another network \(its metadata lacks a, b\)"):
+        require({"filters": 4}, ("a", "filters", "b"), Path("w"))
+
+
+def test_a_fingerprint_is_of_contents_alone(tmp_path):
+    def cohort(name, **files):
+        for file, text in files.items():
+            path = tmp_path / name / f"{file}.mha"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        return fingerprint(list((tmp_path / name).glob("*.mha"))[::-1])
+
+    here = cohort("here", a="1", b="2")
+    assert here == cohort("there", a="1", b="2") and len(here) == 16
+    assert here != cohort("other", a="1", b="3")
+    assert here != cohort("swapped", a="2", b="1")
+    assert here != cohort("glued", a="12", b="")
+    assert here != cohort("more", a="1", b="2", c="")
+
+
+def test_a_fingerprint_does_not_see_what_a_killed_process_left(tmp_path):
+    (tmp_path / "a.npy").write_text("1")
+    before = fingerprint(list(tmp_path.glob("*.npy")))
+    (tmp_path / ".123.part.b.npy").write_text("half")
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+    assert fingerprint(list(tmp_path.glob("*.npy"))) == before
+
+
+def test_a_record_says_what_it_takes_to_repeat_a_run(tmp_path):
+    content = write_run(tmp_path, {"seed": 3, "folder": Path("outputs")}, data_fingerprint="abc", training_seconds=1.5)
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert stored["parameters"] == {"seed": 3, "folder": "outputs"}
+    assert (stored["data_fingerprint"], stored["training_seconds"]) == ("abc", 1.5)
+    assert stored.keys() == content.keys() >= provenance().keys()
+    assert {"torch", "SimpleITK", "numpy", "mupkg"} <= stored["packages"].keys()
+    assert stored["threads"] == torch.get_num_threads() and stored["device"]

@@ -1,0 +1,112 @@
+"""A volume is run slice by slice with its neighbours, the ends replicated, and padded without a trace."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mupkg.models import SegmentationOutput, UNet, light_unet
+from mupkg.stages import slices
+from mupkg.stages.slices import dice, mean_dice, neighbouring_slices, predict_volume, run_slices
+
+
+def volume(shape=(7, 13, 18)):
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+
+
+class Watching(nn.Module):
+    """Logits are the middle slice against its neighbours' mean; what went in is kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(images)
+        middle = images[:, images.shape[1] // 2]
+        return SegmentationOutput(torch.stack([images.mean(dim=1), self.weight * middle], dim=1), images)
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_end_slices_are_taken_again(channels):
+    scan = volume()
+    images = neighbouring_slices(scan, np.array([0, 3, 6]), channels)
+    assert images.dtype == torch.float32 and images.max() <= 1
+    rows = {3: [[0, 0, 1], [2, 3, 4], [5, 6, 6]], 5: [[0, 0, 0, 1, 2], [1, 2, 3, 4, 5], [4, 5, 6, 6, 6]]}[channels]
+    np.testing.assert_array_equal((images.numpy() * 255).round(), scan[rows])
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (2, 8, 24), (7, 13, 18), (3, 1, 9)])
+@pytest.mark.parametrize("channels", [3, 5])
+def test_a_volume_is_what_a_plain_loop_over_its_slices_gives(shape, channels):
+    torch.manual_seed(0)
+    network = UNet(channels, 2, 4).eval()
+    scan, expected = volume(shape), np.empty(shape, np.float32)
+    height, width = (n + -n % 8 for n in shape[1:])
+    for z in range(shape[0]):
+        patch = torch.zeros(1, channels, height, width)
+        for channel in range(channels):
+            neighbour = min(max(z + channel - channels // 2, 0), shape[0] - 1)
+            patch[0, channel, : shape[1], : shape[2]] = torch.from_numpy(scan[neighbour] / 255)
+        with torch.no_grad():
+            logits = network(patch).logits[0, :, : shape[1], : shape[2]]
+        expected[z] = logits.softmax(0)[1].numpy()
+    np.testing.assert_allclose(predict_volume(network, scan, channels=channels), expected, atol=1e-5)
+
+
+def test_padding_is_air_to_a_multiple_of_eight_and_is_cut_off_again():
+    network = Watching()
+    output = run_slices(network, volume(), np.array([2, 5]), 3)
+    (seen,) = network.seen
+    assert seen.shape == (2, 3, 16, 24)
+    assert not seen[..., 13:, :].any() and not seen[..., 18:].any() and seen[..., :13, :18].any()
+    assert output.logits.shape == (2, 2, 13, 18) and output.embeddings.shape == (2, 3, 13, 18)
+
+
+def test_memory_is_bounded_and_does_not_change_the_answer(monkeypatch):
+    network, scan = Watching(), volume()
+    whole = predict_volume(network, scan)
+    assert [len(images) for images in network.seen] == [7]
+    monkeypatch.setattr(slices, "VOXELS_AT_ONCE", 3 * 13 * 18)
+    network.seen.clear()
+    np.testing.assert_allclose(predict_volume(network, scan), whole, atol=1e-6)
+    assert [len(images) for images in network.seen] == [3, 3, 1]
+
+
+def test_slices_larger_than_the_bound_are_run_one_by_one(monkeypatch):
+    monkeypatch.setattr(slices, "VOXELS_AT_ONCE", 10)
+    network = Watching()
+    assert predict_volume(network, volume()).shape == (7, 13, 18)
+    assert len(network.seen) == 7
+
+
+def test_a_network_is_run_in_evaluation_mode_without_gradients():
+    network = light_unet(5, 2).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    probability = predict_volume(network, volume(), channels=5)
+    assert not network.training and ((probability > 0) & (probability < 1)).all()
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_a_read_only_memory_map_will_do(tmp_path):
+    np.save(tmp_path / "scan.npy", volume())
+    mapped = np.load(tmp_path / "scan.npy", mmap_mode="r")
+    np.testing.assert_array_equal(predict_volume(Watching(), mapped), predict_volume(Watching(), volume()))
+
+
+def test_dice_on_masks_done_by_hand():
+    a, b = np.array([1, 1, 1, 0], bool), np.array([0, 1, 1, 0], np.uint8)
+    assert dice(a, b) == 2 * 2 / 5
+    assert dice(a, ~a) == 0
+    assert dice(a & False, b & 0) == 1
+
+
+def test_mean_dice_is_over_cases():
+    scans = [volume(), volume()[::-1].copy()]
+    masks = [predict_volume(Watching(), scan) > 0.5 for scan in scans]
+    half = masks[1] & (np.arange(18) < 9)
+    expected = (1 + 2 * half.sum() / (half.sum() + masks[1].sum())) / 2
+    assert mean_dice(Watching(), scans, [masks[0], half], channels=3) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="no case to validate on"):
+        mean_dice(Watching(), [], [], channels=3)
