@@ -52,7 +52,8 @@ gallery: setup
 	$(BIN)/python -m mupkg.report.gallery outputs/$(STUDY) data outputs/gallery/$(STUDY)
 
 bench: setup
-	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/benchmarks/requirements.txt
+	$(BIN)/python tests/benchmarks/bench.py
 
 clean:
 	rm -rf .venv .snakemake .pytest_cache .ruff_cache .import_linter_cache

@@ -71,9 +71,9 @@ def test_random_draws_anchors_and_positives_in_the_foreground_negatives_in_the_b
 
 
 def test_hard_negative_takes_anchors_only_where_the_head_errs_in_the_foreground():
-    sampler = HardNegativeSampler(anchors=500, threshold=0.3)
+    sampler = HardNegativeSampler(anchors=500, threshold=0.7)
     anchors, positives, negatives = sampler(LABELS, PROBABILITY, seeded())
-    wrong = ((PROBABILITY - (LABELS == 1).float()).abs() > 0.3) & (LABELS == 1)
+    wrong = ((PROBABILITY - (LABELS == 1).float()).abs() > 0.7) & (LABELS == 1)
     first = set(range(30))  # the second image lies at probabilities above 0.7: no anchors, so no tuples at all
     assert voxels(wrong) == set(anchors.tolist()) <= first
     assert voxels(LABELS == 1) & first == set(positives.tolist())

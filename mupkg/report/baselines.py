@@ -56,7 +56,7 @@ def mean_shape(regions: Regions, *, in_place: bool = False) -> Bool[np.ndarray, 
     labels = list(filter(np.any, labels))  # a region that missed its prostate has no centroid
     centroids = np.array([ndimage.center_of_mass(label) for label in labels])
     target = centroids.mean(axis=0) if in_place else (np.array(labels[0].shape) - 1) / 2
-    shifts = np.round(target - centroids).astype(int)
+    shifts = np.floor(target - centroids + 0.5).astype(int)  # halves all one way
     moved = [ndimage.shift(label, shift, order=0) for label, shift in zip(labels, shifts, strict=True)]
     return np.mean(moved, axis=0) >= 0.5
 

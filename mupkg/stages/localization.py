@@ -87,7 +87,9 @@ def locate(case: Case, prepared: sitk.Image, network: nn.Module, *, coarse_mm: f
         fallback = "heads alone: the coarse mask is empty"
     elif heads_centre is None:
         fallback = f"coarse centre alone: {reason}"
-    return Location(tuple(np.mean(parts, axis=0).tolist()), rough, heads_centre, fallback)
+    # as regions.csv holds it: the same region, to the voxel, when it is cut again
+    centre = tuple(np.mean(parts, axis=0).round(4).tolist())
+    return Location(centre, rough, heads_centre, fallback)
 
 
 def coverage(label: sitk.Image, centre: Point, region_mm: Sequence[float]) -> float:

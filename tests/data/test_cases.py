@@ -101,7 +101,7 @@ def test_a_label_that_lies_elsewhere_is_found(change):
         label.SetSpacing((2.0, 2.0, 5.1))
     else:
         label.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, -1))
-    with pytest.raises(ValueError, match="not on its image's grid .* mm against .*; resample it onto"):
+    with pytest.raises(ValueError, match=r"not on its image's grid .* mm against .*; resample it onto"):
         check(label=label)
 
 

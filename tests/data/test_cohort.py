@@ -246,9 +246,12 @@ def test_a_working_grid_that_loses_the_prostate_is_refused(tmp_path):
     voxels[1, 1, 1] = 1
     label = sitk.GetImageFromArray(voxels)
     label.CopyInformation(scan())
-    with pytest.raises(CohortError, match="case a: preparing it loses the prostate.*finer spacing_mm"):
+    with pytest.raises(CohortError, match=r"case a: preparing it loses the prostate.*finer spacing_mm"):
         write_cohort(
-            tmp_path, [Source("a", lambda: Case("a", scan(), label), {})], Preparation(spacing_mm=(30,) * 3), split_seed=0
+            tmp_path,
+            [Source("a", lambda: Case("a", scan(), label), {})],
+            Preparation(spacing_mm=(30,) * 3),
+            split_seed=0,
         )
 
 

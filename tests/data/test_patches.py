@@ -75,7 +75,9 @@ def test_a_batch_may_reach_over_the_end_of_an_epoch():
     source = source_of([(7, 12, 14)], patches_per_image=7)
     images, _ = source.batch(1)  # patches 5, 6 of epoch 0 and 0, 1, 2 of epoch 1
     _, z, y, x = source.positions(1)[2]
-    np.testing.assert_array_equal((images[4].numpy() * 255).round(), source.images[0][z : z + 3, y : y + 4, x : x + 6])
+    np.testing.assert_array_equal(
+        (images[4].numpy() * 255).round(), source.images[0][z : z + 3, y : y + 4, x : x + 6]
+    )
 
 
 def test_the_seed_decides():

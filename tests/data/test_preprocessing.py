@@ -183,7 +183,9 @@ def test_resampling_a_ramp_gives_the_ramp():
 
 
 def test_resampling_a_label_makes_no_new_values():
-    label = resample(image_of(np.random.default_rng(0).choice([0, 3], SHAPE).astype(np.uint8)), (1.9,) * 3, label=True)
+    label = resample(
+        image_of(np.random.default_rng(0).choice([0, 3], SHAPE).astype(np.uint8)), (1.9,) * 3, label=True
+    )
     assert set(np.unique(array(label))) == {0, 3}
 
 
@@ -209,7 +211,9 @@ def test_outside_the_scan_a_region_is_air():
     expected = np.zeros((10, 20, 20), np.uint8)
     expected[-6:, -11:, -11:] = 7
     counts = [np.count_nonzero(corner.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    assert set(np.unique(corner)) == {0, 7} and all(abs(n - half) <= 1 for n, half in zip(counts, (5, 10, 10), strict=True))
+    assert set(np.unique(corner)) == {0, 7} and all(
+        abs(n - half) <= 1 for n, half in zip(counts, (5, 10, 10), strict=True)
+    )
     far = crop_region(image, (5000.0, 0.0, 0.0), (40.0, 50.0, 60.0))
     assert not array(far).any()
 
@@ -342,12 +346,16 @@ def test_the_largest_component_is_by_faces_and_empty_stays_empty():
 def test_centroids_are_physical_points():
     case = case_of("all of it")
     index = np.argwhere(array(case.label)).mean(axis=0)[::-1]
-    np.testing.assert_allclose(centroid(case.label), case.label.TransformContinuousIndexToPhysicalPoint(index.tolist()))
+    np.testing.assert_allclose(
+        centroid(case.label), case.label.TransformContinuousIndexToPhysicalPoint(index.tolist())
+    )
     np.testing.assert_allclose(centroid(case.label), centroid(case_of("oblique").label), atol=1e-6)
     assert centroid(case.label * 0) is None
 
 
-@pytest.mark.parametrize("wrong", [{"spacing_mm": (1, 1, 0)}, {"window_hu": (240, -160)}, {"modality": "PET"}, {"x": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"spacing_mm": (1, 1, 0)}, {"window_hu": (240, -160)}, {"modality": "PET"}, {"x": 1}]
+)
 def test_a_wrong_preparation_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Preparation(**wrong)

@@ -187,5 +187,5 @@ def test_a_table_without_needed_columns_is_refused(table_folder):
 def test_a_dicom_folder_is_a_case_without_a_label(tmp_path):
     (source,) = source_from_dicom(tmp_path / "_Pelvis CT (2)", modality="CT")
     assert source.case_id == "Pelvis_CT__2_"
-    with pytest.raises(ValueError, match="case Pelvis_CT__2_: .*there is no such file"):
+    with pytest.raises(ValueError, match=r"case Pelvis_CT__2_: .*there is no such file"):
         source.read()

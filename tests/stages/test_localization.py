@@ -171,7 +171,9 @@ def test_the_regions_of_a_cohort_are_written_and_reported(cohort, regions):
                 voxels, sitk.GetArrayFromImage(crop_region(volume, centre, regions.region_mm))
             )
         truth = centroid(cohort.case(case_id).label)
-        assert table["centre_distance_mm"][case_id] == pytest.approx(np.linalg.norm(np.subtract(truth, centre)), abs=0.01)
+        assert table["centre_distance_mm"][case_id] == pytest.approx(
+            np.linalg.norm(np.subtract(truth, centre)), abs=0.01
+        )
         inside, whole = regions.volume(case_id, "label").sum(), sitk.GetArrayFromImage(prepared.label).sum()
         assert table["covered"][case_id] == pytest.approx(inside / whole, abs=1e-5)
         parts = [[table[f"{part}_{axis}"][case_id] for axis in "xyz"] for part in ("coarse", "heads")]
@@ -193,7 +195,9 @@ def test_no_label_has_a_say_in_where_a_region_lies(cohort, regions, tmp_path):
         shifted.CopyInformation(label)
         sitk.WriteImage(shifted, str(path))
     network = localization_network(regions)
-    again = write_regions(Cohort.read(moved), network, tmp_path / "s", coarse_mm=8.0, region_mm=regions.region_mm).table
+    again = write_regions(
+        Cohort.read(moved), network, tmp_path / "s", coarse_mm=8.0, region_mm=regions.region_mm
+    ).table
     centre = [f"centre_{axis}" for axis in "xyz"]
     pd.testing.assert_frame_equal(again[centre], regions.table[centre])
     assert (again["centre_distance_mm"] != regions.table["centre_distance_mm"]).all()
@@ -208,7 +212,7 @@ def localization_network(regions):
 def test_when_a_case_fails_no_table_of_before_is_left(cohort, regions, tmp_path, monkeypatch):
     shutil.copytree(regions.folder, tmp_path / "stage1")
     heads_at(monkeypatch)
-    with pytest.raises(ValueError, match="case phantom-.* cannot be located"):
+    with pytest.raises(ValueError, match=r"case phantom-.* cannot be located"):
         write_regions(cohort, NOTHING, tmp_path / "stage1", coarse_mm=8.0, region_mm=(96, 120, 120))
     with pytest.raises(ValueError, match=r"regions\.csv: there is no such table; run notebook 02"):
         Regions.read(tmp_path / "stage1")

@@ -95,7 +95,9 @@ def test_a_fingerprint_does_not_see_what_a_killed_process_left(tmp_path):
 
 
 def test_a_record_says_what_it_takes_to_repeat_a_run(tmp_path):
-    content = write_run(tmp_path, {"seed": 3, "folder": Path("outputs")}, data_fingerprint="abc", training_seconds=1.5)
+    content = write_run(
+        tmp_path, {"seed": 3, "folder": Path("outputs")}, data_fingerprint="abc", training_seconds=1.5
+    )
     stored = json.loads((tmp_path / "run.json").read_text())
     assert stored["parameters"] == {"seed": 3, "folder": "outputs"}
     assert (stored["data_fingerprint"], stored["training_seconds"]) == ("abc", 1.5)

@@ -137,7 +137,9 @@ def test_a_finished_run_is_not_trained_again(tmp_path, whole):
 )
 def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path, whole, metadata, named):
     shutil.copytree(whole, tmp_path / "run")
-    with pytest.raises(ValueError, match=rf"checkpoint\.safetensors: .*other settings \({named}\).*delete the folder"):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint\.safetensors: .*other settings \({named}\).*delete the folder"
+    ):
         run(tmp_path / "run", metadata=METADATA | metadata)
     assert_same_run(tmp_path / "run", whole)
 
@@ -153,6 +155,13 @@ def test_a_cut_checkpoint_is_named(tmp_path, whole):
     path = tmp_path / "run" / CHECKPOINT
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors: is not a whole safetensors file"):
+        run(tmp_path / "run")
+
+
+def test_a_checkpoint_without_its_best_weights_is_not_resumed(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / BEST).unlink()
+    with pytest.raises(ValueError, match=rf"{BEST}: is missing beside its checkpoint; delete {CHECKPOINT}"):
         run(tmp_path / "run")
 
 
@@ -249,9 +258,7 @@ def test_a_loss_that_is_not_finite_ends_it_before_weights_are_written(tmp_path, 
     network, _ = build(configuration("UNet"), base_filters=2, embedding_dim=4)
     source = PatchSource([IMAGE], [LABEL], patch_size=(16, 16), batch_size=3)
     with pytest.raises(FloatingPointError, match="at step 1; lower the learning rate"):
-        train(
-            network, loss, source, tmp_path, steps=4, validate=lambda n: 1.0, validate_every=2, metadata={}
-        )
+        train(network, loss, source, tmp_path, steps=4, validate=lambda n: 1.0, validate_every=2, metadata={})
     assert not list(tmp_path.iterdir())
 
 
@@ -265,7 +272,9 @@ def test_training_never_touches_a_test_case(cohort, regions, tmp_path):
         shutil.copytree(cohort.folder, folder / "cohort")
         shutil.copytree(regions.folder, folder / "stage1")
         (case_id,) = cohort.ids("test")
-        for path in [*folder.glob(f"cohort/*/{case_id}*"), *folder.glob(f"stage1/regions/{case_id}*")] if tear else []:
+        for path in (
+            [*folder.glob(f"cohort/*/{case_id}*"), *folder.glob(f"stage1/regions/{case_id}*")] if tear else []
+        ):
             path.write_text("torn")
         copy, cut = Cohort.read(folder / "cohort", check_voxels=False), Regions.read(folder / "stage1")
         torch.manual_seed(0)

@@ -1,0 +1,204 @@
+"""Numbers are gathered from like runs, averaged by case, and nothing undefined is dropped in silence."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import ttest_rel
+
+from mupkg.configurations import TABLE_II
+from mupkg.report.results import (
+    case_metrics,
+    paired_tests,
+    per_case,
+    published,
+    readable,
+    runs,
+    save_table,
+    summary,
+)
+
+NAMES = ("DSC", "ASD")
+nan, inf = float("nan"), float("inf")
+
+
+def write_run(study, name, dsc, asd=None, cases=None):
+    folder = study / name
+    folder.mkdir(parents=True)
+    asd = [1.0] * len(dsc) if asd is None else asd
+    cases = [f"{i:03d}" for i in range(len(dsc))] if cases is None else cases
+    pd.DataFrame({"case_id": cases, "DSC": dsc, "ASD": asd}).to_csv(folder / "metrics.csv", index=False)
+
+
+def metrics_of(**columns):
+    """One metric, DSC, of configurations on cases; a list of lists is seeds."""
+    rows = []
+    for configuration, values in columns.items():
+        for seed, scores in enumerate(values if isinstance(values[0], list) else [values]):
+            for case, score in enumerate(scores):
+                rows.append({"configuration": configuration, "seed": seed, "case_id": f"{case:03d}", "DSC": score})
+    return pd.DataFrame(rows)
+
+
+# Runs
+
+
+def test_runs_come_in_table_iis_order_with_others_behind(tmp_path):
+    for name in (
+        "MetricUNet-HCP-seed1",
+        "MetricUNet-HCP-seed0",
+        "UNet-seed0",
+        "MetricUNet-HCR-seed0",
+        "UNet++-seed10",
+    ):
+        write_run(tmp_path, name, [0.5])
+    (tmp_path / "MetricUNet-R-seed0").mkdir()  # not finished
+    (tmp_path / "stage1").mkdir()
+    table = runs(tmp_path)
+    found = list(zip(table["configuration"], table["seed"], strict=True))
+    assert found == [("UNet", 0), ("UNet++", 10), ("MetricUNet-HCP", 0), ("MetricUNet-HCP", 1), ("MetricUNet-HCR", 0)]
+    assert all((folder / "metrics.csv").is_file() for folder in table["folder"])
+
+
+def test_runs_come_in_the_order_asked_for(tmp_path):
+    for name in ("UNet-seed0", "MetricUNet-R-seed0", "MetricUNet-H-seed0"):
+        write_run(tmp_path, name, [0.5])
+    assert list(runs(tmp_path, ["MetricUNet-R", "UNet"])["configuration"]) == ["MetricUNet-R", "UNet"]
+
+
+def test_a_run_that_is_not_there_is_missed(tmp_path):
+    with pytest.raises(ValueError, match="no finished run of any configuration; run notebook 03"):
+        runs(tmp_path)
+    write_run(tmp_path, "UNet-seed0", [0.5])
+    with pytest.raises(ValueError, match="no finished run of MetricUNet-R, VNet; run notebook 03"):
+        runs(tmp_path, ["UNet", "MetricUNet-R", "VNet"])
+
+
+def test_metrics_are_gathered_with_names_as_text(tmp_path):
+    write_run(tmp_path, "UNet-seed0", [0.5, 0.7])
+    write_run(tmp_path, "UNet-seed1", [0.6, 0.8])
+    metrics = case_metrics(runs(tmp_path))
+    assert metrics["case_id"].tolist() == ["000", "001", "000", "001"]
+    assert metrics["seed"].tolist() == [0, 0, 1, 1]
+    assert metrics["DSC"].tolist() == [0.5, 0.7, 0.6, 0.8]
+
+
+@pytest.mark.parametrize("other", [["000", "002"], ["000"]])
+def test_runs_on_other_cases_are_not_compared(tmp_path, other):
+    write_run(tmp_path, "UNet-seed0", [0.5, 0.7])
+    write_run(tmp_path, "MetricUNet-R-seed0", [0.5] * len(other), cases=other)
+    with pytest.raises(ValueError, match="not tested on the same cases"):
+        case_metrics(runs(tmp_path))
+
+
+# Averages
+
+
+def test_cases_are_averaged_over_seeds_first():
+    metrics = metrics_of(A=[[0.5, 0.7, 0.9], [0.7, 0.7, 0.5]], B=[0.1, 0.2, 0.3])
+    cases = per_case(metrics, "DSC")
+    assert list(cases.columns) == ["A", "B"]
+    np.testing.assert_allclose(cases["A"], [0.6, 0.7, 0.7])
+    table = summary(metrics, ["DSC"])
+    assert table.loc["A", ("DSC", "mean")] == pytest.approx(2 / 3)
+    assert table.loc["A", ("DSC", "std")] == pytest.approx(np.std([0.6, 0.7, 0.7], ddof=1))  # over cases, not seeds
+    assert table.loc["A", ("DSC", "median")] == pytest.approx(0.7)
+    assert table.loc["A", ("DSC", "n")] == 3
+    assert table[("", "seeds")].to_dict() == {"A": 2, "B": 1}
+
+
+def test_the_order_is_that_of_the_runs():
+    metrics = metrics_of(**{"UNet": [0.1, 0.2], "MetricUNet-HCP": [0.3, 0.4], "MetricUNet-C": [0.5, 0.6]})
+    assert list(summary(metrics, ["DSC"]).index) == ["UNet", "MetricUNet-HCP", "MetricUNet-C"]
+    assert list(per_case(metrics, "DSC").columns) == ["UNet", "MetricUNet-HCP", "MetricUNet-C"]
+
+
+def test_what_is_undefined_is_counted():
+    table = summary(metrics_of(A=[0.5, nan, 0.9], B=[nan, nan, nan], C=[0.1, 0.2, 0.3]), ["DSC"])["DSC"]
+    assert table["n"].tolist() == [2, 0, 3] and table["undefined"].tolist() == [1, 3, 0]
+    assert table["mean"].tolist()[::2] == pytest.approx([0.7, 0.2]) and np.isnan(table["mean"]["B"])
+
+
+def test_an_infinite_distance_makes_its_mean_infinite():
+    table = summary(metrics_of(A=[1.0, inf, 3.0]), ["DSC"])["DSC"]
+    assert table["mean"]["A"] == inf and table["median"]["A"] == 3.0
+    assert (table["n"]["A"], table["undefined"]["A"]) == (3, 0)
+
+
+@pytest.mark.parametrize("value", [nan, inf])
+def test_one_undefined_seed_leaves_its_case_undefined(value):
+    cases = per_case(metrics_of(A=[[0.5, 0.7], [value, 0.9]], B=[0.1, 0.2]), "DSC")
+    np.testing.assert_equal(cases["A"].to_numpy(), [value, 0.8])
+
+
+def test_a_case_undefined_everywhere_is_still_a_case():
+    cases = per_case(metrics_of(A=[nan, 0.7], B=[nan, 0.2]), "DSC")
+    assert list(cases.index) == ["000", "001"]
+    assert summary(metrics_of(A=[nan, 0.7], B=[nan, 0.2]), ["DSC"])[("DSC", "undefined")].tolist() == [1, 1]
+
+
+def test_a_summary_as_text_says_it_too():
+    table = summary(metrics_of(A=[0.5, nan, 0.9], B=[1.0, inf, 3.0], C=[0.25, 0.25, 0.25]), ["DSC"])
+    text = readable(table)["DSC"]
+    assert text["A"] == "0.700 ± 0.283 (0.700), n=2, 1 undefined"
+    assert text["B"] == "inf ± nan (3.000), n=3"
+    assert readable(table, 1)["DSC"]["C"] == "0.2 ± 0.0 (0.2), n=3"
+
+
+# Tests
+
+
+def test_the_paired_test_is_scipys_on_cases_averaged_over_seeds():
+    a, b = [0.81, 0.85, 0.78, 0.90], [[0.85, 0.86, 0.80, 0.93], [0.83, 0.90, 0.80, 0.91]]
+    table = paired_tests(metrics_of(UNet=a, HCP=b), ["DSC"])
+    expected = ttest_rel(np.mean(b, axis=0), a)
+    (row,) = table.to_dict("records")
+    assert row["p"] == pytest.approx(expected.pvalue)
+    assert row["mean_difference"] == pytest.approx(np.mean(b) - np.mean(a)) and row["mean_difference"] > 0
+    assert (row["configuration"], row["against"], row["n"]) == ("HCP", "UNet", 4)
+
+
+def test_the_paired_test_by_hand():
+    """Differences 1, 2, 3: t = 2 / (1 / sqrt 3), two degrees of freedom."""
+    t = 2 * np.sqrt(3)
+    p = 1 - t / np.sqrt(2 + t**2)  # the two-sided tail for two degrees of freedom
+    found = paired_tests(metrics_of(A=[0.0, 5.0, 1.0], B=[1.0, 7.0, 4.0]), ["DSC"])["p"][0]
+    assert found == pytest.approx(p)
+
+
+def test_pairs_that_are_not_finite_are_left_out_and_the_rest_counted():
+    metrics = metrics_of(A=[0.1, 0.2, nan, 0.4, 0.5], B=[0.3, inf, 0.5, 0.5, 0.9], C=[nan, nan, nan, nan, 0.1])
+    table = paired_tests(metrics, ["DSC"]).set_index("configuration")
+    assert table["n"].to_dict() == {"B": 3, "C": 1}
+    assert table["p"]["B"] == pytest.approx(ttest_rel([0.3, 0.5, 0.9], [0.1, 0.4, 0.5]).pvalue)
+    assert table["mean_difference"]["B"] == pytest.approx(0.7 / 3)
+    assert np.isnan(table["p"]["C"])
+
+
+def test_configurations_that_do_not_differ_have_no_p():
+    table = paired_tests(metrics_of(A=[0.1, 0.2], B=[0.1, 0.2]), ["DSC"])
+    assert np.isnan(table["p"][0]) and table["mean_difference"][0] == 0
+
+
+def test_every_configuration_is_tested_against_the_first_on_every_metric():
+    metrics = metrics_of(A=[0.1, 0.2], B=[0.3, 0.5], C=[0.2, 0.9]).assign(ASD=lambda t: 1 / t["DSC"])
+    table = paired_tests(metrics, NAMES)
+    found = list(table[["configuration", "against", "metric"]].itertuples(index=False, name=None))
+    assert found == [(name, "A", metric) for metric in NAMES for name in "BC"]
+    assert paired_tests(metrics_of(A=[0.1, 0.2]), ["DSC"]).empty
+
+
+# Tables
+
+
+def test_published_tables_are_at_hand():
+    assert list(published(3)["configuration"]) == list(TABLE_II)
+    for number in (4, 5, 6):
+        assert len(published(number))
+
+
+def test_a_table_is_saved_and_given_back(tmp_path):
+    table = pd.DataFrame({"DSC": [0.5, nan]}, index=["A", "B"])
+    assert save_table(table, tmp_path / "new" / "t.csv") is table
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "new" / "t.csv", index_col=0), table)
+    save_table(table, tmp_path / "t.csv", index=False)
+    assert (tmp_path / "t.csv").read_text().splitlines()[0] == "DSC"

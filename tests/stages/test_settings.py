@@ -1,0 +1,241 @@
+"""A notebook's parameters are right, or it fails before any work, naming the parameter and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from mupkg import repository
+from mupkg.data.preprocessing import Preparation
+from mupkg.stages.settings import (
+    SIZES,
+    CohortSettings,
+    ReportSettings,
+    SegmentSettings,
+    Stage1Settings,
+    Stage2Settings,
+    Study,
+    check_name,
+)
+
+PARAMETERS = """configuration: str = "MetricUNet-HCP"  # a row of Table II
+seed: int = 0  # of weights
+steps: int | None = None  # SGD steps"""
+
+
+def told(*cells, settings=Stage2Settings):
+    """What a notebook makes of its cells, run one after the other like a kernel does."""
+    namespace = {}
+    for cell in cells:
+        exec(cell, namespace)
+    return settings.from_notebook(namespace, ["", *cells])
+
+
+# From a notebook
+
+
+def test_the_parameters_cell_is_read():
+    settings = told(PARAMETERS)
+    assert (settings.configuration, settings.seed, settings.steps) == ("MetricUNet-HCP", 0, None)
+
+
+def test_what_papermill_injects_counts():
+    settings = told(PARAMETERS, '# Parameters\nconfiguration = "MetricUNet-CH"\nseed = 3\nsteps = 7\n')
+    assert (settings.configuration, settings.seed, settings.steps) == ("MetricUNet-HC", 3, 7)
+    assert settings.run_path.name == "MetricUNet-HC-seed3"
+
+
+def test_an_unknown_parameter_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match=r"unknown parameter 'sed'; there are: .*\bseed\b.*restart the kernel"):
+        told(PARAMETERS, "# Parameters\nsed = 3\n")
+
+
+@pytest.mark.parametrize(
+    ("cell", "parts"),
+    [
+        ("seed = -1", ("'seed'", "greater than or equal to 0", "-1")),
+        ('seed = "many"', ("'seed'", "integer", "'many'")),
+        ("steps = -5", ("'steps'", "greater than 0", "-5")),
+        ('size = "huge"', ("'size'", "'smoke', 'quick' or 'paper'", "'huge'")),
+        ("patch_size = 20", ("'patch_size'", "multiple of 8", "20")),
+        ('configuration = "MetricUNet-X"', ("'configuration'", "valid names are", "MetricUNet-X")),
+        ('study = "../elsewhere"', ("'study'", "plain folder name", "../elsewhere")),
+        ("momentum = 1.0", ("'momentum'", "less than 1", "1.0")),
+        ('precision = "fp8"', ("'precision'", "'no', 'bf16' or 'fp16'", "fp8")),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(cell, parts):
+    with pytest.raises(ValueError, match="parameter") as error:
+        told(PARAMETERS, cell)
+    assert all(part.strip("'") in str(error.value) for part in parts)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_all_wrong_parameters_are_told_at_once():
+    with pytest.raises(ValueError, match="parameter") as error:
+        told(PARAMETERS, 'seed = -1\nsizes = 3\nmargin = "wide"')
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "other = len('abc')",
+        "import os",
+        "x = 1\nprint(x)",
+        "a, b = 1, 2",
+        "x = {}\nx['a'] = 1",
+        "total = 0\ntotal += 1",
+        "",
+    ],
+)
+def test_cells_that_hold_more_than_literals_are_no_parameters(cell):
+    assert told(PARAMETERS, cell) == told(PARAMETERS)
+
+
+def test_magics_do_not_hinder():
+    assert Stage2Settings.from_notebook({"seed": 4}, ["%matplotlib inline", "!ls", "seed: int = 4"]).seed == 4
+
+
+def test_a_parameter_that_is_no_literal_is_not_passed_over():
+    """It made the whole cell no parameters: every one of them was silently left at its default."""
+    with pytest.raises(ValueError, match=r"parameter 'steps': must be a literal, not 'steps: int = 10 \* 60'"):
+        told("seed: int = 5\nsteps: int = 10 * 60")
+
+
+def test_a_name_that_was_deleted_is_no_parameter():
+    assert told(PARAMETERS, "sed = 3", "del sed").seed == 0
+
+
+def test_empty_values_stand_for_none():
+    settings = told(PARAMETERS, "steps = 0\nlearning_rate = 0\nseed = 0\nnormalize = False")
+    assert (settings.steps, settings.learning_rate, settings.seed, settings.normalize) == (None, None, 0, False)
+    assert CohortSettings(source_folder="", spacing_mm=[], label_values=[], phantoms=0) == CohortSettings()
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_says_everything_that_is_left_open(size):
+    for settings in (Stage1Settings(size=size), Stage2Settings(size=size)):
+        assert set(settings.unsized()) == {
+            n for n, field in type(settings).model_fields.items() if field.default is None
+        }
+        for name in settings.unsized():
+            assert settings.sized(name) == SIZES[size][settings.stage][name] is not None
+    assert CohortSettings(size=size).preparation.spacing_mm == SIZES[size]["cohort"]["spacing_mm"]
+
+
+def test_what_is_given_comes_before_the_size():
+    settings = Stage2Settings(size="smoke", steps=5, learning_rate=0.5)
+    assert (settings.sized("steps"), settings.sized("learning_rate")) == (5, 0.5)
+    assert settings.sized("batch_size") == SIZES["smoke"]["stage2"]["batch_size"]
+    assert settings.sized("momentum") == 0.9
+
+
+def test_the_papers_numbers():
+    paper = Stage2Settings(size="paper")
+    names = ("batch_size", "patch_size", "base_filters", "embedding_dim", "learning_rate")
+    assert [paper.sized(name) for name in names] == [30, 64, 32, 256, 0.01]
+    assert (paper.anchors, paper.pairs, paper.threshold, paper.margin) == (20, 1, 0.1, 0.7)
+    assert (paper.metric_weight, paper.pair_weight, paper.pair_distance) == (0.01, 0.1, 0.01)
+    stage1 = Stage1Settings(size="paper")
+    assert (stage1.sized("filters"), stage1.coarse_mm, stage1.region_mm) == (32, 4.0, (128.0,) * 3)
+    assert CohortSettings(size="paper").preparation == Preparation()
+
+
+# Names and folders
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "a/", "a\\b", "..\\a"])
+def test_a_name_that_is_a_path_is_refused(name):
+    with pytest.raises(ValueError, match="plain folder name"):
+        check_name(name)
+    for settings in (Stage1Settings, ReportSettings):
+        for field in ("study", "cohort"):
+            with pytest.raises(ValueError, match="plain folder name"):
+                settings(**{field: name})
+    with pytest.raises(ValueError, match="plain folder name"):
+        CohortSettings(cohort=name)
+
+
+def test_folders_hang_together(tmp_path):
+    settings = Stage2Settings(study="s", cohort="c", data_folder="d", outputs_folder=str(tmp_path))
+    assert settings.cohort_path == repository() / "d" / "c"
+    assert settings.stage1_path == tmp_path / "s" / "stage1"
+    assert settings.run_path == tmp_path / "s" / "MetricUNet-HCP-seed0"
+
+
+def test_the_repository_is_found_wherever_the_kernel_was_started(monkeypatch, tmp_path):
+    root = Path(__file__).parents[2]
+    for folder in (root, root / "notebooks", tmp_path):
+        monkeypatch.chdir(folder)
+        assert repository() == root
+
+
+# Cohorts
+
+
+def test_a_source_needs_its_folder():
+    with pytest.raises(ValueError, match="source 'pattern' needs source_folder"):
+        told('source: str = "pattern"', settings=CohortSettings)
+
+
+@pytest.mark.parametrize("folder", ["data/mine", "data/mine/images", "data/other/../mine"])
+def test_a_cohort_is_not_written_over_its_own_source(folder):
+    with pytest.raises(ValueError, match="about to be written; move it"):
+        CohortSettings(cohort="mine", source="table", source_folder=folder)
+
+
+def test_a_source_of_the_other_modality_is_seen_at_once(tmp_path):
+    """PROMISE12 prepared by a CT window would be one grey."""
+    with pytest.raises(ValueError, match="source 'promise12' is MR; set modality to 'MR'"):
+        CohortSettings(source="promise12", source_folder=str(tmp_path))
+    with pytest.raises(ValueError, match="source 'phantoms' is CT"):
+        CohortSettings(modality="MR")
+
+
+def test_the_chosen_source_is_asked(monkeypatch, tmp_path):
+    asked = {}
+    for name in ("sources_from_pattern", "sources_from_table", "sources_from_decathlon", "source_from_dicom"):
+        monkeypatch.setattr(
+            f"mupkg.stages.settings.{name}", lambda *a, name=name, **k: asked.update({name: (a, k)}) or []
+        )
+    common = {"source_folder": str(tmp_path), "modality": "MR"}
+    CohortSettings(source="pattern", label_values=[1, 2], channel=0, **common).sources()
+    patterns, options = asked["sources_from_pattern"]
+    assert patterns == (tmp_path, "{case}_image.nii.gz", "{case}_label.nii.gz")
+    assert options == {"modality": "MR", "label_values": (1, 2), "channel": 0}
+    CohortSettings(source="table", **common).sources()
+    assert asked["sources_from_table"] == ((tmp_path,), {"modality": "MR", "label_values": None, "channel": None})
+    CohortSettings(source="decathlon", **common).sources()
+    assert asked["sources_from_decathlon"] == ((tmp_path,), {})
+    CohortSettings(source="decathlon", label_values=[2], channel=1, **common).sources()
+    assert asked["sources_from_decathlon"] == ((tmp_path,), {"label_values": (2,), "channel": 1})
+    CohortSettings(source="dicom", source_folder=str(tmp_path)).sources()
+    assert asked["source_from_dicom"] == ((tmp_path,), {"modality": "CT"})
+
+
+def test_phantoms_are_as_many_as_asked_from_the_seed_on():
+    names = [source.case_id for source in CohortSettings(phantoms=4, seed=7).sources()]
+    assert names == ["phantom-0007", "phantom-0008", "phantom-0009", "phantom-0010"]
+    assert len(CohortSettings(size="quick").sources()) == 40
+    with pytest.raises(ValueError, match="greater than or equal to 3"):
+        CohortSettings(phantoms=2)
+
+
+# Other notebooks and studies
+
+
+def test_a_segmentation_needs_a_run_and_a_scan():
+    with pytest.raises(ValueError, match="scan"):
+        told('run: str = "outputs/x"', settings=SegmentSettings)
+
+
+def test_a_study_file_is_checked():
+    study = Study(study="s", cohort="c", configurations=["MetricUNet-RC", "UNet"], seeds=[0, 1])
+    assert study.configurations == ("MetricUNet-CR", "UNet")
+    with pytest.raises(ValueError, match="valid names are"):
+        Study(study="s", cohort="c", configurations=["VNetty"])
+    with pytest.raises(ValueError, match="seedz"):
+        Study(study="s", cohort="c", configurations=["UNet"], seedz=[0])
