@@ -83,6 +83,18 @@ class VoxelMetricLoss(nn.Module):
         return losses.where(valid, 0.0).sum() / valid.sum().clamp(min=1)
 
 
+def voxel_cross_entropy(
+    logits: Float[Tensor, "n classes *spatial"], labels: Int[Tensor, "n *spatial"]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy over voxels; as a list of voxels where determinism is asked for.
+
+    PyTorch has no deterministic CUDA kernel for cross-entropy over images, but one for lists.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return F.cross_entropy(logits.movedim(1, -1).flatten(0, -2), labels.flatten())
+    return F.cross_entropy(logits, labels)
+
+
 class LossTerms(NamedTuple):
     """Total, cross-entropy, and each sampler's metric loss (not yet weighted); all keep their graph."""
 
@@ -123,7 +135,7 @@ class SegmentationMetricLoss(nn.Module):
 
         Labels are 0 and 1; -100 marks voxels that neither cross-entropy nor the samplers look at.
         """
-        cross_entropy = F.cross_entropy(output.logits.float(), labels.long())
+        cross_entropy = voxel_cross_entropy(output.logits.float(), labels.long())
         if not self.samplers:
             return LossTerms(cross_entropy, cross_entropy, {})
         probability = output.logits.detach().float().softmax(dim=1)[:, 1]

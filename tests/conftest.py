@@ -16,6 +16,12 @@ jaxtyping.install_import_hook(
 )
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Without the signature checks, as users run it: for tests of what the code itself refuses."""

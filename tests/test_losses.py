@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mupkg.losses import SegmentationMetricLoss, VoxelMetricLoss, gather_embeddings
+from mupkg.losses import SegmentationMetricLoss, VoxelMetricLoss, gather_embeddings, voxel_cross_entropy
 from mupkg.models import SegmentationOutput
 from mupkg.samplers import SAMPLERS, ContourSampler, HardNegativeSampler, RandomSampler, VoxelTuples
 
@@ -366,3 +366,13 @@ def test_gradients_are_the_same_to_the_bit_in_every_run_on_several_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+def test_cross_entropy_is_the_same_in_the_deterministic_mode():
+    logits, labels = torch.randn(2, 2, 4, 5, 6), torch.randint(0, 2, (2, 4, 5, 6))
+    usual = voxel_cross_entropy(logits, labels)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.testing.assert_close(voxel_cross_entropy(logits, labels), usual)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -76,7 +76,7 @@ def test_logits_and_embeddings_lie_on_the_images_grid(backbone, size):
 
 
 def test_embeddings_are_the_last_blocks_output_after_its_relu_and_feed_the_head():
-    net = UNet(base_filters=2, embedding_dim=7).eval()
+    net = UNet(base_filters=2, embedding_dim=7)  # in training: the batch norm gives values of both signs to the ReLU
     seen = {}
     net.merge[-1].register_forward_hook(lambda _m, _i, output: seen.update(last=output))
     output = net(torch.randn(2, 3, 16, 16))

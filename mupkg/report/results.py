@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -123,9 +124,22 @@ def paired_tests(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.D
     return pd.DataFrame(rows, columns=columns)
 
 
-def published(table: int) -> pd.DataFrame:
+def published(table: int, **options: Any) -> pd.DataFrame:
     """The paper's Table III, IV, V or VI, as printed. Other patients, other hardware: to stand beside ours."""
-    return pd.read_csv(files("mupkg.report") / "published" / f"table{table}.csv")
+    return pd.read_csv(files("mupkg.report") / "published" / f"table{table}.csv", **options)
+
+
+def published_readable(table: int) -> pd.DataFrame:
+    """The same as text, "mean ± std (median)", digit by digit; what the paper lacks is left out."""
+    printed, text = published(table, dtype=str, keep_default_na=False), {}
+    for name in (column.removesuffix("_mean") for column in printed if column.endswith("_mean")):
+        text[name] = [
+            row[f"{name}_mean"]
+            + (f" ± {row[f'{name}_std']}" if row.get(f"{name}_std") else "")
+            + (f" ({row[f'{name}_median']})" if row.get(f"{name}_median") else "")
+            for _, row in printed.iterrows()
+        ]
+    return pd.DataFrame(text, index=printed.iloc[:, 0])
 
 
 def save_table(table: pd.DataFrame, path: str | Path, *, index: bool = True) -> pd.DataFrame:

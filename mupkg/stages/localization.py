@@ -46,7 +46,11 @@ def coarse(image: sitk.Image, coarse_mm: float = 4.0, *, label: bool = False) ->
 
 
 def coarse_volumes(cohort: Cohort, split: str, coarse_mm: float = 4.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Images and labels of one split on stage 1's grid, uint8 (z, y, x)."""
+    """Images and labels of one split on stage 1's grid, uint8 (z, y, x); ValueError if the split is empty."""
+    if not cohort.ids(split):
+        raise ValueError(
+            f"{cohort.folder}: has no labelled {split} cases; cases without a label cannot be trained on"
+        )
     prepared = [cohort.prepared(case_id) for case_id in cohort.ids(split)]
     images = [sitk.GetArrayFromImage(coarse(p.image, coarse_mm)) for p in prepared]
     return images, [sitk.GetArrayFromImage(coarse(p.label, coarse_mm, label=True)) for p in prepared]

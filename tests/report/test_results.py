@@ -11,6 +11,7 @@ from mupkg.report.results import (
     paired_tests,
     per_case,
     published,
+    published_readable,
     readable,
     runs,
     save_table,
@@ -202,3 +203,10 @@ def test_a_table_is_saved_and_given_back(tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "new" / "t.csv", index_col=0), table)
     save_table(table, tmp_path / "t.csv", index=False)
     assert (tmp_path / "t.csv").read_text().splitlines()[0] == "DSC"
+
+
+def test_published_tables_are_shown_with_the_papers_digits_and_without_what_they_lack():
+    text = published_readable(3)
+    assert text.loc["MetricUNet-R-Sep", "DSC"] == "0.8514 ± 0.0506 (0.8550)"
+    assert list(text.index) == list(published(3)["configuration"])
+    assert " nan" not in published_readable(4).to_string().lower()

@@ -1,5 +1,6 @@
 """Stage 1: the centre is the average of two, a fallback is said, and the region is measured honestly."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -216,3 +217,9 @@ def test_when_a_case_fails_no_table_of_before_is_left(cohort, regions, tmp_path,
         write_regions(cohort, NOTHING, tmp_path / "stage1", coarse_mm=8.0, region_mm=(96, 120, 120))
     with pytest.raises(ValueError, match=r"regions\.csv: there is no such table; run notebook 02"):
         Regions.read(tmp_path / "stage1")
+
+
+def test_a_cohort_without_labelled_cases_of_a_split_is_refused_by_name(cohort):
+    unlabelled = dataclasses.replace(cohort, table=cohort.table.assign(split=None))
+    with pytest.raises(ValueError, match="has no labelled train cases"):
+        localization.coarse_volumes(unlabelled, "train")
