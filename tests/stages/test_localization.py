@@ -91,7 +91,8 @@ def test_the_centre_is_the_average_of_mask_and_heads(monkeypatch):
     rough = centroid(image > 128)
     np.testing.assert_allclose(found.coarse_centre, rough, atol=1)
     assert found.heads_centre == (20.0, 5.0, 510.0)
-    np.testing.assert_allclose(found.centre, (np.array(found.coarse_centre) + found.heads_centre) / 2)
+    # to the four digits of a millimetre that regions.csv keeps
+    np.testing.assert_allclose(found.centre, (np.array(found.coarse_centre) + found.heads_centre) / 2, atol=1e-4)
     assert found.fallback == ""
 
 
@@ -99,7 +100,8 @@ def test_without_heads_the_mask_alone_and_it_is_said(monkeypatch):
     image = with_balls(prepared_image(), (20, 30, 22, 12))
     heads_at(monkeypatch, reason="metal everywhere")
     found = locate(Case("a", image), image, Bright())
-    assert found.centre == found.coarse_centre and found.heads_centre is None
+    np.testing.assert_allclose(found.centre, found.coarse_centre, atol=1e-4)
+    assert found.heads_centre is None
     assert found.fallback == "coarse centre alone: metal everywhere"
 
 
