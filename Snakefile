@@ -12,6 +12,7 @@ STUDY = Study.model_validate(config)
 DATA, OUT = f"{STUDY.data_folder}/{STUDY.cohort}", f"{STUDY.outputs_folder}/{STUDY.study}"
 FOLDERS = {"data_folder": STUDY.data_folder, "outputs_folder": STUDY.outputs_folder}
 PREPARE = {"cohort": STUDY.cohort, "size": STUDY.size, "data_folder": STUDY.data_folder, **STUDY.prepare}
+PREPARE |= {"source_folder": STUDY.source_folder} if STUDY.source_folder else {}
 COMMON = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size, **FOLDERS}
 RUNS = [f"{name}-seed{seed}" for name in STUDY.configurations for seed in STUDY.seeds]
 PYTHON = sys.executable

@@ -42,7 +42,13 @@ def run_notebook(
     os.environ |= dict.fromkeys(THREAD_VARIABLES, str(threads))  # the kernel inherits them
     try:
         papermill.execute_notebook(
-            str(notebook), str(running), dict(parameters), progress_bar=False, cwd=repository(), kernel_name="python3"
+            str(notebook),
+            str(running),
+            dict(parameters),
+            progress_bar=False,
+            cwd=repository(),
+            kernel_name="python3",
+            extra_arguments=["--log-level=40"],  # errors only: every kernel warns of unencrypted loopback otherwise
         )
     except papermill.PapermillExecutionError as error:
         os.replace(running, failed)

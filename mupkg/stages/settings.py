@@ -323,6 +323,7 @@ class Study(Settings):
     seeds: tuple[Seed, ...] = (0,)
     data_folder: str = "data"
     outputs_folder: str = "outputs"
+    source_folder: str = ""  # of notebook 00; here, so that --config source_folder=FOLDER can give it
     prepare: dict[str, Any] = {}
     stage1: dict[str, Any] = {}
     stage2: dict[str, Any] = {}

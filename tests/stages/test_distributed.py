@@ -1,0 +1,124 @@
+"""Training by several processes: two on the CPU stand for two GPUs. Each normalises its own half of a batch."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from two_processes import SEED, parts
+
+from mupkg.stages.runs import load_tensors
+from mupkg.stages.training import BEST, CHECKPOINT, HISTORY, LAST
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+def launch(*arguments, **options):
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], start_new_session=True, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The trainings of two_processes.py."""
+    folder = tmp_path_factory.mktemp("two")
+    process = launch(folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-4000:]
+    return folder
+
+
+def ranks(folder):
+    return [load_tensors(folder / f"rank{rank}.safetensors") for rank in (0, 1)]
+
+
+def of_kind(tensors, kind):
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(kind)}
+
+
+def test_the_gradient_is_the_mean_of_both_processes_own(trained):
+    wanted: dict[str, torch.Tensor] = {}
+    for rank in (0, 1):
+        network, loss, source = parts()
+        images, labels = source.batch(rank)
+        seed = np.random.SeedSequence([SEED, 0, rank]).generate_state(1)
+        loss(network.train()(images), labels, torch.Generator().manual_seed(int(seed[0]))).total.backward()
+        for name, parameter in network.named_parameters():
+            wanted[name] = wanted.get(name, 0.0) + parameter.grad / 2
+    for tensors, _ in ranks(trained / "step"):
+        found = of_kind(tensors, "gradient.")
+        assert len(found) == len(wanted)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[f"gradient.{name}"], gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["whole", "broken", "same_batch", "UNet", "MetricUNet++-H", "MetricUNet-R-Sep"])
+def test_both_processes_keep_the_same_weights_and_the_first_writes_them(trained, name):
+    (first, _), (second, _) = ranks(trained / name)
+    weights, written = of_kind(first, "weight."), load_tensors(trained / name / LAST)[0]
+    for key, tensor in weights.items():
+        assert torch.equal(tensor, second[key]), key
+        assert torch.equal(tensor, written[key.removeprefix("weight.")]), key
+    assert {path.name for path in (trained / name).iterdir()} == {
+        *(BEST, LAST, CHECKPOINT, HISTORY),
+        *("rank0.safetensors", "rank1.safetensors"),
+    }
+
+
+def test_processes_share_the_batches_out(trained):
+    (_, first), (_, second) = ranks(trained / "whole")
+    assert first["asked"] == [0, 2, 4, 6, 8, 10]
+    assert second["asked"] == [1, 3, 5, 7, 9, 11]
+
+
+def test_draws_differ_between_processes_and_steps_on_one_and_the_same_batch(trained):
+    (first, _), (second, _) = ranks(trained / "same_batch")
+    for name, draws in of_kind(first, "draws.").items():
+        assert not torch.equal(draws[0], second[name][0]), name  # same weights, same images: only the seed differs
+        assert not torch.equal(draws[0], draws[1]), name
+
+
+def test_a_break_leaves_no_trace_and_draws_repeat(trained):
+    for rank in (0, 1):
+        (whole, _), (broken, record) = (ranks(trained / name)[rank] for name in ("whole", "broken"))
+        assert record["asked"] == [4 + rank, 6 + rank, 8 + rank, 10 + rank]  # went on behind the checkpoint at 2
+        for name, tensor in of_kind(whole, "weight.").items():
+            assert torch.equal(tensor, broken[name]), name
+        for name, draws in of_kind(whole, "draws.").items():
+            assert torch.equal(draws[2:], broken[name]), name
+
+
+# No process outlives the training
+
+
+def endless(folder):
+    """A launcher at work, and its two processes."""
+    launcher = launch(folder, "--endless", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not (folder / CHECKPOINT).exists():
+        assert launcher.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    return launcher, psutil.Process(launcher.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C to all", "Ctrl-C to the launcher alone", "the launcher is killed"])
+def test_no_process_survives_an_interrupt(tmp_path, how):
+    launcher, children = endless(tmp_path)
+    try:
+        assert len(children) == 2
+        if how == "Ctrl-C to all":  # a terminal and Jupyter's stop button do this
+            psutil.os.killpg(launcher.pid, signal.SIGINT)
+        else:
+            launcher.send_signal(signal.SIGKILL if "killed" in how else signal.SIGINT)
+        assert launcher.wait(timeout=30) != 0
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive
+        load_tensors(tmp_path / CHECKPOINT)
+    finally:
+        for process in (launcher, *children):
+            if process.poll() is None if process is launcher else process.is_running():
+                process.kill()
