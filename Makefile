@@ -1,7 +1,8 @@
 # make demo    installs, runs the quick study on phantoms from raw scans to tables and figures, says where to look
 # make test    installs, lints, runs all tests
+# make soak    kills a smoke study KILLS times (20) and compares it with an undisturbed one
 .DEFAULT_GOAL := demo
-.PHONY: setup study demo test lint lab gallery bench clean
+.PHONY: setup study demo test soak lint lab gallery bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -44,6 +45,11 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The list of kills: outputs/soak/kills.csv
+KILLS ?= 20
+soak: setup
+	$(BIN)/python tests/soak/kill_study.py outputs/soak --kills $(KILLS)
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

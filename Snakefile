@@ -5,6 +5,9 @@
 import csv
 import json
 import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
 
 from mupkg.stages.settings import Study
 
@@ -15,6 +18,9 @@ PREPARE = {"cohort": STUDY.cohort, "size": STUDY.size, "data_folder": STUDY.data
 PREPARE |= {"source_folder": STUDY.source_folder} if STUDY.source_folder else {}
 COMMON = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size, **FOLDERS}
 RUNS = [f"{name}-seed{seed}" for name in STUDY.configurations for seed in STUDY.seeds]
+for place in (folder for name in (DATA, OUT) for folder in (Path(name), *Path(name).parents)):
+    if place.exists() and not place.is_dir():
+        raise WorkflowError(f"{place}: is a file in a folder's place; move it, or set data_folder or outputs_folder")
 PYTHON = sys.executable
 RUN = "{PYTHON:q} -m mupkg.report.batch {input[0]:q} {output.notebook:q} {params.notebook:q} --threads {threads}"
 REPORT = {**COMMON, "configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.report}
@@ -67,6 +73,8 @@ rule stage1:
     params:
         notebook=json.dumps({**COMMON, **STUDY.stage1}),
     threads: STUDY.threads["stage1"]
+    resources:
+        gpu=1,  # counts only where the number of GPUs is given; without one the notebook runs on the CPU
     shell:
         RUN
 
@@ -83,6 +91,8 @@ rule stage2:
             {**COMMON, "configuration": w.configuration, "seed": int(w.seed), **STUDY.stage2}
         ),
     threads: STUDY.threads["stage2"]
+    resources:
+        gpu=1,
     shell:
         RUN
 

@@ -19,11 +19,21 @@ def surface_points(
 
     The mask must not be empty.
     """
-    box = ndimage.find_objects(mask.astype(np.uint8))[0]  # only the organ's box, not the whole scan
+    box = _bounding_box(mask)  # only the organ, not the whole scan
     inside = mask[box]
     surface = inside & ~ndimage.binary_erosion(inside)
     corner = np.array([s.start for s in box])
     return (np.argwhere(surface) + corner) * np.asarray(spacing_mm, dtype=float)
+
+
+def _bounding_box(mask: Bool[np.ndarray, "*spatial"]) -> tuple[slice, ...]:
+    """The smallest box around a mask's foreground, narrowed axis by axis, so that each look is at less."""
+    box: list[slice] = []
+    for axis in range(mask.ndim):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        hit = np.flatnonzero(mask[tuple(box)].any(axis=others))
+        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
+    return tuple(box)
 
 
 def segmentation_metrics(

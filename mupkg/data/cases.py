@@ -13,6 +13,8 @@ Point = tuple[float, float, float]  # physical (x, y, z) in mm, as SimpleITK giv
 MIN_SLICES = 3
 SAME_GRID = 0.1  # grids are the same if their corners agree to this share of a voxel
 RIGHT_ANGLE = 1e-3  # how far from 0 the cosine between two axes may be; NIfTI cannot hold more
+SPACING_MM = (0.01, 100.0)  # what a scan's voxels may measure
+FARTHEST_MM = 1e6  # from the scanner's origin; beyond, rounding moves voxels
 WHOLE_NUMBER = 1e-3  # how far label values may be off (files that store them with a slope)
 
 
@@ -64,6 +66,11 @@ def binary_label(label: sitk.Image, values: Sequence[int] | None) -> sitk.Image:
     return binary
 
 
+def _is_scalar_volume(image: sitk.Image) -> bool:
+    real = not sitk.GetPixelIDValueAsString(image.GetPixelID()).startswith("complex")
+    return image.GetDimension() == 3 and image.GetNumberOfComponentsPerPixel() == 1 and real and all(image.GetSize())
+
+
 def checked_case(
     case_id: str,
     image: sitk.Image,
@@ -79,9 +86,16 @@ def checked_case(
     Raises:
         ValueError: with one line for every fault, each naming the case, the file, what is wrong and what to do.
     """
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ValueError(f"case {case_id}: {image_name}: is no 3D volume of single values; choose one volume")
+    for name, volume in ((image_name, image), (label_name, label)):
+        if volume is not None and not _is_scalar_volume(volume):
+            raise ValueError(f"case {case_id}: {name}: is no 3D volume of single values; choose one volume")
     faults = []
+    spacing, origin = np.array(image.GetSpacing()), np.array(image.GetOrigin())
+    if not (SPACING_MM[0] <= spacing.min() and spacing.max() <= SPACING_MM[1] and np.abs(origin).max() < FARTHEST_MM):
+        faults.append(
+            f"{image_name}: has voxels of {tuple(spacing.tolist())} mm at {tuple(origin.tolist())} mm, which no scan "
+            "has; export the scan again"
+        )
     if image.GetSize()[2] < MIN_SLICES:
         faults.append(f"{image_name}: {image.GetSize()[2]} slice(s), at least {MIN_SLICES} are needed; leave it out")
     voxels = sitk.GetArrayFromImage(image)
@@ -92,7 +106,7 @@ def checked_case(
     elif known.get("modality", "CT") == "CT" and voxels.min() >= 0:
         faults.append(f"{image_name}: has no value below 0, so it is no CT in HU; apply its rescale intercept first")
     axes = np.reshape(image.GetDirection(), (3, 3))
-    if np.abs(axes.T @ axes - np.eye(3)).max() > RIGHT_ANGLE:
+    if not np.abs(axes.T @ axes - np.eye(3)).max() <= RIGHT_ANGLE:  # so that NaN is found too
         faults.append(f"{image_name}: its axes are not at right angles (a tilted gantry?); resample it first")
     if label is not None:
         difference = grid_difference(image, label)

@@ -76,7 +76,10 @@ class Cohort:
         path = self.folder / "preparation.json"
         if not path.is_file():
             raise CohortError([f"{path}: missing; run notebook 00 on this cohort to prepare it"])
-        return Preparation.model_validate_json(path.read_text())
+        try:
+            return Preparation.model_validate_json(path.read_bytes())
+        except ValueError as error:
+            raise CohortError([f"{path}: is broken; run notebook 00 on this cohort again ({error})"]) from error
 
     def ids(self, split: str | None = None) -> list[str]:
         """Case names of one split, or all, in the table's order."""
@@ -119,12 +122,16 @@ def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
         table = pd.read_csv(path, dtype=dict.fromkeys([*COLUMNS, "patient", "modality"], str))
     except FileNotFoundError:
         raise CohortError([f"{path}: there is no such table; notebook 00 makes one"]) from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise CohortError([f"{path}: is not a CSV table ({error})"]) from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+        raise CohortError([f"{path}: is not a CSV table ({error}); save it as CSV with commas, in UTF-8"]) from error
     missing = [column for column in columns if column not in table]
     if missing:
-        raise CohortError([f"{path}: lacks the column(s) {', '.join(missing)}; it has {', '.join(table)}"])
+        found = f"it has {', '.join(map(str, table))}"
+        raise CohortError([f"{path}: lacks the column(s) {', '.join(missing)}; {found}. Add them, set off by commas"])
     faults = [*_name_faults(table["case_id"]), *_file_faults(path.parent, table), *_split_faults(table)]
+    for column in _HEADS:
+        if column in table and not pd.api.types.is_numeric_dtype(table[column]):
+            faults.append(f"{path}: column {column} holds more than numbers; mend it, or leave the column out")
     if faults or table.empty:
         raise CohortError(faults or [f"{path}: has no cases; list at least one"])
     return table
@@ -154,11 +161,16 @@ def _split_faults(table: pd.DataFrame) -> Iterator[str]:
     if "patient" in table:
         for patient, names in split.groupby(table["patient"]):
             if len(set(names.dropna())) > 1:
-                cases = ", ".join(table["case_id"][names.index])
+                cases = ", ".join(map(str, table["case_id"][names.index]))
                 yield f"cases {cases}: are of one patient ({patient}) but in several splits; put them into one"
 
 
 def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
+    for column in ("image", "label"):
+        for name, rows in table.groupby(column):
+            if len(rows) > 1:
+                cases = ", ".join(map(str, rows["case_id"]))
+                yield f"cases {cases}: have one and the same {column} {name}; give each its own"
     for row in table.itertuples():
         modality = getattr(row, "modality", None)
         if isinstance(modality, str) and modality not in ("CT", "MR"):
@@ -167,9 +179,16 @@ def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
             if not isinstance(name, str):
                 if column == "image":
                     yield f"case {row.case_id}: no image is named; fill the column 'image'"
-            elif not (folder / name).resolve().is_relative_to(folder.resolve()):
+                continue
+            try:
+                inside = (folder / name).resolve().is_relative_to(folder.resolve())
+                there = (folder / name).exists()
+            except (OSError, RuntimeError, ValueError) as error:  # a loop of links, too long, a zero byte
+                yield f"case {row.case_id}: {column} {name!r} is no path ({error}); mend it in cohort.csv"
+                continue
+            if not inside:
                 yield f"case {row.case_id}: {column} {name} leads out of {folder}; copy the file into the folder"
-            elif not (folder / name).exists():
+            elif not there:
                 yield f"case {row.case_id}: {column} {name} is not there; check the name in cohort.csv"
 
 

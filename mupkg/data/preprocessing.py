@@ -14,6 +14,7 @@ import SimpleITK as sitk
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from mupkg.data.cases import Case, Point
+from mupkg.data.files import MOST_VOXELS
 
 BODY_GRID_MM = 4.0  # the body's outline is needed to a few mm only
 BODY_THRESHOLD_HU = -400.0
@@ -25,7 +26,7 @@ AIR = 0  # the prepared volume's value outside the scan
 class Preparation(BaseModel):
     """How scans are prepared; stored with a cohort and with every trained run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     modality: Literal["CT", "MR"] = "CT"
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
@@ -129,7 +130,17 @@ def prepare(case: Case, preparation: Preparation) -> Prepared:
 
     Axes are permuted and flipped to the anatomical order first (an oblique direction is kept: slices stay as
     acquired), so that every network sees every patient the same way round.
+
+    Raises:
+        ValueError: naming the case, if the working grid would be larger than any scan needs.
     """
+    extent = np.multiply(case.image.GetSize(), case.image.GetSpacing())
+    voxels = np.prod(extent) / np.prod(preparation.spacing_mm)
+    if not voxels <= MOST_VOXELS:
+        raise ValueError(
+            f"case {case.case_id}: its {extent.round().tolist()} mm (x, y, z) would take {voxels:.1e} voxels of "
+            f"{preparation.spacing_mm} mm (z, y, x); choose a coarser spacing_mm, or mend the scan's own spacing"
+        )
     image = resample(sitk.DICOMOrient(case.image, "LPS"), preparation.spacing_mm)
     body = body_mask(image, preparation.modality)
     prepared = body_crop(rescale(image, body, preparation), body)

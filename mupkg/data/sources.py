@@ -36,6 +36,15 @@ def _file_source(
     return Source(case_id, read, {"source": image.name})
 
 
+def check_pattern(pattern: str) -> str:
+    """The pattern, if it can name a file in a folder for every case."""
+    if pattern.count("{case}") != 1 or not pattern.isprintable() or pattern.startswith("/"):
+        raise ValueError(
+            f"must hold {{case}} once, for example {{case}}_image.nii.gz, and lead from the folder; it is {pattern!r}"
+        )
+    return pattern
+
+
 def sources_from_pattern(
     folder: str | Path,
     image_pattern: str,
@@ -53,10 +62,10 @@ def sources_from_pattern(
     if not folder.is_dir():
         raise CohortError([f"{folder}: there is no such folder"])
     for name, pattern in (("image_pattern", image_pattern), ("label_pattern", label_pattern)):
-        if pattern.count("{case}") != 1:
-            raise CohortError(
-                [f"{name} must hold {{case}} once, for example {{case}}_image.nii.gz; it is {pattern!r}"]
-            )
+        try:
+            check_pattern(pattern)
+        except ValueError as error:
+            raise CohortError([f"{name} {error}"]) from error
     matcher = re.compile(re.escape(image_pattern).replace(re.escape("{case}"), "(?P<case>[^/]+)"))
     label_matcher = re.compile(re.escape(label_pattern).replace(re.escape("{case}"), "[^/]+"))
     found, faults = [], []

@@ -11,7 +11,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,37 @@ import papermill
 from mupkg import repository
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+
+
+@contextmanager
+def one_gpu() -> Iterator[None]:
+    """One GPU of several that CUDA_VISIBLE_DEVICES lists, for this notebook: the first that no other one has.
+
+    Taken by a lock on a file, which ends with this process however it ends. Are all taken, the first is shared.
+    With one GPU or an unset variable nothing is chosen.
+    """
+    devices = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if len(devices) < 2:
+        yield
+        return
+    import fcntl  # not on Windows
+
+    with ExitStack() as files:
+        chosen = devices[0]
+        for device in devices:
+            name = f"mupkg-gpu-{os.getuid()}-{device.replace('/', '-')}.lock"
+            file = files.enter_context((Path(tempfile.gettempdir()) / name).open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            chosen = device
+            break
+        os.environ["CUDA_VISIBLE_DEVICES"] = chosen  # the kernel inherits it
+        try:
+            yield
+        finally:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
 
 
 def run_notebook(
@@ -58,17 +91,29 @@ def run_notebook(
     failed.unlink(missing_ok=True)
 
 
+def json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=run_notebook.__doc__.splitlines()[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("parameters", type=json.loads, help="a JSON object")
+    parser.add_argument("parameters", type=json_object, help="a JSON object")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     try:
         run_notebook(arguments.notebook, arguments.target, arguments.parameters, threads=arguments.threads)
     except RuntimeError as error:
         sys.exit(str(error))
+    except (OSError, ValueError) as error:
+        sys.exit(
+            f"{arguments.notebook}: cannot be run ({error}); check the names of notebook and target, "
+            "and that there is room to write"
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +27,8 @@ def runs(study: str | Path, configurations: Sequence[str] = ()) -> pd.DataFrame:
     rows = []
     for path in sorted(Path(study).glob("*-seed*/metrics.csv")):
         name, _, seed = path.parent.name.rpartition("-seed")
+        if not seed.isdecimal():
+            raise ValueError(f"{path.parent}: is not named <configuration>-seed<number>; rename or move it")
         rows.append({"configuration": name, "seed": int(seed), "folder": path.parent})
     table = pd.DataFrame(rows, columns=["configuration", "seed", "folder"])
     order = list(configurations) or [*TABLE_II, *sorted(set(table["configuration"]) - set(TABLE_II))]
@@ -37,17 +40,42 @@ def runs(study: str | Path, configurations: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def case_metrics(table: pd.DataFrame) -> pd.DataFrame:
-    """metrics.csv of all these runs in one table: configuration, seed, case_id and the metrics."""
+    """metrics.csv of all these runs in one table: configuration, seed, case_id and the metrics.
+
+    Raises:
+        ValueError: if runs differ in their test cases or regions, or a file is broken or lists a case twice.
+    """
     parts = [
-        pd.read_csv(row.folder / "metrics.csv", dtype={"case_id": str}).assign(
-            configuration=row.configuration, seed=row.seed
-        )
+        _run_metrics(row.folder / "metrics.csv").assign(configuration=row.configuration, seed=row.seed)
         for row in table.itertuples()
     ]
     metrics = pd.concat(parts, ignore_index=True)
     cases = metrics.groupby(["configuration", "seed"])["case_id"].agg(frozenset)
     if len(set(cases)) > 1:
         raise ValueError("the runs were not tested on the same cases; evaluate runs of one study only")
+    records = [folder / "run.json" for folder in table["folder"]]
+    if len({_trained_on(record) for record in records if record.is_file()}) > 1:
+        raise ValueError(
+            "the runs were not trained on the same regions (data_fingerprint in run.json); "
+            "after a new stage 1, train every run of the study again"
+        )
+    return metrics
+
+
+def _trained_on(record: Path) -> str | None:
+    try:
+        return json.loads(record.read_bytes()).get("data_fingerprint")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{record}: is no record of a run ({error}); run notebook 03 again") from error
+
+
+def _run_metrics(path: Path) -> pd.DataFrame:
+    try:
+        metrics = pd.read_csv(path, dtype={"case_id": str})
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: is not a CSV table ({error}); test the run again with notebook 03") from error
+    if "case_id" not in metrics or metrics["case_id"].duplicated().any():
+        raise ValueError(f"{path}: must have a case_id for every row, each once; test the run again with notebook 03")
     return metrics
 
 

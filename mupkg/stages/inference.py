@@ -14,7 +14,7 @@ import SimpleITK as sitk
 import torch
 
 from mupkg.configurations import build, configuration
-from mupkg.data.cases import Case, checked_case
+from mupkg.data.cases import Case, checked_case, grid_difference
 from mupkg.data.cohort import Cohort
 from mupkg.data.files import whole_file, write_image
 from mupkg.data.preprocessing import (
@@ -98,7 +98,15 @@ test_run.__test__ = False  # not a test of pytest's
 
 
 def measure(mask: sitk.Image, case: Case) -> dict[str, float]:
-    """All metrics of a mask against the case's label, on the scan's own grid, in mm."""
+    """All metrics of a mask against the case's label, on the scan's own grid, in mm.
+
+    Raises:
+        ValueError: if the mask does not lie on the label's grid: another case's, or the working grid's.
+    """
+    if difference := grid_difference(case.label, mask):
+        raise ValueError(
+            f"case {case.case_id}: the mask is not on its label's grid ({difference}); resample it first"
+        )
     prediction, truth = (sitk.GetArrayFromImage(image).astype(bool) for image in (mask, case.label))
     return segmentation_metrics(prediction, truth, spacing_mm=array_spacing(case.image))
 
@@ -137,7 +145,10 @@ class Pipeline:
         """ValueError naming the file if a part of the run is missing or broken."""
         localizer, stage1 = load_localizer(Path(run_folder) / LOCALIZER)
         network, _ = load_network(Path(run_folder) / BEST)
-        preparation = Preparation.model_validate(stage1["preparation"])
+        try:
+            preparation = Preparation.model_validate(stage1["preparation"])
+        except ValueError as error:
+            raise ValueError(f"{Path(run_folder) / LOCALIZER}: is broken ({error}); copy the file again") from error
         return cls(localizer, network, preparation, stage1["coarse_mm"], tuple(stage1["region_mm"]))
 
     def __call__(self, image: sitk.Image, *, name: str = "scan", largest: bool = True) -> Segmentation:

@@ -118,13 +118,23 @@ class Regions:
         path = Path(stage1_folder) / "regions.csv"
         if not path.is_file():
             raise ValueError(f"{path}: there is no such table; run notebook 02 for this study first")
-        table = pd.read_csv(path, dtype={"case_id": str, "fallback": str}).fillna({"fallback": ""})
+        try:
+            table = pd.read_csv(path, dtype={"case_id": str, "fallback": str}).fillna({"fallback": ""})
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: is not a CSV table ({error}); run notebook 02 again") from error
+        missing = [c for c in ("case_id", "split", "centre_x", "centre_y", "centre_z") if c not in table]
+        if missing:
+            raise ValueError(f"{path}: lacks the column(s) {', '.join(missing)}; run notebook 02 again")
         return cls(path.parent, table.set_index("case_id", drop=False).rename_axis(None))
 
     @property
     def region_mm(self) -> tuple[float, float, float]:
         """Edge lengths (z, y, x) that stage 1 was run with."""
-        return tuple(json.loads((self.folder / "run.json").read_text())["parameters"]["region_mm"])
+        path = self.folder / "run.json"
+        try:
+            return tuple(json.loads(path.read_bytes())["parameters"]["region_mm"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: does not tell the region's size ({error!r}); run notebook 02 again") from error
 
     def ids(self, split: str) -> list[str]:
         return list(self.table.index[self.table["split"] == split])
@@ -134,7 +144,11 @@ class Regions:
 
     def volume(self, case_id: str, kind: str = "image") -> np.ndarray:
         """A region's voxels (z, y, x), memory-mapped; kind "image" or "label"."""
-        return np.load(self.folder / "regions" / f"{case_id}_{kind}.npy", mmap_mode="r")
+        path = self.folder / "regions" / f"{case_id}_{kind}.npy"
+        try:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); run notebook 02 again") from error
 
     def volumes(self, split: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Images and labels of one split."""

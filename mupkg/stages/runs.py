@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mupkg.data.files import whole_file, write_text
 
+MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at
 PACKAGES = ("mupkg", "torch", "SimpleITK", "numpy", "monai", "accelerate")
 
 
@@ -27,7 +28,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """Write tensors and JSON-able metadata as one safetensors file, whole."""
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        save_file(flat, temporary, metadata={"mupkg": json.dumps(metadata)})
+        try:
+            save_file(flat, temporary, metadata={"mupkg": json.dumps(metadata)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error  # as other writers say it
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -46,16 +50,26 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"{path}: is not a whole safetensors file ({error}); train again or copy it again"
         ) from error
-    if metadata is None:
-        raise ValueError(f"{path}: was not written by this suite (its metadata lacks the network's settings)")
-    return tensors, json.loads(metadata)
+    try:
+        settings = json.loads(metadata or "null")
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{path}: was not written by this suite (its metadata lacks the network's settings); train the run here"
+        )
+    return tensors, settings
 
 
 def require(metadata: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
     """ValueError naming the file if its metadata lacks something: it is of the other stage, say."""
     missing = [name for name in names if name not in metadata]
     if missing:
-        raise ValueError(f"{path}: holds weights of another network (its metadata lacks {', '.join(missing)})")
+        lacks = f"its metadata lacks {', '.join(missing)}"
+        raise ValueError(f"{path}: holds weights of another network ({lacks}); copy this run's own file there")
+    for name in ("base_filters", "embedding_dim", "filters"):
+        if name in metadata and not (isinstance(metadata[name], int) and 0 < metadata[name] <= MOST_CHANNELS):
+            raise ValueError(f"{path}: cannot be a network of {name} {metadata[name]!r}; copy the file again")
 
 
 def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -64,7 +78,9 @@ def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], path: 
         network.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ValueError(f"{path}: holds weights of another network ({reason})") from error
+        raise ValueError(
+            f"{path}: holds weights of another network ({reason}); copy this run's own file there, or train it again"
+        ) from error
 
 
 def fingerprint(paths: list[Path]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -27,6 +28,7 @@ from mupkg.configurations import configuration
 from mupkg.data.cohort import Source
 from mupkg.data.preprocessing import Preparation
 from mupkg.data.sources import (
+    check_pattern,
     source_from_dicom,
     sources_from_decathlon,
     sources_from_pattern,
@@ -37,6 +39,27 @@ from mupkg.data.sources import (
 
 Size = Literal["smoke", "quick", "paper"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+PatchSize = Annotated[int, Field(ge=8, le=1024, multiple_of=8)]
+Extent = Annotated[float, Field(gt=0, le=1000)]  # mm
+
+
+def check_name(value: str) -> str:
+    """A folder's own name, not a path: so no study or cohort can leave its place."""
+    if not value.isprintable() or not value or value in (".", "..") or Path(value).name != value or "\\" in value:
+        raise ValueError(f"must be a plain folder name, not {value!r}")
+    return value
+
+
+def check_path(value: str) -> str:
+    """Something that can be a path at all."""
+    if not value.strip() or not value.isprintable():
+        raise ValueError(f"must be a path, not {value!r}")
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(check_name)]
+AnyPath = Annotated[str, AfterValidator(check_path)]
+Pattern = Annotated[str, AfterValidator(check_pattern)]
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     # The whole chain in seconds, to see that it runs. Its numbers mean nothing.
@@ -67,7 +90,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 class Settings(BaseModel):
     """Base of all notebook parameters: nothing unknown, and None (0, "", []) means "what the size says"."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -140,25 +163,27 @@ def _explain(model: type[Settings], error: ValidationError) -> str:
 class CohortSettings(Settings):
     """Notebook 00: where scans come from and how they are prepared."""
 
-    cohort: str = "phantoms-quick"
+    cohort: FolderName = "phantoms-quick"
     source: Literal["phantoms", "pattern", "table", "promise12", "decathlon", "dicom"] = "phantoms"
-    source_folder: str | None = None
+    source_folder: AnyPath | None = None
     size: Size = "quick"
     modality: Literal["CT", "MR"] = "CT"
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     window_hu: tuple[float, float] = (-160.0, 240.0)
-    image_pattern: str = "{case}_image.nii.gz"
-    label_pattern: str = "{case}_label.nii.gz"
-    label_values: tuple[int, ...] | None = None
+    image_pattern: Pattern = "{case}_image.nii.gz"
+    label_pattern: Pattern = "{case}_label.nii.gz"
+    label_values: tuple[PositiveInt, ...] | None = None
     channel: Annotated[int, Field(ge=-1)] = -1
-    phantoms: Annotated[int, Field(ge=3)] | None = None
+    phantoms: Annotated[int, Field(ge=3, le=100_000)] | None = None
     seed: Seed = 0
-    data_folder: str = "data"
+    data_folder: AnyPath = "data"
 
-    @field_validator("cohort")
+    @field_validator("window_hu")
     @classmethod
-    def _one_folder(cls, value: str) -> str:
-        return check_name(value)
+    def _window_is_an_interval(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < value[1]:
+            raise ValueError("must be (low, high) with low < high")
+        return value
 
     @model_validator(mode="after")
     def _a_folder_to_read(self) -> Self:
@@ -208,16 +233,11 @@ class CohortSettings(Settings):
 class StudySettings(Settings):
     """What every notebook of a study is told."""
 
-    study: str = "quick"
-    cohort: str = "phantoms-quick"
+    study: FolderName = "quick"
+    cohort: FolderName = "phantoms-quick"
     size: Size = "quick"
-    data_folder: str = "data"
-    outputs_folder: str = "outputs"
-
-    @field_validator("study", "cohort")
-    @classmethod
-    def _one_folder(cls, value: str) -> str:
-        return check_name(value)
+    data_folder: AnyPath = "data"
+    outputs_folder: AnyPath = "outputs"
 
     @property
     def cohort_path(self) -> Path:
@@ -253,10 +273,10 @@ class Stage1Settings(StudySettings):
     steps: PositiveInt | None = None
     batch_size: PositiveInt | None = None
     filters: PositiveInt | None = None
-    patch_size: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    patch_size: PatchSize | None = None
     learning_rate: PositiveFloat | None = None
     coarse_mm: PositiveFloat = 4.0
-    region_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (128.0, 128.0, 128.0)
+    region_mm: tuple[Extent, Extent, Extent] = (128.0, 128.0, 128.0)
     precision: Literal["no", "bf16", "fp16"] = "no"
 
 
@@ -270,7 +290,7 @@ class Stage2Settings(StudySettings):
     batch_size: PositiveInt | None = None
     base_filters: PositiveInt | None = None
     embedding_dim: PositiveInt | None = None
-    patch_size: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    patch_size: PatchSize | None = None
     validate_every: PositiveInt | None = None
     learning_rate: PositiveFloat | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -299,30 +319,30 @@ class Stage2Settings(StudySettings):
 class ReportSettings(StudySettings):
     """Notebooks 01, 04 and 05: which runs, in which order; none named means all that are there."""
 
-    configurations: tuple[str, ...] = ()
+    configurations: tuple[FolderName, ...] = ()
     seed: Seed = 0
     cases: PositiveInt = 3
-    real_scan: str | None = None
+    real_scan: AnyPath | None = None
 
 
 class SegmentSettings(Settings):
     """Notebook 09: a trained run and a new scan."""
 
-    run: str
-    scan: str
-    output: str = "outputs/segmented"
+    run: AnyPath
+    scan: AnyPath
+    output: AnyPath = "outputs/segmented"
 
 
 class Study(Settings):
     """A study file of notebooks/studies: what a batch runs, and with which parameters."""
 
-    study: str
-    cohort: str
+    study: FolderName
+    cohort: FolderName
     size: Size = "quick"
     configurations: tuple[str, ...]
     seeds: tuple[Seed, ...] = (0,)
-    data_folder: str = "data"
-    outputs_folder: str = "outputs"
+    data_folder: AnyPath = "data"
+    outputs_folder: AnyPath = "outputs"
     source_folder: str = ""  # of notebook 00; here, so that --config source_folder=FOLDER can give it
     prepare: dict[str, Any] = {}
     stage1: dict[str, Any] = {}
@@ -336,9 +356,18 @@ class Study(Settings):
     def _valid_configurations(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(configuration(name).name for name in value)
 
-
-def check_name(value: str) -> str:
-    """A folder's own name, not a path: so no study or cohort can leave its place."""
-    if not value or value in (".", "..") or Path(value).name != value or "\\" in value:
-        raise ValueError(f"must be a plain folder name, not {value!r}")
-    return value
+    @model_validator(mode="after")
+    def _parameters_of_the_notebooks(self) -> Self:
+        """What the notebooks will be told is checked before the first one runs, not hours later."""
+        source = {"source_folder": self.source_folder or "given later"}
+        for name, model, given in (
+            ("prepare", CohortSettings, source | self.prepare),
+            ("stage1", Stage1Settings, self.stage1),
+            ("stage2", Stage2Settings, self.stage2),
+            ("report", ReportSettings, self.report),
+        ):
+            try:
+                model.model_validate(given)
+            except ValidationError as error:
+                raise ValueError(f"{name}: {_explain(model, error)}") from None
+        return self

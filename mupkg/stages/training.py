@@ -62,6 +62,9 @@ def train(
     The folder then holds the weights of the best validation DSC (used at test, reading R15) and the last ones,
     the checkpoint, and history.csv. On a CPU the result is the same to the bit after a break.
 
+    Under one of Accelerate's launchers every process takes batches of its own, normalises (batch norm) and draws
+    by itself, and gradients are averaged; the first process validates and writes, history.csv tells of its batches.
+
     Args:
         validate: mean DSC of a network on the validation cases; called every `validate_every` steps.
         metadata: what made these weights; stored with them. A checkpoint with other metadata is not resumed.
@@ -74,6 +77,11 @@ def train(
     folder = Path(folder)
     metadata = json.loads(json.dumps(dict(metadata)))  # as it comes back from a file: lists for tuples
     accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.num_processes > 1:  # another number would go on with other batches
+        metadata["processes"] = accelerator.num_processes
+    if accelerator.is_main_process:
+        for left in folder.glob(".*.part.*.safetensors"):  # of a process killed while it wrote
+            left.unlink()
     network = network.to(accelerator.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay)
     generator = torch.Generator(accelerator.device)
@@ -86,7 +94,8 @@ def train(
     window: dict[str, torch.Tensor | float] = {}
     counted, started = 0, time.perf_counter()
 
-    bar = progress(range(first, steps), initial=first, total=steps, desc="training", unit="step")
+    shown = {"desc": "training", "unit": "step", "disable": not accelerator.is_main_process}
+    bar = progress(range(first, steps), initial=first, total=steps, **shown)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = poly_learning_rate(learning_rate, step, steps, power)

@@ -1,0 +1,301 @@
+"""Kill a smoke study again and again with SIGKILL, start it again each time, and compare with an undisturbed one.
+
+    python tests/soak/kill_study.py FOLDER [--kills 20] [--seed 0]      in an empty folder, or one that is not there
+
+A kill takes Snakemake, papermill and the kernels at once, as a power cut would. Its moment is told by a file: a
+notebook begins, a training has left its checkpoint, or a file is being written (its writer is then stopped first,
+so that the kill surely falls into the writing). After each kill every file that bears a final name must be whole;
+at the end weights, tables and predictions must be those of the undisturbed study, to the bit. Times are left out.
+The kills are listed in FOLDER/kills.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import psutil
+import SimpleITK as sitk
+
+from mupkg.stages.runs import load_tensors
+
+ROOT = Path(__file__).parents[2]
+MARK = "MUPKG_SOAK"
+OUT = "outputs/smoke"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """As soon as a file of this pattern is there that was not when the study was started, and `delay` seconds on."""
+
+    notebook: str  # whose work it falls into
+    folder: str  # of the executed notebook
+    file: str  # a pattern, in this folder or below
+    delay: float = 0.0
+
+    @property
+    def in_a_file(self) -> bool:
+        return ".part." in self.file
+
+
+def begins(notebook: str, folder: str, delay: float = 0.0) -> Moment:
+    return Moment(notebook, folder, f"{notebook}_*.running.ipynb", delay)
+
+
+def writes(notebook: str, folder: str, file: str) -> Moment:
+    return Moment(notebook, folder, str(Path(file).with_name(f".*.part.{Path(file).name}")))
+
+
+DATA, STAGE1, REPORT = "data/phantoms-smoke", f"{OUT}/stage1", f"{OUT}/report"
+UNET, RUN = f"{OUT}/UNet-seed0", f"{OUT}/MetricUNet-HCP-seed0"
+MOMENTS = (  # in the order of a study; every notebook at least once
+    begins("00", DATA, 4.0),
+    writes("00", DATA, "images/*"),
+    writes("00", DATA, "prepared/*"),
+    Moment("00", DATA, "cohort.csv"),
+    begins("01", REPORT, 5.0),
+    begins("02", STAGE1),
+    writes("02", STAGE1, "*.safetensors"),
+    Moment("02", STAGE1, "checkpoint.safetensors"),
+    writes("02", STAGE1, "regions/*"),
+    Moment("02", STAGE1, "regions.csv"),
+    begins("03", UNET, 6.0),
+    writes("03", RUN, "*.safetensors"),
+    Moment("03", RUN, "checkpoint.safetensors", 0.05),
+    writes("03", RUN, "predictions/*"),
+    Moment("03", RUN, "metrics.csv"),
+    begins("04", REPORT, 6.0),
+    writes("04", REPORT, "*.csv"),
+    begins("05", REPORT, 6.0),
+    writes("05", REPORT, "*.svg"),
+    begins("09", REPORT, 5.0),
+)
+
+
+def workplace(folder: Path) -> Path:
+    """A copy of what a study runs, so that data, outputs and Snakemake's notes are its own."""
+    folder.mkdir(parents=True)
+    shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
+    for name in ("notebooks", "mupkg"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
+    return folder
+
+
+def start(folder: Path, targets: Sequence[str] = ()) -> subprocess.Popen:
+    """Start the study, or go on with it; what it says goes to study.log."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "notebooks/studies/smoke.yaml"]
+    command += ["--workflow-profile", "notebooks/studies/profiles/laptop", *targets]
+    environment = os.environ | {MARK: str(folder), "CUDA_VISIBLE_DEVICES": "", "JPY_SESSION_NAME": ""}
+    with (folder / "study.log").open("a") as log:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def finish(folder: Path, targets: Sequence[str] = ()) -> None:
+    """Run the study to its end."""
+    process = start(folder, targets)
+    try:
+        if process.wait(timeout=900):
+            raise AssertionError(f"the study failed:\n{(folder / 'study.log').read_text()[-4000:]}")
+    finally:
+        kill(folder)
+
+
+def alive(folder: Path) -> list[psutil.Process]:
+    """Every process of this study, kernels in sessions of their own too: they all inherit the mark."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def kill(folder: Path) -> int:
+    """SIGKILL to every process of the study until there is none; how many there were."""
+    number = 0
+    while processes := alive(folder):
+        for process in processes:
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGSTOP)  # all stand still before the first dies: nobody sees it happen
+        for process in processes:
+            with suppress(psutil.Error):
+                process.kill()
+                number += 1
+        psutil.wait_procs(processes, timeout=5)
+    return number
+
+
+def stamps(folder: Path, pattern: str) -> dict[Path, int]:
+    """The files of a pattern (its last part alone may be one), and when each was written."""
+    found, place = {}, (folder / pattern).parent
+    with suppress(FileNotFoundError):
+        for name in fnmatch.filter(os.listdir(place), Path(pattern).name):  # quick: some files live for 0.2 ms
+            with suppress(FileNotFoundError):
+                found[place / name] = (place / name).stat().st_mtime_ns
+    return found
+
+
+def stopped_while_writing(path: Path) -> bool:
+    """Stop the process that writes this temporary file; False if the file is done by then, and it goes on."""
+    writer = int(path.name.split(".")[1])
+    with suppress(ProcessLookupError):
+        os.kill(writer, signal.SIGSTOP)
+        if path.exists():
+            return True
+        os.kill(writer, signal.SIGCONT)
+    return False
+
+
+def wait_for(folder: Path, moment: Moment, start_study: Callable[[], subprocess.Popen]) -> Path | None:
+    """Start the study; the new file that tells the moment. None if its notebook, or the study, ended without it."""
+    told_by, ends = f"{moment.folder}/{moment.file}", f"{moment.folder}/{moment.notebook}_*.ipynb"
+    before = stamps(folder, told_by) | stamps(folder, ends)
+    process = start_study()
+    new = lambda pattern: [p for p, stamp in stamps(folder, pattern).items() if before.get(p) != stamp]  # noqa: E731
+    while process.poll() is None:
+        for path in new(told_by):
+            if not moment.in_a_file or stopped_while_writing(path):
+                time.sleep(moment.delay)
+                return path
+        if [path for path in new(ends) if ".running." not in path.name]:
+            return None
+        time.sleep(0 if moment.in_a_file else 0.02)
+    return None
+
+
+def half_written(folder: Path) -> list[str]:
+    """Files with a final name that cannot be read to their end."""
+    faults = []
+    for path in (path for top in ("data", "outputs") for path in (folder / top).rglob("*")):
+        if path.is_dir() or path.name.startswith(".") or path.name.endswith(".running.ipynb"):
+            continue
+        try:
+            read_whole(path)
+        except Exception as error:  # noqa: BLE001 - whatever a reader says about a cut file
+            faults.append(f"{path.relative_to(folder)}: {error}")
+    return faults
+
+
+def read_whole(path: Path) -> object:
+    """A file's content, times left out; an exception if it is cut short."""
+    match "".join(path.suffixes[-2:]) if path.name.endswith(".nii.gz") else path.suffix:
+        case ".safetensors":
+            tensors, metadata = load_tensors(path)
+            for row in metadata.get("history", ()):
+                row.pop("seconds")
+            return metadata, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+        case ".csv":
+            table = pd.read_csv(path)
+            assert path.read_bytes().endswith(b"\n")
+            return table.drop(columns=[name for name in table if "seconds" in name]).to_csv()
+        case ".nii.gz":
+            return gzip.decompress(path.read_bytes())  # SimpleITK reads a cut one without a word
+        case ".mha":
+            return sitk.GetArrayFromImage(sitk.ReadImage(str(path))).tobytes()
+        case ".npy":
+            return np.load(path).tobytes()
+        case ".json":
+            return json.loads(path.read_text())
+        case ".ipynb":
+            return nbformat.read(path, 4)
+        case ".png":
+            assert path.read_bytes().endswith(b"IEND\xaeB`\x82")
+        case ".svg":
+            assert path.read_text().endswith("</svg>\n")
+        case _:
+            raise AssertionError("a kind of file that nobody writes")
+    return None
+
+
+def differences(folder: Path, wanted: Path) -> list[str]:
+    """What is not the same in two finished studies: files that are not in both, and contents to the bit."""
+    found = []
+    names = [
+        {p.relative_to(f) for top in ("data", "outputs") for p in (f / top).rglob("*") if p.is_file()}
+        for f in (folder, wanted)
+    ]
+    visible, expected = ({name for name in some if not name.name.startswith(".")} for some in names)
+    found += [f"{name}: is in one of them only" for name in sorted(visible ^ expected)]
+    for name in sorted(visible & expected):
+        kind = name.suffix
+        if kind == ".ipynb" or name.name == "run.json":
+            continue
+        if read_whole(folder / name) != read_whole(wanted / name):
+            found.append(f"{name}: differs")
+    return found
+
+
+def kill_study(folder: Path, moments: Sequence[Moment], targets: Sequence[str] = ()) -> pd.DataFrame:
+    """Kill a study at these moments, one after the other, then let it end; a row for each kill."""
+    rows = []
+    for number, moment in enumerate(moments, start=1):
+        begun, own = time.monotonic(), list(targets)
+        if moment.folder == REPORT:  # its notebook alone, else another order of them would leave moments out
+            own = [f"{REPORT}/{path.name}" for path in (ROOT / "notebooks").glob(f"{moment.notebook}_*.ipynb")]
+        try:
+            told_by = wait_for(folder, moment, partial(start, folder, own))
+        finally:
+            killed = kill(folder)
+        files = [path for top in ("data", "outputs") for path in (folder / top).rglob("*") if path.is_file()]
+        parts = [path for path in files if ".part." in path.name]
+        row = {"kill": number, **asdict(moment), "met": told_by is not None}
+        row |= {"told_by": told_by.name if told_by else "", "after_s": round(time.monotonic() - begun, 1)}
+        row["processes"] = killed
+        row["running"] = " ".join(sorted(path.name.split(".")[0] for path in files if ".running." in path.name))
+        row["parts"] = " ".join(f"{path.name} ({path.stat().st_size})" for path in parts)
+        row |= {"files": len(files) - len(parts), "half_written": "; ".join(half_written(folder))}
+        rows.append(row)
+        print(", ".join(f"{name}: {value}" for name, value in row.items() if value != ""), flush=True)
+    finish(folder, targets)
+    return pd.DataFrame(rows)
+
+
+def chosen(kills: int, seed: int) -> list[Moment]:
+    """That many moments: all of them in their order, fewer or more by drawing."""
+    drawn = random.Random(seed)
+    rounds = [MOMENTS] * (kills // len(MOMENTS))
+    rest = drawn.sample(range(len(MOMENTS)), kills % len(MOMENTS))
+    return sorted([m for some in rounds for m in some] + [MOMENTS[i] for i in rest], key=MOMENTS.index)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve() / uuid.uuid4().hex[:8]
+    whole, killed = workplace(folder / "whole"), workplace(folder / "killed")
+    finish(whole)
+    table = kill_study(killed, chosen(arguments.kills, arguments.seed))
+    table.to_csv(arguments.folder / "kills.csv", index=False)
+    faults = [*table["half_written"].loc[lambda column: column != ""], *differences(killed, whole)]
+    missed = table.loc[~table["met"], ["notebook", "file"]].agg(" ".join, axis=1).tolist()
+    print(f"{table['met'].sum()} kills of {len(table)}; moments that did not come: {missed or 'none'}")
+    sys.exit("\n".join(faults) if faults else print("the same as undisturbed, to the bit"))
+
+
+if __name__ == "__main__":
+    main()

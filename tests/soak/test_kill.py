@@ -1,0 +1,70 @@
+"""A study killed three times ends with the same bits as an undisturbed one; `make soak` does it twenty times."""
+
+import numpy as np
+import pytest
+from kill_study import (
+    DATA,
+    OUT,
+    RUN,
+    STAGE1,
+    Moment,
+    alive,
+    differences,
+    finish,
+    half_written,
+    kill_study,
+    workplace,
+    writes,
+)
+
+THREE = (  # a scan half written, weights half written, and a training between two checkpoints
+    writes("00", DATA, "images/*"),
+    writes("02", STAGE1, "*.safetensors"),
+    Moment("03", RUN, "checkpoint.safetensors"),
+)
+TARGETS = (f"{RUN}/metrics.csv",)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = workplace(tmp_path_factory.mktemp("undisturbed") / "study")
+    finish(folder, TARGETS)
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_three_kills_leave_no_trace(undisturbed, tmp_path):
+    folder = workplace(tmp_path / "study")
+    kills = kill_study(folder, THREE, TARGETS)
+    assert kills["met"].all() and (kills["processes"] >= 3).all(), kills  # Snakemake, papermill, kernel
+    assert kills["parts"].str.contains(".part.")[:2].all(), kills
+    assert (kills["half_written"] == "").all(), kills
+    assert differences(folder, undisturbed) == []
+    assert not alive(folder)
+
+
+def test_a_file_that_is_cut_or_differs_is_noticed(undisturbed, tmp_path):
+    folder = tmp_path / "copy"
+    for top in ("data", "outputs"):
+        for path in (p for p in (undisturbed / top).rglob("*") if p.is_file()):
+            copy = folder / path.relative_to(undisturbed)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    assert half_written(folder) == [] and differences(folder, undisturbed) == []
+    cut = [next(folder.rglob(f"*{kind}")) for kind in (".safetensors", ".nii.gz", ".mha", ".npy", ".png", ".svg")]
+    cut += [folder / STAGE1 / "regions.csv", folder / RUN / "run.json", *folder.rglob("03_*.ipynb")]
+    for path in cut:
+        content = path.read_bytes()
+        path.write_bytes(content[:-40])
+        (fault,) = half_written(folder)
+        assert fault.startswith(str(path.relative_to(folder))), fault
+        path.write_bytes(content)
+    region = next((folder / OUT).rglob("*_image.npy"))
+    voxels = np.load(region)
+    voxels.flat[0] += 1
+    np.save(region, voxels)
+    (RUN_WITHOUT := folder / RUN / "metrics.csv").unlink()
+    assert differences(folder, undisturbed) == [
+        f"{RUN_WITHOUT.relative_to(folder)}: is in one of them only",
+        f"{region.relative_to(folder)}: differs",
+    ]

@@ -1,0 +1,490 @@
+"""Known ways in which a number can be wrong while everything runs; each check is shown to notice its trap.
+
+A study of phantoms with anisotropic voxels, whose prostate is bright: an oracle that sees brightness stands for the
+network, so every number is known beforehand. A check passes on the code as it is, and fails with the trap built in.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+from scipy import ndimage
+from scipy.spatial.distance import cdist
+
+import mupkg.data
+from mupkg.data.cases import Case
+from mupkg.data.cohort import Cohort, Source, write_cohort
+from mupkg.data.patches import PatchSource
+from mupkg.data.preprocessing import Preparation, centroid, resample
+from mupkg.metrics import segmentation_metrics
+from mupkg.models import light_unet
+from mupkg.report import figures, results
+from mupkg.stages import inference, localization, slices
+from mupkg.stages.localization import COARSE_CHANNELS, Location, Regions
+from mupkg.stages.runs import load_tensors, save_tensors, write_run
+from mupkg.stages.training import BEST
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE, SPACING = (14, 30, 30), (4.0, 1.5, 2.5)  # (z, y, x)
+WORKING = Preparation(spacing_mm=(5.0, 3.0, 3.0))
+REGION_MM, BRIGHT = (70.0, 48.0, 60.0), 150
+SPLITS = {"a": "train", "b": "train", "c": "validation", "d": "test", "e": "test", "f": "test"}
+SAGITTAL = (0, 0, 1, 1, 0, 0, 0, 1, 0)
+
+
+def bright_case(case_id: str) -> Case:
+    """A box of flesh in air with a bright prostate, elsewhere and a little larger in every case."""
+    number = ord(case_id) - ord("a")
+    grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1) * SPACING
+    middle = np.array(SHAPE) * SPACING / 2 + (number - 2, number % 3 - 1, 2 * (number % 2) + 3)
+    inside = (((grid - middle) / (13 + number, 8, 14)) ** 2).sum(-1) < 1
+    hu = np.random.default_rng(number).normal(0, 10, SHAPE) + 160 * inside
+    hu[:, [0, 1, -2, -1]] = hu[:, :, [0, -1]] = -1000
+    images = [sitk.GetImageFromArray(voxels) for voxels in (hu.astype(np.int16), inside.astype(np.uint8))]
+    for image in images:
+        image.SetSpacing(SPACING[::-1])
+        image.SetDirection(SAGITTAL if case_id == "f" else (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    return Case(case_id, *images)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The cohort, and stage 1 of a study that found every prostate."""
+    folder = tmp_path_factory.mktemp("built")
+    sources = [Source(i, lambda i=i: bright_case(i), {"split": split}) for i, split in SPLITS.items()]
+    cohort = write_cohort(folder / "cohort", sources, WORKING, split_seed=0)
+    stage1 = folder / "study" / "stage1"
+    save_tensors(light_unet(COARSE_CHANNELS, 2).state_dict(), stage1 / BEST, {"filters": 2})
+    write_run(stage1, {"region_mm": REGION_MM})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(localization, "locate", lambda case, *_, **__: Location(centroid(case.label), None, None, ""))
+        localization.write_regions(cohort, None, stage1, coarse_mm=8.0, region_mm=REGION_MM)
+    return folder
+
+
+@dataclass
+class Study:
+    """A copy of it to look at and to spoil."""
+
+    root: Path
+    blank: str = ""  # the case in which the oracle sees nothing
+    between: Callable[[Study], None] = lambda study: None  # what happens between two trainings
+    source: dict[str, str] = field(default_factory=dict)  # what is replaced in a notebook's cells
+
+    @property
+    def cohort(self) -> Cohort:
+        return Cohort.read(self.root / "cohort", check_voxels=False)
+
+    @property
+    def regions(self) -> Regions:
+        return Regions.read(self.root / "study" / "stage1")
+
+    def test(self, run: str = "UNet-seed0") -> pd.DataFrame:
+        """The oracle tested as a run."""
+        return inference.test_run(self.root / "study" / run, self.cohort, self.regions)
+
+    def notebook(self, name: str, stop: str | None = None, **parameters: object) -> None:
+        """A notebook's cells run here, up to the first one that holds `stop`."""
+        (path,) = (ROOT / "notebooks").glob(f"{name}_*.ipynb")
+        cells = ["".join(c["source"]) for c in json.loads(path.read_bytes())["cells"] if c["cell_type"] == "code"]
+        parameters |= {"study": "study", "cohort": "cohort", "size": "smoke", "data_folder": str(self.root)}
+        parameters["outputs_folder"] = str(self.root)
+        injected = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
+        cells.insert(1, injected)
+        namespace = {"In": ["", *cells]}
+        for cell in cells:
+            if stop and stop in cell:
+                break
+            for old, new in self.source.items():
+                cell = cell.replace(old, new)
+            exec(cell, namespace)
+
+
+@pytest.fixture
+def study(built, tmp_path, monkeypatch) -> Study:
+    shutil.copytree(built, tmp_path / "copy")
+    study = Study(tmp_path / "copy")
+    left = []
+
+    def oracle(network: object, region: sitk.Image) -> sitk.Image:
+        left[:] = left or study.regions.ids("test")
+        seen = sitk.Cast(region > BRIGHT, sitk.sitkFloat32)
+        return seen * 0 if left.pop(0) == study.blank else seen
+
+    monkeypatch.setattr(inference, "load_network", lambda path: (None, {}))
+    monkeypatch.setattr(inference, "region_probability", oracle)
+    monkeypatch.setattr(figures, "save", lambda figure, *_, **__: plt.close(figure))
+    plt.switch_backend("Agg")
+    return study
+
+
+def read(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def by_hand(prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...]) -> dict[str, float]:
+    """DSC and HD from first principles: a loop over no library of ours."""
+    if not prediction.any():
+        return {"DSC": 0.0, "HD": np.inf}
+    points = [
+        np.argwhere(mask & ~ndimage.binary_erosion(mask)) * spacing for mask in (prediction.astype(bool), truth > 0)
+    ]
+    distances = cdist(*points)
+    dsc = 2 * (prediction & truth).sum() / (prediction.sum() + truth.sum())
+    return {"DSC": dsc, "HD": max(distances.min(0).max(), distances.min(1).max())}
+
+
+# The checks
+
+
+def check_rows(study: Study) -> None:
+    """Every test case has a row, measured on its scan's own grid, in mm, against its own label."""
+    table = study.test().set_index("case_id")
+    assert list(table.index) == [case_id for case_id, split in SPLITS.items() if split == "test"]
+    for case_id, row in table.iterrows():
+        truth = read(study.root / "cohort" / "labels" / f"{case_id}.nii.gz")
+        prediction = read(study.root / "study" / "UNet-seed0" / "predictions" / f"{case_id}.nii.gz")
+        assert {name: row[name] for name in ("DSC", "HD")} == pytest.approx(by_hand(prediction, truth, SPACING))
+
+
+def check_oracle(study: Study) -> None:
+    """Who sees the prostate scores high, however the scan is stored: nothing is shifted, mirrored or mixed up."""
+    assert study.test()["DSC"].min() > 0.85
+
+
+def check_failure_counts(study: Study) -> None:
+    """A case without any prediction is in the mean, as DSC 0 and an infinite distance."""
+    study.blank = "e"
+    table = study.test()
+    others = table.loc[table["case_id"] != "e", "DSC"]
+    mean = results.summary(results.case_metrics(results.runs(study.root / "study")), ["DSC", "ASD"]).loc["UNet"]
+    assert mean["DSC", "mean"] == pytest.approx(others.sum() / 3)
+    assert mean["DSC", "n"] == mean["ASD", "n"] == 3
+    assert np.isinf(mean["ASD", "mean"])
+
+
+def check_patches(study: Study) -> None:
+    """The label of a patch is that of its image's middle slice: bright where it is 1."""
+    source = PatchSource(*study.regions.volumes("train"), patch_size=(16, 16), batch_size=40)
+    images, labels = source.batch(0)
+    bright = images[:, 1] * 255 > BRIGHT
+    assert labels.any()
+    assert 2 * (bright & (labels > 0)).sum() / (bright.sum() + labels.sum()) > 0.85
+
+
+def watched(study: Study, monkeypatch, notebook: str, stop: str, **parameters: object) -> SimpleNamespace:
+    """Which cases a notebook's training learns from, validates on, and reads at all."""
+    names: dict[int, str] = {}
+    kept, seen = [], SimpleNamespace(trained=set(), validated=set(), read=set())
+
+    def named(case_id: str, volume):
+        kept.append(volume)  # so that its id stays its own
+        names[id(volume)] = case_id
+        seen.read.add(case_id)
+        return volume
+
+    class Watched(PatchSource):
+        def __init__(self, images, labels, **options):
+            seen.trained |= {names[id(volume)] for volume in (*images, *labels)}
+            super().__init__(images, labels, **options)
+
+    def mean_dice(network, volumes, labels, **options):
+        seen.validated |= {names[id(volume)] for volume in (*volumes, *labels)}
+        return true_dice(network, volumes, labels, **options)
+
+    def coarse_volumes(cohort, split, coarse_mm):
+        volumes = true_coarse(cohort, split, coarse_mm)
+        return [[named(i, v) for i, v in zip(cohort.ids(split), part, strict=True)] for part in volumes]
+
+    true_dice, true_coarse, true_volume = slices.mean_dice, localization.coarse_volumes, Regions.volume
+    with monkeypatch.context() as patch:
+        patch.setattr(mupkg.data, "PatchSource", Watched)
+        patch.setattr(slices, "mean_dice", mean_dice)
+        patch.setattr(localization, "coarse_volumes", coarse_volumes)
+        patch.setattr(Regions, "volume", lambda self, i, kind="image": named(i, true_volume(self, i, kind)))
+        study.notebook(notebook, stop, steps=2, batch_size=2, **parameters)
+    return seen
+
+
+STAGE_1 = ("02", "load_localizer(settings", {"patch_size": 8, "filters": 2, "coarse_mm": 8.0})
+STAGE_2 = (
+    "03",
+    "test_run(",
+    {"patch_size": 8, "base_filters": 2, "embedding_dim": 4, "validate_every": 1, "configuration": "UNet"},
+)
+
+
+def check_splits(study: Study, stage: tuple, monkeypatch) -> None:
+    """A notebook learns from training cases, chooses weights by validation cases, and never reads a test case."""
+    for path in [*study.root.rglob("[def]_*"), *study.root.rglob("[def].nii.gz")]:
+        path.write_text("torn")  # of the test cases nothing but the names is there
+    notebook, stop, parameters = stage
+    try:
+        seen = watched(study, monkeypatch, notebook, stop, **parameters)
+    except ValueError as error:
+        raise AssertionError("a test case was read") from error
+    assert seen.trained == {"a", "b"}
+    assert seen.validated == {"c"}
+    assert seen.read == {"a", "b", "c"}
+
+
+def check_stage_1_splits(study: Study, monkeypatch) -> None:
+    check_splits(study, STAGE_1, monkeypatch)
+
+
+def check_stage_2_splits(study: Study, monkeypatch) -> None:
+    check_splits(study, STAGE_2, monkeypatch)
+
+
+def check_shared_regions(study: Study) -> None:
+    """All configurations of a study are trained on the same regions, or they are not compared."""
+    notebook, stop, parameters = STAGE_2
+    for name in ("UNet", "MetricUNet-R"):
+        study.notebook(notebook, stop, **parameters | {"configuration": name, "steps": 2, "batch_size": 2})
+        study.test(f"{name}-seed0")
+        study.between(study)
+    trained_on = [load_tensors(path)[1]["data"] for path in (study.root / "study").glob(f"*-seed0/{BEST}")]
+    assert len(trained_on) == 2 and len(set(trained_on)) == 1
+    results.case_metrics(results.runs(study.root / "study"))
+
+
+def check_study_is_refused(study: Study) -> None:
+    """Runs whose records tell of different regions are not put into one table."""
+    for number, name in enumerate(("UNet", "MetricUNet-R")):
+        study.test(f"{name}-seed0")
+        write_run(study.root / "study" / f"{name}-seed0", {}, data_fingerprint=str(number))
+    try:
+        results.case_metrics(results.runs(study.root / "study"))
+    except ValueError as error:
+        assert "not trained on the same regions" in str(error)
+    else:
+        raise AssertionError("different regions went into one table")
+
+
+def check_paper_apart(study: Study) -> None:
+    """None of the paper's figures is in a table that notebook 04 writes."""
+    for name in ("UNet", "MetricUNet-R"):
+        study.test(f"{name}-seed0")
+    study.notebook("04")
+    tables = list((study.root / "study" / "report").glob("*.csv"))
+    assert len(tables) >= 5
+    assert not [path.name for path in tables if POISON.encode() in path.read_bytes()]
+
+
+def check_seeds(study: Study) -> None:
+    """Three seeds that say the same are no more cases than one: same spread, same n, same p."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"configuration": name, "case_id": f"{case}", "DSC": rng.normal(0.8 + shift, 0.05)}
+        for name, shift in (("UNet", 0), ("MetricUNet-R", 0.02))
+        for case in range(8)
+    ]
+    one = pd.DataFrame(rows).assign(seed=0)
+    three = pd.concat([one.assign(seed=seed) for seed in range(3)])
+    for table in (results.summary, results.paired_tests):
+        first, second = (
+            table(metrics, ["DSC"]).drop(columns=("", "seeds"), errors="ignore") for metrics in (one, three)
+        )
+        pd.testing.assert_frame_equal(first, second)
+
+
+# The traps
+
+
+POISON = "98765"  # no number of ours
+
+
+def on_the_working_grid(mask: sitk.Image, case: Case) -> dict[str, float]:
+    on_grid = [sitk.GetArrayFromImage(resample(i, WORKING.spacing_mm, label=True)) > 0 for i in (mask, case.label)]
+    return segmentation_metrics(*on_grid, spacing_mm=WORKING.spacing_mm)
+
+
+def without_failures(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
+    kept = metrics[np.isfinite(metrics[metric]) & (metrics[metric] > 0)]
+    return kept.pivot_table(metric, "case_id", "configuration")
+
+
+def pooled_over_seeds(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
+    metrics = metrics.assign(row=metrics["case_id"] + "-" + metrics["seed"].astype(str))
+    return metrics.pivot_table(metric, "row", "configuration")[list(dict.fromkeys(metrics["configuration"]))]
+
+
+def poisoned_paper(study: Study, patch: pytest.MonkeyPatch) -> None:
+    """The paper's figures recognisable, wherever they turn up."""
+
+    def poisoned(table: int, **options):
+        printed = true_published(table, **options)
+        for column in printed:
+            if column.endswith("_mean"):
+                printed[column] = f"0.{POISON}" if options else float(f"0.{POISON}")
+        return printed
+
+    true_published = results.published
+    patch.setattr(results, "published", poisoned)
+
+
+def paper_in_our_table(study: Study, patch: pytest.MonkeyPatch) -> None:
+    def summary(metrics, *names):
+        table = true_summary(metrics, *names).astype(float)
+        table.loc["paper"] = float(results.published(3)["DSC_mean"][0])
+        return table
+
+    true_summary = results.summary
+    patch.setattr(results, "summary", summary)
+
+
+def label_by(change: Callable[[Case], Case]) -> Callable[[Study, pytest.MonkeyPatch], None]:
+    """Every case read with another label."""
+
+    def install(study: Study, patch: pytest.MonkeyPatch) -> None:
+        true_case = Cohort.case
+        patch.setattr(Cohort, "case", lambda self, i: change(true_case(self, i)))
+
+    return install
+
+
+def other_label(case: Case) -> Case:
+    label = bright_case(chr(ord(case.case_id) - 1)).label
+    label.CopyInformation(case.image)
+    return replace(case, label=label)
+
+
+def swapped(image: sitk.Image) -> sitk.Image:
+    """y and x swapped, in the array alone."""
+    turned = sitk.GetImageFromArray(sitk.GetArrayFromImage(image).transpose(0, 2, 1))
+    turned.CopyInformation(image)
+    return turned
+
+
+def upside_down(probability: sitk.Image, scan: sitk.Image) -> sitk.Image:
+    mask = sitk.GetImageFromArray(sitk.GetArrayFromImage(true_to_scan_grid(probability, scan))[::-1])
+    mask.CopyInformation(scan)
+    return mask
+
+
+true_to_scan_grid = inference.to_scan_grid
+
+
+def volume_by(change: Callable[[Study, str, np.ndarray], np.ndarray]) -> Callable[[Study, pytest.MonkeyPatch], None]:
+    """Every region's label changed."""
+
+    def install(study: Study, patch: pytest.MonkeyPatch) -> None:
+        def volume(self, case_id, kind="image"):
+            found = true_volume(self, case_id, kind)
+            return found if kind == "image" else change(study, case_id, found)
+
+        true_volume = Regions.volume
+        patch.setattr(Regions, "volume", volume)
+
+    return install
+
+
+def attribute(module: object, name: str, value: object) -> Callable[[Study, pytest.MonkeyPatch], None]:
+    return lambda study, patch: patch.setattr(module, name, value)
+
+
+def in_the_notebook(old: str, new: str) -> Callable[[Study, pytest.MonkeyPatch], None]:
+    return lambda study, patch: study.source.update({old: new})
+
+
+def new_stage_1(study: Study) -> None:
+    """Stage 1 run once more, with another outcome."""
+    path = study.root / "study" / "stage1" / "regions.csv"
+    table = pd.read_csv(path)
+    table.assign(centre_x=table["centre_x"] + 9).to_csv(path, index=False)
+
+
+def all_ids(self: Regions, split: str) -> list[str]:
+    return list(self.table.index[self.table["split"] != "test"]) if split == "train" else true_ids(self, split)
+
+
+true_ids = Regions.ids
+
+TRAPS = {
+    "spacing ignored": (check_rows, attribute(inference, "array_spacing", lambda image: (1.0, 1.0, 1.0))),
+    "spacing transposed": (check_rows, attribute(inference, "array_spacing", lambda image: image.GetSpacing())),
+    "measured on the resampled grid": (check_rows, attribute(inference, "measure", on_the_working_grid)),
+    "measured against another case's label": (check_rows, label_by(other_label)),
+    "a test case left out": (check_rows, attribute(inference, "progress", lambda ids, **_: ids[1:])),
+    "label's axes swapped": (check_oracle, label_by(lambda case: replace(case, label=swapped(case.label)))),
+    "prediction upside down": (check_oracle, attribute(inference, "to_scan_grid", upside_down)),
+    "failures dropped from the mean": (check_failure_counts, attribute(results, "per_case", without_failures)),
+    "failures dropped at the test": (
+        check_failure_counts,
+        attribute(inference, "progress", lambda ids, **_: [i for i in ids if i != "e"]),
+    ),
+    "labels of patches with axes swapped": (
+        check_patches,
+        volume_by(lambda study, i, label: np.resize(label.transpose(0, 2, 1), label.shape)),
+    ),
+    "labels of patches from another slice": (check_patches, volume_by(lambda s, i, label: np.roll(label, 4, axis=0))),
+    "labels of patches from another case": (
+        check_patches,
+        volume_by(lambda s, i, label: np.load(s.regions.folder / "regions" / "f_label.npy")[::-1]),
+    ),
+    "stage 1 validates on test cases": (
+        check_stage_1_splits,
+        in_the_notebook('(cohort, "validation"', '(cohort, "test"'),
+    ),
+    "stage 1 trains on validation cases": (
+        check_stage_1_splits,
+        in_the_notebook('(cohort, "train"', '(cohort, "validation"'),
+    ),
+    "test cases choose the weights": (check_stage_2_splits, in_the_notebook('("validation")', '("test")')),
+    "training on test cases": (check_stage_2_splits, in_the_notebook('volumes("train")', 'volumes("test")')),
+    "validation cases in training": (check_stage_2_splits, attribute(Regions, "ids", all_ids)),
+    "stage 1 run again between two configurations": (
+        check_shared_regions,
+        lambda study, patch: setattr(study, "between", new_stage_1),
+    ),
+    "fingerprints not looked at": (
+        check_study_is_refused,
+        attribute(results, "json", SimpleNamespace(loads=lambda text: {})),
+    ),
+    "the paper's figures in our table": (check_paper_apart, paper_in_our_table),
+    "seeds counted as cases": (check_seeds, attribute(results, "per_case", pooled_over_seeds)),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_all_is_well_and_the_trap_would_be_noticed(name, study, monkeypatch, built):
+    check, install = TRAPS[name]
+    arguments = (monkeypatch,) if check in (check_stage_1_splits, check_stage_2_splits) else ()
+    if check is check_paper_apart:
+        poisoned_paper(study, monkeypatch)
+    torch.manual_seed(0)
+    check(study, *arguments)
+    shutil.rmtree(study.root)
+    shutil.copytree(built, study.root)
+    install(study, monkeypatch)
+    with pytest.raises(AssertionError):
+        check(study, *arguments)
+
+
+def test_the_two_grids_differ_enough_to_tell(study):
+    """Or the trap of the resampled grid could not be seen at all."""
+    study.test()
+    for case_id in ("d", "e", "f"):
+        case = study.cohort.case(case_id)
+        mask = sitk.ReadImage(str(study.root / "study" / "UNet-seed0" / "predictions" / f"{case_id}.nii.gz"))
+        own, working = inference.measure(mask, case), on_the_working_grid(mask, case)
+        assert abs(own["DSC"] - working["DSC"]) > 0.005 and abs(own["HD"] - working["HD"]) > 0.1
+
+
+def test_a_mask_on_another_grid_than_its_label_is_not_measured(study):
+    case = study.cohort.case("d")
+    moved = sitk.Image(case.label)
+    moved.SetOrigin((3.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match=r"case d: the mask is not on its label's grid .*; resample it first"):
+        inference.measure(moved, case)
