@@ -166,7 +166,9 @@ def _resume(
     if not path.exists():
         return 0, []
     tensors, stored = load_tensors(path)
-    history = stored.pop("history")
+    history = stored.pop("history", None)
+    if not history:
+        raise ValueError(f"{path}: is no checkpoint (it has no history); delete it to train anew")
     if stored != metadata:
         changed = sorted(k for k in {*stored, *metadata} if stored.get(k) != metadata.get(k))
         raise ValueError(

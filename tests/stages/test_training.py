@@ -16,7 +16,7 @@ from mupkg.losses import LossTerms
 from mupkg.models import light_unet
 from mupkg.stages import training
 from mupkg.stages.localization import Regions, coarse_volumes
-from mupkg.stages.runs import load_tensors
+from mupkg.stages.runs import load_tensors, save_tensors
 from mupkg.stages.slices import predict_volume
 from mupkg.stages.training import BEST, CHECKPOINT, HISTORY, LAST, poly_learning_rate, train
 
@@ -299,3 +299,12 @@ def test_training_never_touches_a_test_case(cohort, regions, tmp_path):
         )
     for stage in ("one", "two"):
         assert_same_run(tmp_path / "torn" / stage, tmp_path / "whole" / stage)
+
+
+def test_weights_in_the_checkpoints_place_are_refused_by_name(tmp_path):
+    save_tensors({"head": torch.zeros(1)}, tmp_path / training.CHECKPOINT, {"configuration": "UNet"})
+    network = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: is no checkpoint"):
+        training._resume(
+            tmp_path / training.CHECKPOINT, network, torch.optim.SGD(network.parameters()), {"configuration": "UNet"}
+        )
