@@ -124,7 +124,7 @@ rule visualize:
 
 def first_test_scan(wildcards, input):
     """Parameters of notebook 09; known once stage 1 is done, until then Snakemake shows TBD."""
-    with open(input[1], newline="") as file:
+    with open(input[1], newline="", encoding="utf-8") as file:
         case_id = next(row["case_id"] for row in csv.DictReader(file) if row["split"] == "test")
     run, output = f"{OUT}/{RUNS[-1]}", f"{OUT}/report/segmented"
     return json.dumps({"run": run, "scan": f"{DATA}/images/{case_id}.nii.gz", "output": output})

@@ -43,7 +43,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     with pytest.raises(RuntimeError, match="broke off"), whole_file(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError("broke off")
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert [p.name for p in path.parent.iterdir()] == ["table.csv"]
 
 

@@ -173,7 +173,7 @@ def test_a_split_filled_in_part_names_the_cases(table_folder):
 def test_a_table_of_another_name_is_the_one_that_is_read(table_folder):
     write_table(table_folder)
     mine = write_table(table_folder, "mine.csv")
-    mine.write_text("\n".join(mine.read_text().splitlines()[:2]))
+    mine.write_text("\n".join(mine.read_text(encoding="utf-8").splitlines()[:2]))
     assert len(sources_from_table(mine, modality="MR")) == 1
     assert len(sources_from_table(table_folder, modality="MR")) == 3
 

@@ -55,7 +55,7 @@ def test_a_run_folder_holds_everything(study: Path) -> None:
         metrics = pd.read_csv(folder / "metrics.csv")
         assert metrics["case_id"].tolist() == tests
         assert {"DSC", "ASD", "HD95", "DSC_all", "ASD_all"} <= set(metrics)
-        record = json.loads((folder / "run.json").read_text())
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         assert record["parameters"]["steps"] == 12
         assert {"data_fingerprint", "packages", "device", "threads", "training_seconds"} <= set(record)
         for name in ("weights", "last", "checkpoint", "localizer"):
@@ -80,7 +80,7 @@ def test_tables_are_csv_and_figures_png_and_svg(study: Path) -> None:
     figures = ("figure1_heatmaps", "figure5_samplers", "figure7_convergence", "figure8_contours", "embeddings")
     for name in (*figures, "scans", "boxes"):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert "</svg>" in (report / f"{name}.svg").read_text()
+        assert "</svg>" in (report / f"{name}.svg").read_text(encoding="utf-8")
 
 
 def test_what_is_done_is_skipped(study: Path) -> None:
@@ -89,10 +89,10 @@ def test_what_is_done_is_skipped(study: Path) -> None:
 
 
 def test_the_gallery_shows_every_notebook(study: Path, tmp_path: Path) -> None:
-    index = make_gallery(executed_notebooks(study), tmp_path / "gallery", "Smoke").read_text()
+    index = make_gallery(executed_notebooks(study), tmp_path / "gallery", "Smoke").read_text(encoding="utf-8")
     for path in executed_notebooks(study):
         assert f"{path.stem}-{path.parent.name}.html" in index
-    page = (tmp_path / "gallery" / "05_visualization-report.html").read_text()
+    page = (tmp_path / "gallery" / "05_visualization-report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64") >= 5
 
 

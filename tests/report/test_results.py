@@ -202,7 +202,7 @@ def test_a_table_is_saved_and_given_back(tmp_path):
     assert save_table(table, tmp_path / "new" / "t.csv") is table
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "new" / "t.csv", index_col=0), table)
     save_table(table, tmp_path / "t.csv", index=False)
-    assert (tmp_path / "t.csv").read_text().splitlines()[0] == "DSC"
+    assert (tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()[0] == "DSC"
 
 
 def test_published_tables_are_shown_with_the_papers_digits_and_without_what_they_lack():

@@ -117,7 +117,7 @@ def finish(folder: Path, targets: Sequence[str] = ()) -> None:
     process = start(folder, targets)
     try:
         if process.wait(timeout=900):
-            raise AssertionError(f"the study failed:\n{(folder / 'study.log').read_text()[-4000:]}")
+            raise AssertionError(f"the study failed:\n{(folder / 'study.log').read_text(encoding='utf-8')[-4000:]}")
     finally:
         kill(folder)
 
@@ -217,13 +217,13 @@ def read_whole(path: Path) -> object:
         case ".npy":
             return np.load(path).tobytes()
         case ".json":
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         case ".ipynb":
             return nbformat.read(path, 4)
         case ".png":
             assert path.read_bytes().endswith(b"IEND\xaeB`\x82")
         case ".svg":
-            assert path.read_text().endswith("</svg>\n")
+            assert path.read_text(encoding="utf-8").endswith("</svg>\n")
         case _:
             raise AssertionError("a kind of file that nobody writes")
     return None

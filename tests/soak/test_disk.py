@@ -88,7 +88,7 @@ def test_a_file_in_the_folders_place_is_named_and_left(tmp_path, name):
     place.write_text("mine")
     with pytest.raises(OSError, match=rf"{re.escape(str(place / name))}: cannot be written \(.*: {place}\)"):
         WRITERS[name](place / name)
-    assert place.read_text() == "mine"
+    assert place.read_text(encoding="utf-8") == "mine"
 
 
 def training(folder, *, fill_at=None):
@@ -154,7 +154,7 @@ def test_a_notebook_whose_folder_is_a_file_says_so(tmp_path):
     done = batch(tmp_path / "report" / "04.ipynb")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert str(tmp_path / "report") in done.stderr and "check the names" in done.stderr
-    assert (tmp_path / "report").read_text() == "mine"
+    assert (tmp_path / "report").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize("name", ["data", "outputs"])
@@ -165,4 +165,4 @@ def test_a_study_whose_folder_is_a_file_says_so(tmp_path, name):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
     assert f"{tmp_path / name}: is a file in a folder's place; move it" in done.stdout + done.stderr
-    assert (tmp_path / name).read_text() == "mine"
+    assert (tmp_path / name).read_text(encoding="utf-8") == "mine"

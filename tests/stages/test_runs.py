@@ -98,7 +98,7 @@ def test_a_record_says_what_it_takes_to_repeat_a_run(tmp_path):
     content = write_run(
         tmp_path, {"seed": 3, "folder": Path("outputs")}, data_fingerprint="abc", training_seconds=1.5
     )
-    stored = json.loads((tmp_path / "run.json").read_text())
+    stored = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert stored["parameters"] == {"seed": 3, "folder": "outputs"}
     assert (stored["data_fingerprint"], stored["training_seconds"]) == ("abc", 1.5)
     assert stored.keys() == content.keys() >= provenance().keys()
