@@ -7,11 +7,11 @@ Arrays are (z, y, x) and spacings are given in that order; SimpleITK's own sizes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
 from mupkg.data.cases import Case, Point
 from mupkg.data.files import MOST_VOXELS
@@ -23,6 +23,15 @@ ROUNDING = 1e-6  # of a voxel
 AIR = 0  # the prepared volume's value outside the scan
 
 
+def _is_interval(window: tuple[float, float]) -> tuple[float, float]:
+    if not window[0] < window[1]:
+        raise ValueError("must be (low, high) with low < high")
+    return window
+
+
+Window = Annotated[tuple[float, float], AfterValidator(_is_interval)]
+
+
 class Preparation(BaseModel):
     """How scans are prepared; stored with a cohort and with every trained run."""
 
@@ -32,13 +41,7 @@ class Preparation(BaseModel):
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
         (1.0, 1.0, 1.0), description="working grid (z, y, x)"
     )
-    window_hu: tuple[float, float] = Field((-160.0, 240.0), description="CT window that becomes 0..255 (reading R1)")
-
-    @model_validator(mode="after")
-    def _window_is_an_interval(self) -> Preparation:
-        if not self.window_hu[0] < self.window_hu[1]:
-            raise ValueError(f"window_hu must be (low, high) with low < high, not {self.window_hu}")
-        return self
+    window_hu: Window = Field((-160.0, 240.0), description="CT window that becomes 0..255 (reading R1)")
 
 
 class Prepared(NamedTuple):

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 import torch
 
 from mupkg.configurations import build, configuration
 from mupkg.data.cases import Case, checked_case, grid_difference
-from mupkg.data.cohort import Cohort
+from mupkg.data.cohort import Cohort, label_volume_ml
 from mupkg.data.files import whole_file, write_image
 from mupkg.data.preprocessing import (
     Preparation,
@@ -127,7 +126,7 @@ class Segmentation:
 
     @property
     def volume_ml(self) -> float:
-        return float(np.count_nonzero(sitk.GetArrayFromImage(self.mask)) * np.prod(self.mask.GetSpacing()) / 1000)
+        return label_volume_ml(self.mask)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pydantic import (
 from mupkg import repository
 from mupkg.configurations import configuration
 from mupkg.data.cohort import Source
-from mupkg.data.preprocessing import Preparation
+from mupkg.data.preprocessing import Preparation, Window
 from mupkg.data.sources import (
     check_pattern,
     source_from_dicom,
@@ -169,7 +169,7 @@ class CohortSettings(Settings):
     size: Size = "quick"
     modality: Literal["CT", "MR"] = "CT"
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    window_hu: tuple[float, float] = (-160.0, 240.0)
+    window_hu: Window = (-160.0, 240.0)
     image_pattern: Pattern = "{case}_image.nii.gz"
     label_pattern: Pattern = "{case}_label.nii.gz"
     label_values: tuple[PositiveInt, ...] | None = None
@@ -177,13 +177,6 @@ class CohortSettings(Settings):
     phantoms: Annotated[int, Field(ge=3, le=100_000)] | None = None
     seed: Seed = 0
     data_folder: AnyPath = "data"
-
-    @field_validator("window_hu")
-    @classmethod
-    def _window_is_an_interval(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not value[0] < value[1]:
-            raise ValueError("must be (low, high) with low < high")
-        return value
 
     @model_validator(mode="after")
     def _a_folder_to_read(self) -> Self:
