@@ -23,6 +23,7 @@ for place in (folder for name in (DATA, OUT) for folder in (Path(name), *Path(na
         raise WorkflowError(f"{place}: is a file in a folder's place; move it, or set data_folder or outputs_folder")
 PYTHON = sys.executable
 RUN = "{PYTHON:q} -m mupkg.report.batch {input[0]:q} {output.notebook:q} {params.notebook:q} --threads {threads}"
+EXPLORE = {"configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.explore}
 REPORT = {**COMMON, "configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.report}
 
 
@@ -36,6 +37,7 @@ rule all:
         f"{OUT}/report/01_data_exploration.ipynb",
         f"{OUT}/report/04_evaluation.ipynb",
         f"{OUT}/report/05_visualization.ipynb",
+        f"{OUT}/report/08_explore.ipynb",
         f"{OUT}/report/09_segment_a_patient.ipynb" if STUDY.segment_case else [],
 
 
@@ -118,6 +120,18 @@ rule visualize:
         notebook=f"{OUT}/report/05_visualization.ipynb",
     params:
         notebook=json.dumps(REPORT),
+    shell:
+        RUN
+
+
+rule explore:
+    input:
+        "notebooks/08_explore.ipynb",
+        expand(OUT + "/{run}/metrics.csv", run=RUNS),
+    output:
+        notebook=f"{OUT}/report/08_explore.ipynb",
+    params:
+        notebook=json.dumps({"study_folder": OUT, "pictures_folder": f"{OUT}/report", **EXPLORE}),
     shell:
         RUN
 

@@ -8,7 +8,7 @@ import torch
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from scipy import ndimage
 
-from mupkg.metrics import METRICS, segmentation_metrics, surface_points
+from mupkg.metrics import METRICS, segmentation_metrics, surface
 
 ANISOTROPIC = {2: (2.5, 0.8), 3: (3.0, 1.25, 0.9)}
 
@@ -179,18 +179,26 @@ def test_arvd_has_no_sign_and_is_a_percentage_of_the_truth():
 
 def test_the_arrays_border_counts_as_background():
     spacing = (2.0, 1.0, 1.0)
-    points = surface_points(np.ones((4, 5, 6), bool), spacing)
     inner = 2 * 3 * 4
-    assert len(points) == 4 * 5 * 6 - inner
+    assert surface(np.ones((4, 5, 6), bool)).sum() == 4 * 5 * 6 - inner
     shrunk = box((4, 5, 6), (1, 3), (1, 4), (1, 5))
     assert segmentation_metrics(shrunk, np.ones((4, 5, 6), bool), spacing_mm=spacing)["HD"] == pytest.approx(6**0.5)
 
 
 def test_every_voxel_of_a_single_slice_in_3d_is_surface():
     disc = blob((1, 12, 12), 0)
-    assert len(surface_points(disc, (1, 1, 1))) == disc.sum()
+    assert np.array_equal(surface(disc), disc)
     flat = disc[0]
-    assert len(surface_points(flat, (1, 1))) < flat.sum()
+    assert surface(flat).sum() < flat.sum()
+
+
+@pytest.mark.parametrize("shape", [(14, 17), (9, 10, 11), (1, 12, 13)])
+def test_a_surface_is_what_looking_at_every_voxels_neighbours_gives(shape):
+    mask = blob(shape, 3)
+    expected = np.zeros(shape, bool)
+    for voxel in map(tuple, np.argwhere(mask).tolist()):
+        expected[voxel] = is_surface(mask, voxel)
+    assert np.array_equal(surface(mask), expected)
 
 
 @pytest.mark.parametrize("at", [(0, 0, 0), (3, 4, 5), (6, 7, 8)])

@@ -64,7 +64,8 @@ class PatchSource:
             volume = rng.permutation(np.repeat(np.arange(len(self.images)), self.patches_per_image))
             shapes = np.array([image.shape for image in self.images])
             free = shapes[volume] - np.array([self.channels, *self.patch_size]) + 1
-            self._epoch = epoch, np.column_stack([volume, rng.integers(0, free)])
+            # Half of what was drawn: this alone grows with the cohort, by 8 KB a volume; volumes stay on disk.
+            self._epoch = epoch, np.column_stack([volume, rng.integers(0, free)]).astype(np.int32)
         return self._epoch[1]
 
     def batch(self, step: int) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, "n h w"]]:

@@ -81,6 +81,7 @@ def run_notebook(
             progress_bar=False,
             cwd=repository(),
             kernel_name="python3",
+            store_widget_state=False,  # megabytes that nothing shows: pictures stand for widgets
             extra_arguments=["--log-level=40"],  # errors only: every kernel warns of unencrypted loopback otherwise
         )
     except papermill.PapermillExecutionError as error:

@@ -1,21 +1,17 @@
-"""How well a network's embeddings tell prostate from background: voxels sampled, projected and measured."""
+"""How well a network's embeddings tell prostate from background: projected and measured."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Float, UInt8
-from scipy import ndimage
-from sklearn.decomposition import PCA
-from sklearn.metrics import silhouette_score
+import torch
+from jaxtyping import Float
 
-from mupkg.models import SegmentationNetwork
-from mupkg.stages.inference import CHANNELS
-from mupkg.stages.slices import run_slices
+from mupkg.losses import squared_distance
 
-KINDS = ("prostate", "contour", "near background", "far background")
-NEAR_VOXELS = 4
+Projection = Literal["PCA", "t-SNE", "UMAP"]
+SILHOUETTE_VOXELS = 2000  # it needs all pairs of voxels
 
 
 class EmbeddedVoxels(NamedTuple):
@@ -30,37 +26,6 @@ class EmbeddedVoxels(NamedTuple):
         return self.kind < 2
 
 
-def sample_voxels(label: UInt8[np.ndarray, "z y x"], per_kind: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Up to `per_kind` voxels of each of KINDS from slices that hold prostate: indices (n, 3) and kinds (n,)."""
-    rng = np.random.default_rng(seed)
-    prostate = label == 1
-    slices = prostate.any(axis=(1, 2))[:, None, None]
-    contour = prostate & ~ndimage.binary_erosion(prostate, ndimage.generate_binary_structure(2, 1)[None])
-    near = ndimage.binary_dilation(prostate, np.ones((1, 3, 3)), iterations=NEAR_VOXELS) & ~prostate
-    masks = (prostate & ~contour, contour, near, slices & ~prostate & ~near)
-    index, kind = [], []
-    for number, mask in enumerate(masks):
-        voxels = np.argwhere(mask)
-        chosen = voxels[rng.permutation(len(voxels))[:per_kind]]
-        index.append(chosen)
-        kind.append(np.full(len(chosen), number))
-    return np.concatenate(index), np.concatenate(kind)
-
-
-def embed_voxels(
-    network: SegmentationNetwork, region: UInt8[np.ndarray, "z y x"], index: np.ndarray, kind: np.ndarray
-) -> EmbeddedVoxels:
-    """The embeddings a network gives to voxels of a prepared region; only the slices that are needed are run."""
-    embedding = None
-    for z in np.unique(index[:, 0]):
-        rows = np.flatnonzero(index[:, 0] == z)
-        features = run_slices(network, region, np.array([z]), CHANNELS).embeddings[0]
-        picked = features[:, index[rows, 1], index[rows, 2]].T.cpu().numpy()
-        embedding = np.empty((len(index), picked.shape[1]), np.float32) if embedding is None else embedding
-        embedding[rows] = picked
-    return EmbeddedVoxels(index, kind, embedding)
-
-
 def separation(voxels: EmbeddedVoxels, seed: int = 0) -> dict[str, float]:
     """Silhouette and Fisher ratio of prostate against background, in the full embedding space.
 
@@ -73,14 +38,54 @@ def separation(voxels: EmbeddedVoxels, seed: int = 0) -> dict[str, float]:
         return {"silhouette": float("nan"), "Fisher ratio": float("nan")}
     scatter = float(inside.var(axis=0).sum() + outside.var(axis=0).sum())
     between = float(((inside.mean(axis=0) - outside.mean(axis=0)) ** 2).sum())
-    silhouette = (
-        silhouette_score(voxels.embedding, voxels.is_prostate, sample_size=2000, random_state=seed)
-        if (len(voxels.embedding) > 2000)
-        else silhouette_score(voxels.embedding, voxels.is_prostate)
-    )
+    from sklearn.metrics import silhouette_score  # slow to import, and every notebook's kernel would
+
+    some = SILHOUETTE_VOXELS if len(voxels.embedding) > SILHOUETTE_VOXELS else None
+    silhouette = silhouette_score(voxels.embedding, voxels.is_prostate, sample_size=some, random_state=seed)
     return {"silhouette": float(silhouette), "Fisher ratio": between / scatter if scatter else float("nan")}
 
 
-def project(voxels: EmbeddedVoxels) -> Float[np.ndarray, "n 2"]:
-    """The first two principal components of the embeddings."""
-    return PCA(n_components=2).fit_transform(voxels.embedding)
+def triplets(voxels: EmbeddedVoxels, margin: float = 0.7, count: int = 20_000, seed: int = 0) -> dict[str, float]:
+    """What random triplets of these voxels look like to the loss (Eq. 2): mean d(a, p), mean d(a, n), share active.
+
+    Anchors and positives are any prostate voxels, negatives any others; d is the squared Euclidean distance, in the
+    embeddings' own units. A triplet is active while d(a, p) - d(a, n) + margin > 0. NaN for a single class.
+    """
+    names = ("active triplets", "mean d(a, p)", "mean d(a, n)")
+    inside, outside = (torch.from_numpy(voxels.embedding[rows]) for rows in (voxels.is_prostate, ~voxels.is_prostate))
+    if not len(inside) or not len(outside):
+        return dict.fromkeys(names, float("nan"))
+    rng = np.random.default_rng(seed)
+    anchors, positives = (inside[rng.integers(len(inside), size=count)] for _ in range(2))
+    near = squared_distance(anchors, positives)
+    far = squared_distance(anchors, outside[rng.integers(len(outside), size=count)])
+    active = (near - far + margin > 0).float().mean()
+    return dict(zip(names, (active.item(), near.mean().item(), far.mean().item()), strict=True))
+
+
+def project(
+    embedding: Float[np.ndarray, "n e"], method: Projection = "PCA", seed: int = 0
+) -> Float[np.ndarray, "n 2"]:
+    """Embeddings on a plane: the first two principal components, or a t-SNE (openTSNE) or UMAP of them.
+
+    t-SNE and UMAP show who is whose neighbour; their distances between groups mean little.
+
+    Raises:
+        ValueError: for another method. ModuleNotFoundError: for UMAP, if it is not installed, with the command.
+    """
+    if method not in get_args(Projection):
+        raise ValueError(f"projection must be one of {', '.join(get_args(Projection))}, not {method!r}")
+    if method == "PCA" or len(embedding) < 4:  # too few to have neighbours
+        from sklearn.decomposition import PCA
+
+        return PCA(n_components=2, random_state=seed).fit_transform(embedding)
+    if method == "t-SNE":
+        from openTSNE import TSNE  # slow to import
+
+        perplexity = min(30, (len(embedding) - 1) / 3)
+        return np.asarray(TSNE(perplexity=perplexity, initialization="pca", random_state=seed).fit(embedding))
+    try:
+        from umap import UMAP
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('UMAP is not installed: pip install -c constraints.txt -e ".[umap]"') from error
+    return UMAP(random_state=seed, n_jobs=1).fit_transform(embedding)

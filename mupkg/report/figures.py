@@ -11,15 +11,18 @@ import SimpleITK as sitk
 from IPython.display import Image
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mupkg.data.cases import Point
 from mupkg.data.files import whole_file
-from mupkg.report.embeddings import KINDS, EmbeddedVoxels, project
+from mupkg.report.embeddings import EmbeddedVoxels, project
 from mupkg.samplers import VoxelTuples
+from mupkg.stages.voxels import KINDS
 
 TRUTH, PREDICTION = "red", "lime"
+KIND_COLOURS = ("crimson", "orange", "steelblue", "lightgray")  # of KINDS
 PLANES = ("axial", "coronal", "sagittal")
 CT_WINDOW = (-160, 240)
 
@@ -33,12 +36,15 @@ def save(figure: Figure, path: str | Path) -> Image:
     return Image(filename=str(Path(path).with_suffix(".png")))
 
 
-def draw_contour(ax: Axes, mask: np.ndarray, colour: str, extent: Sequence[float] | None = None) -> None:
+def draw_contour(
+    ax: Axes, mask: np.ndarray, colour: str, extent: Sequence[float] | None = None
+) -> QuadContourSet | None:
     """The outline of a mask, in an image's axes (rows downwards); nothing for an empty one."""
     height, width = mask.shape
     extent = extent or (-0.5, width - 0.5, height - 0.5, -0.5)  # as imshow's own; contour's default is upside down
-    if mask.any():
-        ax.contour(mask.astype(float), [0.5], colors=colour, linewidths=1.2, extent=extent, origin="upper")
+    if not mask.any():
+        return None
+    return ax.contour(mask.astype(float), [0.5], colors=colour, linewidths=1.2, extent=extent, origin="upper")
 
 
 def draw_plane(
@@ -210,12 +216,11 @@ def samplers_at_work(
 def embedding_scatter(voxels: Mapping[str, EmbeddedVoxels], numbers: Mapping[str, Mapping[str, float]]) -> Figure:
     """Voxel embeddings of each network on its first two principal components, coloured by what the voxel is."""
     figure, axes = plt.subplots(1, len(voxels), figsize=(4.6 * len(voxels), 4.2), squeeze=False)
-    colours = ("crimson", "orange", "steelblue", "lightgray")
     for ax, (name, sample) in zip(axes[0], voxels.items(), strict=True):
-        points = project(sample)
+        points = project(sample.embedding)
         for number in reversed(range(len(KINDS))):
             chosen = points[sample.kind == number]
-            ax.scatter(*chosen.T, s=5, c=colours[number], label=KINDS[number], linewidths=0)
+            ax.scatter(*chosen.T, s=5, c=KIND_COLOURS[number], label=KINDS[number], linewidths=0)
         text = ", ".join(f"{key} {value:.2f}" for key, value in numbers[name].items())
         ax.set(title=f"{name}\n{text}", xticks=[], yticks=[], xlabel="PC 1", ylabel="PC 2")
     axes[0][-1].legend(fontsize=8, markerscale=2)

@@ -193,18 +193,31 @@ def _refined(image: sitk.Image, centre: np.ndarray, side: int) -> Point:
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     directions = directions[directions @ _neck_axis(side) < 0.7]  # all but the neck's
 
-    def unexplained(shift: np.ndarray, outer_mm: float) -> float:
-        radii = np.arange(REFINE_RADII_MM[0], outer_mm, 1.5)
-        area = radii**2 / (radii**2).sum()
-        index = (centre + shift + radii[:, None, None] * directions - first)[..., ::-1] / grid_mm
-        density = ndimage.map_coordinates(volume, np.moveaxis(index, -1, 0), order=1, mode="nearest")
-        mean = area @ density.mean(1)
-        total = area @ ((density - mean) ** 2).mean(1)
-        return 1 - float(area @ (density.mean(1) - mean) ** 2 / max(total, 1e-6))
+    radii = np.arange(REFINE_RADII_MM[0], max(REFINE_RADII_MM[1]), 1.5)
+    sphere = np.moveaxis(radii[:, None, None] * directions, -1, 0)[::-1].copy()  # (z, y, x), layer, direction
+    middle, corner = (point[::-1, None, None] for point in (centre, first))
 
-    steps = (slice(-REFINE_REACH_MM, REFINE_REACH_MM + 1, 4.0),) * 3
-    options = {"full_output": True, "finish": optimize.fmin, "disp": False}
-    fits = [optimize.brute(unexplained, steps, (outer_mm,), **options) for outer_mm in REFINE_RADII_MM[1]]
+    def unexplained(shift: np.ndarray, reaches_mm: tuple[float, ...] = REFINE_RADII_MM[1]) -> list[float]:
+        """A number for each reach: the smaller one looks at the first of the same layers."""
+        layers = np.count_nonzero(radii < max(reaches_mm))
+        index = (middle + shift[::-1, None, None] + sphere[:, :layers] - corner) / grid_mm
+        density = ndimage.map_coordinates(volume, index, order=1, mode="nearest")
+        layer, shares = density.mean(1), []
+        for outer_mm in reaches_mm:
+            part = slice(np.count_nonzero(radii < outer_mm))
+            area = radii[part] ** 2 / (radii[part] ** 2).sum()
+            mean = area @ layer[part]
+            total = area @ ((density[part] - mean) ** 2).mean(1)
+            shares.append(1 - float(area @ (layer[part] - mean) ** 2 / max(total, 1e-6)))
+        return shares
+
+    steps = np.arange(-REFINE_REACH_MM, REFINE_REACH_MM + 1, 4.0)
+    shifts = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
+    starts = shifts[np.argmin([unexplained(shift) for shift in shifts], axis=0)]
+    fits = [
+        optimize.fmin(lambda shift, one=reach_mm: unexplained(shift, (one,))[0], start, full_output=True, disp=False)
+        for start, reach_mm in zip(starts, REFINE_RADII_MM[1], strict=True)
+    ]
     shift, rest, *_ = min(fits, key=lambda fit: fit[1])
     if 1 - rest >= MIN_EXPLAINED and np.linalg.norm(shift) <= REFINE_REACH_MM:
         centre = centre + shift

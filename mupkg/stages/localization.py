@@ -153,7 +153,20 @@ class Regions:
     def volumes(self, split: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Images and labels of one split."""
         ids = self.ids(split)
+        _allow_open_files(2 * len(ids))
         return [self.volume(i) for i in ids], [self.volume(i, "label") for i in ids]
+
+
+def _allow_open_files(more: int) -> None:
+    """Every memory-mapped volume keeps a file open, of which a process may often have but 1024 unless it asks."""
+    try:
+        import resource
+    except ImportError:  # Windows, where files are not counted so
+        return
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now != resource.RLIM_INFINITY:
+        wanted = now + more if most == resource.RLIM_INFINITY else min(now + more, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def write_regions(

@@ -297,7 +297,11 @@ class Stage2Settings(StudySettings):
     pair_distance: Annotated[float, Field(ge=0)] = 0.01
     normalize: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = True
+    compile: bool = False
+    workers: Annotated[int, Field(ge=0, le=64)] = 0
     deterministic: bool = False
+    film: bool = False
 
     @field_validator("configuration")
     @classmethod
@@ -326,6 +330,32 @@ class SegmentSettings(Settings):
     output: AnyPath = "outputs/segmented"
 
 
+class ExploreSettings(Settings):
+    """Notebook 08: which study and case to explore, and what the sliders begin with."""
+
+    study_folder: AnyPath = "data/demo"
+    case_id: FolderName | None = None
+    configurations: tuple[FolderName, ...] = ()
+    seed: Seed = 0
+    viewer: Literal["niivue", "slices", "itkwidgets"] = "niivue"
+    per_kind: Annotated[int, Field(ge=10, le=20_000)] = 300
+    projection: Literal["PCA", "t-SNE", "UMAP"] = "PCA"
+    anchors: Annotated[int, Field(ge=1, le=200)] = 20
+    pairs: Annotated[int, Field(ge=1, le=10)] = 1
+    threshold: Annotated[float, Field(ge=0, le=0.95)] = 0.1
+    margin: Annotated[float, Field(ge=0)] = 0.7
+    patch: PatchSize = 32
+    pictures_folder: AnyPath = "outputs/explore"
+
+    @property
+    def study_path(self) -> Path:
+        return repository() / self.study_folder
+
+    @property
+    def pictures_path(self) -> Path:
+        return repository() / self.pictures_folder
+
+
 class Study(Settings):
     """A study file of notebooks/studies: what a batch runs, and with which parameters."""
 
@@ -341,6 +371,7 @@ class Study(Settings):
     stage1: dict[str, Any] = {}
     stage2: dict[str, Any] = {}
     report: dict[str, Any] = {}
+    explore: dict[str, Any] = {}
     segment_case: bool = False
     threads: dict[Literal["stage1", "stage2"], PositiveInt] = {"stage1": 2, "stage2": 1}
 
@@ -358,6 +389,7 @@ class Study(Settings):
             ("stage1", Stage1Settings, self.stage1),
             ("stage2", Stage2Settings, self.stage2),
             ("report", ReportSettings, self.report),
+            ("explore", ExploreSettings, self.explore),
         ):
             try:
                 model.model_validate(given)

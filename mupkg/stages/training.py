@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.auto import tqdm as notebook_tqdm
 
@@ -56,6 +61,10 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     precision: str = "no",
+    channels_last: bool = True,
+    compile: bool = False,
+    workers: int = 0,
+    on_validation: Callable[[nn.Module, int], None] | None = None,
 ) -> pd.DataFrame:
     """Train, or go on where a broken-off training in the same folder stopped; the history, a row every few steps.
 
@@ -68,25 +77,44 @@ def train(
     Args:
         validate: mean DSC of a network on the validation cases; called every `validate_every` steps.
         metadata: what made these weights; stored with them. A checkpoint with other metadata is not resumed.
-        seed: of the samplers' draws. precision: "no" (float32), "bf16" or "fp16" (autocast).
+        seed: of the samplers' draws. precision: "no" (float32), "bf16" or "fp16" (autocast; a GPU only).
+        channels_last, compile: memory layout, and torch.compile of the training's forward and backward pass. They
+            change speed, and rounding, by which a hard sampler may come to draw another voxel. What is validated
+            and stored is never the compiled network.
+        workers: processes that cut batches ahead; the batches and their order stay the same.
+        on_validation: called by the first process with network and step before the first step of a fresh run and
+            after every validation, and again after a break: to keep a film, say.
 
     Raises:
-        ValueError: if the folder holds the checkpoint of a run with other settings.
+        ValueError: if the folder holds the checkpoint of a run with other settings; for "fp16" without a GPU,
+            compile without a C++ compiler on a CPU, and processes that do not see each other.
         FloatingPointError: if the loss is no longer finite.
     """
     folder = Path(folder)
     metadata = json.loads(json.dumps(dict(metadata)))  # as it comes back from a file: lists for tuples
+    _check_speed(precision, compile)  # before the precision is fixed for this process
     accelerator = Accelerator(mixed_precision=precision)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:  # each would train alone, and all would write the same files
+        raise ValueError(
+            f"one of {launched} processes sees {accelerator.num_processes}; without GPUs, set the environment "
+            "variable ACCELERATE_USE_CPU to true before launching"
+        )
     if accelerator.num_processes > 1:  # another number would go on with other batches
         metadata["processes"] = accelerator.num_processes
+        # Torch asks for SIGINT when the launcher dies, and in a process forked from a notebook's kernel that hangs.
+        _prctl_pr_set_pdeathsig(signal.SIGKILL)  # Linux only; elsewhere it does nothing
     if accelerator.is_main_process:
-        for left in folder.glob(".*.part.*.safetensors"):  # of a process killed while it wrote
+        for left in folder.rglob(".*.part.*.safetensors"):  # of a process killed while it wrote
             left.unlink()
-    network = network.to(accelerator.device, memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = network.to(accelerator.device, memory_format=layout)
     optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay)
     generator = torch.Generator(accelerator.device)
-    first, history = _resume(folder / CHECKPOINT, network, optimizer, metadata)
+    first, history = _resume(folder / CHECKPOINT, network, optimizer, metadata, accelerator.scaler)
     model, optimizer = accelerator.prepare(network, optimizer)
+    if compile:
+        model = torch.compile(model)  # a wrapper around the same weights; `network` keeps their plain names
     best = max((row["validation_dsc"] for row in history if "validation_dsc" in row), default=-1.0)
     if history and not (folder / BEST).exists():
         raise ValueError(f"{folder / BEST}: is missing beside its checkpoint; delete {CHECKPOINT} to train anew")
@@ -96,45 +124,56 @@ def train(
 
     shown = {"desc": "training", "unit": "step", "disable": not accelerator.is_main_process}
     bar = progress(range(first, steps), initial=first, total=steps, **shown)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = poly_learning_rate(learning_rate, step, steps, power)
-        images, labels = source.batch(step * accelerator.num_processes + accelerator.process_index)
-        images = images.to(accelerator.device, memory_format=torch.channels_last)
-        model.train()
-        # A seed for every step and process: draws differ between processes, and a resumed run repeats them.
-        mixed = np.random.SeedSequence([seed, step, accelerator.process_index]).generate_state(1)
-        generator.manual_seed(int(mixed[0]))
-        terms = loss(model(images), labels.to(accelerator.device), generator)
-        optimizer.zero_grad()
-        accelerator.backward(terms.total)
-        optimizer.step()
+    if on_validation and accelerator.is_main_process and not history:
+        on_validation(network, 0)
+    # Every process takes batches of its own.
+    numbers = [step * accelerator.num_processes + accelerator.process_index for step in range(first, steps)]
+    with closing(_batches(source, numbers, workers)) as batches:
+        for step, (images, labels) in zip(bar, batches, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = poly_learning_rate(learning_rate, step, steps, power)
+            images = images.to(accelerator.device, memory_format=layout)
+            model.train()
+            # A seed for every step and process: draws differ between processes, and a resumed run repeats them.
+            mixed = np.random.SeedSequence([seed, step, accelerator.process_index]).generate_state(1)
+            generator.manual_seed(int(mixed[0]))
+            terms = loss(model(images), labels.to(accelerator.device), generator)
+            optimizer.zero_grad()
+            accelerator.backward(terms.total)
+            optimizer.step()
 
-        # Sums stay on the device between log rows, so that a GPU need not wait for us.
-        values = {"loss": terms.total, "cross_entropy": terms.cross_entropy}
-        values |= {f"metric_{letter}": value for letter, value in terms.metric.items()}
-        for name, value in values.items():
-            window[name] = window.get(name, 0.0) + value.detach()
-        counted += 1
+            # Sums stay on the device between log rows, so that a GPU need not wait for us.
+            values = {"loss": terms.total, "cross_entropy": terms.cross_entropy}
+            values |= {f"metric_{letter}": value for letter, value in terms.metric.items()}
+            for name, value in values.items():
+                window[name] = window.get(name, 0.0) + value.detach()
+            counted += 1
 
-        done = step + 1
-        validating = done % validate_every == 0 or done == steps
-        if not validating and done % log_every:
-            continue
-        row = {"step": done, "learning_rate": group["lr"]}
-        row |= {name: float(value) / counted for name, value in window.items()}
-        row["seconds"] = round((time.perf_counter() - started) / counted, 5)  # per step
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(f"{folder}: the loss is {row['loss']} at step {done}; lower the learning rate")
-        history.append(row)
-        if validating and accelerator.is_main_process:
-            row["validation_dsc"] = validate(network)
-            bar.set_postfix(ce=f"{row['cross_entropy']:.3f}", dsc=f"{row['validation_dsc']:.3f}", refresh=False)
-            if row["validation_dsc"] > best:
-                best = row["validation_dsc"]
-                save_tensors(network.state_dict(), folder / BEST, {**metadata, "step": done, "validation_dsc": best})
-            _checkpoint(folder / CHECKPOINT, network, optimizer, {**metadata, "history": history})
-        window, counted, started = {}, 0, time.perf_counter()
+            done = step + 1
+            validating = done % validate_every == 0 or done == steps
+            if not validating and done % log_every:
+                continue
+            row = {"step": done, "learning_rate": group["lr"]}
+            row |= {name: float(value) / counted for name, value in window.items()}
+            row["seconds"] = round((time.perf_counter() - started) / counted, 5)  # per step
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(
+                    f"{folder}: the loss is {row['loss']} at step {done}; lower the learning rate"
+                )
+            history.append(row)
+            if validating and accelerator.is_main_process:
+                dsc = row["validation_dsc"] = validate(network)
+                bar.set_postfix(ce=f"{row['cross_entropy']:.3f}", dsc=f"{dsc:.3f}", refresh=False)
+                if dsc > best:
+                    best, about = dsc, {**metadata, "step": done, "validation_dsc": dsc}
+                    save_tensors(network.state_dict(), folder / BEST, about)
+                if on_validation:
+                    on_validation(network, done)
+                about = {**metadata, "history": history}
+                if accelerator.scaler is not None:  # of fp16: numbers that follow from all steps so far
+                    about["scaler"] = accelerator.scaler.state_dict()
+                _checkpoint(folder / CHECKPOINT, network, optimizer, about)
+            window, counted, started = {}, 0, time.perf_counter()
 
     table = pd.DataFrame(history)
     if accelerator.is_main_process:
@@ -143,6 +182,47 @@ def train(
             table.to_csv(temporary, index=False)
     accelerator.wait_for_everyone()
     return table
+
+
+def _check_speed(precision: str, compile: bool) -> None:
+    """What this machine cannot do is refused: Accelerate would pass fp16 over, and inductor fail at great length."""
+    if torch.accelerator.is_available():
+        return
+    if precision == "fp16":
+        raise ValueError('precision "fp16" needs a GPU, and there is none; choose "bf16" or "no"')
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    if compile and not shutil.which(compiler):
+        raise ValueError(
+            f"compile needs a C++ compiler on a CPU, and there is no {compiler}; install one (its name may be given "
+            "in the environment variable CXX), or set compile to False"
+        )
+
+
+class _Numbered(Dataset):
+    """A source as a map from a batch's number to the batch."""
+
+    def __init__(self, source: PatchSource):
+        self.source = source
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        return self.source.batch(number)
+
+
+def _batches(source: PatchSource, numbers: Sequence[int], workers: int) -> Iterator[Sequence[Tensor]]:
+    """The batches of these numbers in their order, cut here or ahead by `workers` processes; close it at the end."""
+    if not workers:
+        yield from map(source.batch, numbers)
+        return
+    # A batch follows from its number alone, so the workers' own seeds do not matter; a generator for them keeps
+    # torch's from being drawn from.
+    loader = DataLoader(
+        _Numbered(source), batch_size=None, sampler=numbers, num_workers=workers, generator=torch.Generator()
+    )
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:  # at once: a notebook keeps the traceback of an error, and that the loader with its processes
+        batches._shutdown_workers()
 
 
 def _checkpoint(
@@ -161,12 +241,13 @@ def _resume(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     metadata: Mapping[str, Any],
+    scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[int, list[dict[str, float]]]:
     """Put a checkpoint's state back, if there is one: the next step's number and the history so far."""
     if not path.exists():
         return 0, []
     tensors, stored = load_tensors(path)
-    history = stored.pop("history", None)
+    history, scale = stored.pop("history", None), stored.pop("scaler", None)
     if not history:
         raise ValueError(f"{path}: is no checkpoint (it has no history); delete it to train anew")
     if stored != metadata:
@@ -175,6 +256,10 @@ def _resume(
             f"{path}: belongs to a run with other settings ({', '.join(changed)}); "
             "give this run another name or study, or delete the folder to start anew"
         )
+    if scaler is not None:
+        if scale is None:
+            raise ValueError(f"{path}: does not tell the loss scale of its fp16 training; delete it to train anew")
+        scaler.load_state_dict(scale)
     weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
     load_weights(network, weights, path)
     state = optimizer.state_dict()

@@ -101,6 +101,25 @@ def test_no_part_of_the_package_leaves_temporary_files(study: Path) -> None:
     assert not list(study.rglob("*.running.ipynb"))
 
 
+def test_notebook_08_shows_the_shipped_pair_in_pictures_without_a_browser(tmp_path: Path) -> None:
+    target = tmp_path / "08.ipynb"
+    parameters = {"viewer": "itkwidgets", "pictures_folder": str(tmp_path / "pictures")}
+    run_notebook(ROOT / "notebooks/08_explore.ipynb", target, parameters)
+    assert target.stat().st_size < 2_000_000
+    notebook = nbformat.read(target, 4)
+    assert "widgets" not in notebook.metadata  # their state is stripped
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(shown) == 5
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert text.count("itkwidgets works in JupyterLab only") == 1
+    for name in ("case", "embeddings", "distance", "samplers", "film"):
+        assert (tmp_path / "pictures" / f"explore_{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (tmp_path / "pictures" / f"explore_{name}.svg").read_text(encoding="utf-8")
+    numbers = pd.read_csv(tmp_path / "pictures/explore_numbers.csv", index_col="run")
+    assert numbers.index.tolist() == ["UNet", "MetricUNet-HCP"] and numbers.notna().all(axis=None)
+
+
 def test_a_failed_notebook_is_kept_for_reading_and_its_target_is_not_there(tmp_path: Path) -> None:
     target = tmp_path / "03.ipynb"
     with pytest.raises(RuntimeError, match=r"(?s)unknown configuration 'UNet3'.*kept for reading") as failure:

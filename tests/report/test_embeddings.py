@@ -1,31 +1,9 @@
-"""Voxels are sampled by what they are, embedded where they lie, and measured free of scale."""
+"""Embeddings are measured free of scale, by hand-made cases, and projected."""
 
 import numpy as np
 import pytest
-import torch
-from scipy import ndimage
-from torch import nn
 
-from mupkg.models import SegmentationOutput, UNet
-from mupkg.report.embeddings import KINDS, EmbeddedVoxels, embed_voxels, project, sample_voxels, separation
-from mupkg.stages.slices import run_slices
-
-LABEL = np.zeros((5, 32, 40), np.uint8)
-LABEL[1:4, 10:20, 12:24] = 1
-
-
-class Places(nn.Module):
-    """Embeddings that say what the middle slice holds, its row and its column."""
-
-    def __init__(self):
-        super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(()))
-
-    def forward(self, images):
-        middle = images[:, images.shape[1] // 2]
-        rows, columns = torch.meshgrid(*(torch.arange(n) for n in middle.shape[1:]), indexing="ij")
-        places = [middle * 255, rows.expand_as(middle), columns.expand_as(middle)]
-        return SegmentationOutput(torch.stack(places[:2], 1), torch.stack(places, 1).float())
+from mupkg.report.embeddings import EmbeddedVoxels, project, separation, triplets
 
 
 def voxels_of(inside, outside):
@@ -38,58 +16,6 @@ def clouds(distance, n=200, dimensions=5, seed=0):
     rng = np.random.default_rng(seed)
     shift = np.eye(dimensions)[0] * distance
     return voxels_of(rng.normal(size=(n, dimensions)) + shift, rng.normal(size=(n, dimensions)))
-
-
-def test_voxels_of_every_kind_are_what_they_are_called():
-    index, kind = sample_voxels(LABEL, 10_000)
-    z, y, x = index.T
-    inside = LABEL[z, y, x] == 1
-    # the distance in plane to the other side, in steps that may go diagonally
-    steps = np.stack([ndimage.distance_transform_cdt(LABEL[s] == 0, "chessboard") for s in range(5)])[z, y, x]
-    edge = (y == 10) | (y == 19) | (x == 12) | (x == 23)
-    names = np.array(KINDS)[kind]
-    assert set(names) == set(KINDS)
-    np.testing.assert_array_equal(names == "prostate", inside & ~edge)
-    np.testing.assert_array_equal(names == "contour", inside & edge)
-    np.testing.assert_array_equal(names == "near background", ~inside & (steps <= 4))
-    np.testing.assert_array_equal(names == "far background", ~inside & (steps > 4))
-    assert len(index) == 3 * 32 * 40 == len(np.unique(index, axis=0))  # slices without prostate are left out
-    assert set(z) == {1, 2, 3}
-
-
-def test_a_sample_is_of_the_size_asked_for_and_the_seeds():
-    index, kind = sample_voxels(LABEL, 30, seed=1)
-    assert np.bincount(kind).tolist() == [30] * 4
-    np.testing.assert_array_equal(index, sample_voxels(LABEL, 30, seed=1)[0])
-    assert (index != sample_voxels(LABEL, 30, seed=2)[0]).any()
-
-
-def test_an_embedding_is_that_of_its_own_voxel():
-    region = np.random.default_rng(0).integers(0, 256, LABEL.shape).astype(np.uint8)
-    index, kind = sample_voxels(LABEL, 25)
-    shuffled = np.random.default_rng(1).permutation(len(index))
-    voxels = embed_voxels(Places(), region, index[shuffled], kind[shuffled])
-    z, y, x = voxels.index.T
-    np.testing.assert_allclose(voxels.embedding, np.column_stack([region[z, y, x], y, x]), atol=1e-3)
-    np.testing.assert_array_equal(voxels.is_prostate, LABEL[z, y, x] == 1)
-
-
-def test_only_slices_that_are_needed_are_run():
-    network, ran = Places(), []
-    network.register_forward_hook(lambda module, inputs, output: ran.append(len(inputs[0])))
-    index = np.array([[2, 5, 5], [2, 6, 6], [4, 1, 1]])
-    embed_voxels(network, LABEL, index, np.zeros(3, int))
-    assert ran == [1, 1]
-
-
-def test_the_networks_own_embeddings_are_taken():
-    torch.manual_seed(0)
-    network = UNet(3, 2, 6)
-    index, kind = sample_voxels(LABEL, 3)
-    voxels = embed_voxels(network, LABEL * 200, index, kind)
-    whole = run_slices(network, LABEL * 200, np.arange(5), 3).embeddings.numpy()
-    z, y, x = index.T
-    np.testing.assert_allclose(voxels.embedding, whole[z, :, y, x], atol=1e-5)
 
 
 def test_the_fisher_ratio_by_hand():
@@ -132,7 +58,40 @@ def test_one_class_alone_has_no_separation(inside, outside):
 def test_the_projection_keeps_the_greatest_spread():
     rng = np.random.default_rng(0)
     embedding = rng.normal(size=(300, 6)) * [0.1, 9, 0.1, 0.1, 3, 0.1]
-    points = project(EmbeddedVoxels(np.zeros((300, 3), int), np.zeros(300, int), embedding))
+    points = project(embedding)
     assert points.shape == (300, 2)
     for column, axis in ((0, 1), (1, 4)):
         assert abs(np.corrcoef(points[:, column], embedding[:, axis])[0, 1]) > 0.99
+
+
+@pytest.mark.parametrize("method", ["t-SNE", "UMAP"])
+def test_neighbours_stay_neighbours(method):
+    if method == "UMAP":
+        pytest.importorskip("umap", reason="UMAP is an optional extra")
+    voxels = clouds(20.0, n=60)
+    points = project(voxels.embedding, method)
+    assert points.shape == (120, 2) and np.isfinite(points).all()
+    nearest = np.linalg.norm(points[:, None] - points, axis=2) + 1e9 * np.eye(120)
+    assert (voxels.is_prostate[nearest.argmin(axis=1)] == voxels.is_prostate).all()
+    np.testing.assert_array_equal(points, project(voxels.embedding, method))
+
+
+def test_another_projection_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"one of PCA, t-SNE, UMAP, not 'LDA'"):
+        project(np.zeros((9, 3)), "LDA")
+
+
+def test_triplets_by_hand():
+    # two places inside, one outside: d(a, p) is 0 or 4 with equal chance, d(a, n) 1 or 9, margin 0.7
+    found = triplets(voxels_of([[0.0], [2.0]], [[-1.0]]), margin=0.7)
+    assert found["mean d(a, p)"] == pytest.approx(2.0, abs=0.1)
+    assert found["mean d(a, n)"] == pytest.approx(5.0, abs=0.15)
+    # active only: anchor at 0 (d(a, n) = 1) with the positive at 2 (d(a, p) = 4)
+    assert found["active triplets"] == pytest.approx(0.25, abs=0.02)
+    assert triplets(voxels_of([[0.0], [2.0]], [[-1.0]]), margin=1.1)["active triplets"] == pytest.approx(
+        0.5, abs=0.02
+    )
+
+
+def test_triplets_need_both_classes():
+    assert all(np.isnan(value) for value in triplets(voxels_of(np.zeros((3, 2)), np.zeros((0, 2)))).values())

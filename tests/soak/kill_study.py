@@ -80,12 +80,14 @@ MOMENTS = (  # in the order of a study; every notebook at least once
     begins("03", UNET, 6.0),
     writes("03", RUN, "*.safetensors"),
     Moment("03", RUN, "checkpoint.safetensors", 0.05),
+    writes("03", RUN, "film/*"),
     writes("03", RUN, "predictions/*"),
     Moment("03", RUN, "metrics.csv"),
     begins("04", REPORT, 6.0),
     writes("04", REPORT, "*.csv"),
     begins("05", REPORT, 6.0),
     writes("05", REPORT, "*.svg"),
+    begins("08", REPORT, 6.0),
     begins("09", REPORT, 5.0),
 )
 
@@ -283,7 +285,7 @@ def chosen(kills: int, seed: int) -> list[Moment]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=len(MOMENTS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder = arguments.folder.resolve() / uuid.uuid4().hex[:8]

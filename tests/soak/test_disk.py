@@ -1,6 +1,7 @@
 """A full disk, or a file in a folder's place: the message names path and way out, and what was done stays as it was.
 
-A limit on the size of files stands for the full disk: it needs no rights, and writing fails alike.
+A limit on the size of files stands for the full disk: it needs no rights, and writing fails alike. The read-only
+disk is a mount of its own, for root alone.
 """
 
 import re
@@ -91,7 +92,7 @@ def test_a_file_in_the_folders_place_is_named_and_left(tmp_path, name):
     assert place.read_text(encoding="utf-8") == "mine"
 
 
-def training(folder, *, fill_at=None):
+def training(folder, *, fill_at=None, before_validation=lambda number: None):
     """A short training; before its validation number `fill_at` the disk is full."""
     torch.manual_seed(0)
     network, loss = build(configuration("UNet"), base_filters=4, embedding_dim=4)
@@ -101,6 +102,7 @@ def training(folder, *, fill_at=None):
 
     def validate(network):
         calls.append(0)
+        before_validation(len(calls))
         if len(calls) == fill_at:
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return len(calls) / 10
@@ -131,6 +133,80 @@ def test_a_cohort_that_found_no_room_is_not_taken_for_whole(tmp_path):
         Cohort.read(tmp_path)
     cohort = write_cohort(tmp_path, sources, preparation, split_seed=0)
     assert len(list(map(read_scan, (tmp_path / "images").iterdir()))) == len(cohort.table) == 3
+
+
+# A read-only mount
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder on a disk of its own, which a call makes read-only, and a second call writable again."""
+    place, state = tmp_path / "disk", ["rw", "ro"]
+    place.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", place], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root may mount a disk, and not in every container")
+
+    def turn():
+        subprocess.run(["mount", "-o", f"remount,{state[-1]}", place], check=True)
+        state.reverse()
+
+    yield place, turn
+    subprocess.run(["umount", place], check=True)
+
+
+READ_ONLY = (
+    r"cannot be written \(.*[Rr]ead-only file system.*\); make room, or choose a folder that can be written to"
+)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_on_a_read_only_disk_the_old_file_stays_whole(read_only, name):
+    place, turn = read_only
+    WRITERS[name](place / name)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    turn()
+    for path in (place / name, place / "new" / name):
+        with pytest.raises(OSError, match=rf"{re.escape(str(path))}: cannot be written"):
+            WRITERS[name](path)
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_a_training_goes_on_when_the_disk_can_be_written_again(read_only, tmp_path):
+    place, turn = read_only
+    training(tmp_path / "whole")
+    with pytest.raises(OSError, match=rf"{BEST}: {READ_ONLY}"):
+        training(place / "run", before_validation=lambda number: number == 2 and turn())
+    for name in (BEST, CHECKPOINT):
+        load_tensors(place / "run" / name)
+    with pytest.raises(OSError, match=READ_ONLY):
+        training(place / "run")
+    turn()
+    training(place / "run")
+    found, wanted = (load_file(folder / LAST) for folder in (place / "run", tmp_path / "whole"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_cohort_on_a_read_only_disk_says_so(read_only):
+    place, turn = read_only
+    turn()
+    with pytest.raises(OSError, match=READ_ONLY):
+        write_cohort(
+            place / "c",
+            sources_from_phantoms(range(3), (10.0, 8.0, 8.0)),
+            Preparation(spacing_mm=(8.0, 8.0, 8.0)),
+            split_seed=0,
+        )
+    assert not list(place.iterdir())
+
+
+def test_a_notebook_on_a_read_only_disk_says_so(read_only):
+    place, turn = read_only
+    turn()
+    done = batch(place / "report" / "04.ipynb")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "Read-only file system" in done.stderr and "room to write" in done.stderr
 
 
 # The batch

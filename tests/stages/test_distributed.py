@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import psutil
 import pytest
@@ -113,16 +114,93 @@ def test_what_made_the_weights_tells_the_number_of_processes(trained, tmp_path):
         )
 
 
+# From a notebook
+
+CELL = """
+import os, socket, sys
+from pathlib import Path
+from accelerate import notebook_launcher
+sys.path.insert(0, {here!r})
+from two_processes import from_a_notebook
+os.environ["ACCELERATE_USE_CPU"] = "true"
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+notebook_launcher(from_a_notebook, (Path({folder!r}), {steps}), num_processes=2, use_port=port)
+"""
+
+
+def launch_notebook(folder, steps):
+    """papermill at work on a notebook that launches two processes."""
+    cell = CELL.format(here=str(SCRIPT.parent), folder=str(folder), steps=steps)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    path = folder.with_suffix(".ipynb")
+    nbformat.write(notebook, path)
+    command = [sys.executable, "-m", "papermill", str(path), str(path), "--kernel", "python3", "--language", "python"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=one_thread, start_new_session=True, **outputs)
+
+
+def test_a_notebook_launches_the_same_training(trained, tmp_path):
+    papermill = launch_notebook(tmp_path / "run", steps=6)
+    output, _ = papermill.communicate(timeout=120)
+    assert papermill.returncode == 0, output[-4000:]
+    folders = tmp_path / "run", trained / "whole"
+    for name in (LAST, BEST, *(f"rank{rank}.safetensors" for rank in (0, 1))):
+        (found, about), (wanted, wanted_about) = (load_tensors(folder / name) for folder in folders)
+        assert about == wanted_about and found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch, tmp_path):
+    """Without that variable notebook_launcher's processes train alone on a CPU, and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    network, loss, source = parts()
+    options = {"steps": 1, "validate": lambda net: 0.0, "validate_every": 1, "metadata": {}}
+    with pytest.raises(ValueError, match=r"one of 2 processes sees 1; .*ACCELERATE_USE_CPU to true"):
+        train(network, loss, source, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
 # No process outlives the training
+
+
+@pytest.mark.parametrize("how", ["stop button", "papermill is killed"])
+def test_no_process_of_a_notebook_survives_an_interrupt(tmp_path, how):
+    papermill = launch_notebook(tmp_path / "run", steps=10**6)
+    family = []
+    try:
+        wait_for_checkpoint(papermill, tmp_path / "run")
+        family = psutil.Process(papermill.pid).children(recursive=True)
+        kernel, *workers = family
+        assert len(workers) == 2
+        if how == "stop button":  # Jupyter sends it to the kernel's group
+            os.killpg(os.getpgid(kernel.pid), signal.SIGINT)
+        else:
+            papermill.kill()  # the kernel then ends by itself
+        _, alive = psutil.wait_procs(workers, timeout=30)
+        assert not alive
+        assert papermill.wait(timeout=30) != 0
+        load_tensors(tmp_path / "run" / CHECKPOINT)
+    finally:
+        for process in filter(psutil.Process.is_running, family):
+            process.kill()
+        papermill.kill()
+        papermill.stdout.close()
+
+
+def wait_for_checkpoint(launcher, folder):
+    until = time.monotonic() + 60
+    while not (folder / CHECKPOINT).exists():
+        assert launcher.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
 
 
 def endless(folder):
     """A launcher at work, and its two processes."""
     launcher = launch(folder, "--endless", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while not (folder / CHECKPOINT).exists():
-        assert launcher.poll() is None and time.monotonic() < until
-        time.sleep(0.1)
+    wait_for_checkpoint(launcher, folder)
     return launcher, psutil.Process(launcher.pid).children(recursive=True)
 
 

@@ -1,8 +1,14 @@
 """Training keeps the best weights, goes on after a break as if there had been none, and refuses what cannot be."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import accelerate
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +21,8 @@ from mupkg.data.patches import PatchSource
 from mupkg.losses import LossTerms
 from mupkg.models import light_unet
 from mupkg.stages import training
+from mupkg.stages.film import Film, read_film
+from mupkg.stages.inference import load_network
 from mupkg.stages.localization import Regions, coarse_volumes
 from mupkg.stages.runs import load_tensors, save_tensors
 from mupkg.stages.slices import predict_volume
@@ -126,6 +134,207 @@ def test_a_finished_run_is_not_trained_again(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "run")
     run(tmp_path / "run", validate=lambda network: pytest.fail("trained again"))
     assert_same_run(tmp_path / "run", whole)
+
+
+# Workers that cut batches ahead
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_no_bit_and_end_with_the_training(tmp_path, whole, workers):
+    run(tmp_path, workers=workers)
+    assert_same_run(tmp_path, whole)
+    assert not multiprocessing.active_children()
+
+
+def test_a_break_with_workers_leaves_no_trace_and_no_worker(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt) as kept:  # its traceback keeps every frame, as a notebook does
+        run(tmp_path, workers=2, validate=breaking(2))
+    assert not multiprocessing.active_children(), kept
+    run(tmp_path, workers=1)
+    assert_same_run(tmp_path, whole)
+
+
+def test_an_error_in_a_worker_is_raised_and_leaves_none(tmp_path, monkeypatch):
+    source = PatchSource([IMAGE], [LABEL], patch_size=(16, 16), batch_size=3, seed=5)
+    batch = source.batch
+    monkeypatch.setattr(source, "batch", lambda step: batch(step if step < 2 else "two"))
+    with pytest.raises(TypeError) as kept:
+        run(tmp_path, source=source, workers=2)
+    assert not multiprocessing.active_children(), kept
+
+
+def test_workers_and_training_leave_torchs_own_draws_alone(tmp_path):
+    after = []
+    for workers in (0, 2):
+        run(tmp_path / str(workers), workers=workers, steps=2)
+        after.append(torch.get_rng_state())
+    torch.manual_seed(5)
+    build(configuration("MetricUNet-HCP"), base_filters=2, embedding_dim=4, anchors=5, pairs=2)
+    assert torch.equal(after[0], after[1]) and torch.equal(after[0], torch.get_rng_state())
+
+
+# Speed: rounding alone
+
+
+@pytest.mark.usefixtures("unchecked")  # checked signatures do not compile
+@pytest.mark.parametrize("options", [{"channels_last": False}, {"compile": True}])
+def test_layout_and_compiler_change_rounding_alone(tmp_path, options):
+    if "compile" in options and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU, and there is none here")
+    # At a higher rate a rounding soon makes the hard sampler draw another voxel, and from there losses part.
+    metadata = {"configuration": "MetricUNet-HCP", "base_filters": 2, "embedding_dim": 4}
+    wanted = run(tmp_path / "plain", learning_rate=0.01, metadata=metadata)
+    history = run(tmp_path / "run", learning_rate=0.01, metadata=metadata, **options)
+    np.testing.assert_allclose(history["loss"], wanted["loss"], atol=1e-4)
+    network, _ = load_network(tmp_path / "run" / BEST)
+    assert mean_probability(network) == pytest.approx(history["validation_dsc"].max(), abs=1e-6)
+
+
+def test_layout_is_what_was_asked(tmp_path):
+    for channels_last in (True, False):
+        layouts = []
+
+        def validate(network, layouts=layouts):
+            weight = next(p for p in network.parameters() if p.ndim == 4 and min(p.shape) > 1)
+            layouts.append(weight.is_contiguous(memory_format=torch.channels_last))
+            return 0.5
+
+        run(tmp_path / str(channels_last), steps=1, validate=validate, channels_last=channels_last)
+        assert layouts == [channels_last]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_compiled_goes_on_after_a_break(tmp_path, monkeypatch):
+    """With the compiler's front end alone: wrapped, the network must still be stored under its plain names."""
+    wrap = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: wrap(model, backend="eager"))
+    run(tmp_path / "whole", compile=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", compile=True, validate=breaking(2))
+    run(tmp_path / "broken", compile=True)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"there is no no-such-compiler; install one .*or set compile to False"):
+        run(tmp_path, compile=True)
+    assert not list(tmp_path.iterdir())
+
+
+def train_on_noise(folder):
+    """A training wide enough for PyTorch to share its sums out among threads."""
+    rng = np.random.default_rng(0)
+    image, label = (rng.integers(0, top, (6, 48, 48), np.uint8) for top in (256, 2))
+    torch.manual_seed(5)
+    network, loss = build(configuration("MetricUNet-HCP"), base_filters=8, embedding_dim=16)
+    source = PatchSource([image], [label], patch_size=(48, 48), batch_size=4)
+    options = {"steps": 4, "validate_every": 4, "learning_rate": 0.01, "metadata": {}}
+    train(network, loss, source, folder, validate=mean_probability, **options)
+
+
+TWO_THREADS = """
+import sys, torch
+torch.set_num_threads(2)
+sys.path.insert(0, sys.argv[1])
+from test_training import train_on_noise
+train_on_noise(sys.argv[2])
+"""
+
+
+def test_another_thread_count_changes_rounding_alone(tmp_path):
+    """Sums are cut into as many pieces as there are threads; so "the same bits" holds for one thread count."""
+    command = [sys.executable, "-c", TWO_THREADS, str(Path(__file__).parent), str(tmp_path / "two")]
+    subprocess.run(command, check=True, timeout=120)
+    train_on_noise(tmp_path / "one")
+    one, two = (load_file(tmp_path / name / LAST) for name in ("one", "two"))
+    largest = max((one[name] - two[name]).abs().max().item() for name in one)
+    print(f"largest difference of a weight between one thread and two after 4 steps: {largest:.1e}")
+    assert largest < 1e-4
+
+
+# A film
+
+
+def test_a_film_changes_no_bit_and_a_break_leaves_no_trace_in_it(tmp_path, whole):
+    def filmed(name, **options):
+        film = Film(tmp_path / name, "case", IMAGE, LABEL, per_kind=5)
+        return run(tmp_path / name, on_validation=film.record, **options)
+
+    filmed("whole")
+    assert_same_run(tmp_path / "whole", whole)
+    assert read_film(tmp_path / "whole").steps == [0, 3, 6, 9]
+    with pytest.raises(KeyboardInterrupt):
+        filmed("broken", validate=breaking(3))
+    assert read_film(tmp_path / "broken").steps == [0, 3, 6]
+    filmed("broken")
+    assert_same_run(tmp_path / "broken", whole)
+    found, wanted = ({p.name: p.read_bytes() for p in (tmp_path / n / "film").iterdir()} for n in ("broken", "whole"))
+    assert found == wanted
+
+
+def test_a_frame_shows_the_network_as_it_was_validated(tmp_path):
+    seen = []
+    run(
+        tmp_path,
+        validate=lambda network: seen.append(mean_probability(network)) or 0.5,
+        on_validation=lambda network, step: seen.append((step, mean_probability(network))),
+    )
+    (first, untrained), *pairs = seen
+    assert first == 0 and untrained != pairs[0]
+    assert pairs[1::2] == list(zip((3, 6, 9), pairs[::2], strict=True))
+
+
+# fp16
+
+
+def test_fp16_without_a_gpu_is_refused_not_passed_over(tmp_path):
+    with pytest.raises(ValueError, match='"fp16" needs a GPU, and there is none; choose "bf16" or "no"'):
+        run(tmp_path, precision="fp16")
+
+
+@pytest.fixture
+def with_scaler(monkeypatch):
+    """The gradient scaler of fp16 on a CPU, with float32 beneath: a scale so low that rounding depends on it."""
+    scalers = []
+
+    class Scaled(accelerate.Accelerator):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-126, growth_interval=2)
+            scalers.append(self.scaler)
+
+    monkeypatch.setattr(training, "Accelerator", Scaled)
+    return scalers
+
+
+def test_a_break_keeps_the_loss_scale(tmp_path, with_scaler):
+    run(tmp_path / "whole")
+    (scaler,) = with_scaler
+    assert scaler.get_scale() == 2.0**-122  # it grew at every second of nine steps
+    stored = load_tensors(tmp_path / "whole" / CHECKPOINT)[1]["scaler"]
+    assert stored == scaler.state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", validate=breaking(2))
+    run(tmp_path / "broken")
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    assert with_scaler[-1].state_dict() == scaler.state_dict()
+
+
+def test_a_checkpoint_without_its_loss_scale_is_not_resumed(tmp_path, whole, with_scaler):
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"{CHECKPOINT}: does not tell the loss scale .*; delete it"):
+        run(tmp_path / "run")
+
+
+def test_a_lost_loss_scale_would_be_seen(tmp_path, with_scaler, monkeypatch):
+    run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", validate=breaking(2))
+    monkeypatch.setattr(torch.amp.GradScaler, "load_state_dict", lambda *arguments: None)
+    run(tmp_path / "broken")
+    found, wanted = (load_file(tmp_path / name / LAST) for name in ("broken", "whole"))
+    assert any(not torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 # Settings of a checkpoint

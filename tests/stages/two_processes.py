@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import debug_launcher
+from accelerate import Accelerator, debug_launcher
 
 from mupkg.configurations import build, configuration
 from mupkg.data.patches import PatchSource
@@ -86,6 +86,14 @@ def main(folder, endless):
     train(folder / "same_batch", steps=3, only_batch=0)
     for name in ("UNet", "MetricUNet++-H", "MetricUNet-R-Sep"):  # no parameter is without a gradient
         train(folder / name, steps=2, name=name)
+
+
+def from_a_notebook(folder, steps):
+    """What each process of notebook_launcher does."""
+    torch.set_num_threads(1)
+    Accelerator()  # brings the processes together
+    only_the_main_process_writes()
+    train(folder, steps=steps)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""Volumes in WebGL: ipyniivue's three planes, and itkwidgets where somebody asks for it and it can work."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ipywidgets
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+from mupkg.report.panels import in_lab
+from mupkg.samplers import contour
+
+if TYPE_CHECKING:
+    from mupkg.report.explore import SeenCase
+
+# itkwidgets 1.0a55 loads its viewer from these; without them its view() waits for ever
+ITK_HOSTS = (
+    "https://cdn.jsdelivr.net",
+    "https://bafybeieiqiiwvdq66e2bndws5nwojbe4wwerbxyua6u37axxivi2rwf7wy.ipfs.dweb.link",
+)
+PATIENCE_S = 4.0
+
+
+def nifti(array: np.ndarray, spacing_mm: tuple[float, float, float]) -> bytes:
+    """A volume (z, y, x) as a compressed NIfTI file's bytes: what ipyniivue takes."""
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing_mm[::-1])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "volume.nii.gz"
+        sitk.WriteImage(image, str(path), useCompression=True)
+        return path.read_bytes()
+
+
+class NiivueViewer:
+    """A row of ipyniivue views, one a run, with their cross-hairs tied together.
+
+    Grey: the region. Red: the truth's contour. Over it the foreground probability, and in green where it exceeds
+    the threshold: that is one number to the graphics card, so the cut follows the slider at once.
+
+    Args:
+        moved: called with the slice (z) when somebody moves the cross-hair.
+    """
+
+    def __init__(self, seen: SeenCase, moved: Callable[[int], None], height: int = 260):
+        from ipyniivue import NiiVue, SliceType, Volume  # slow to import
+
+        self.seen = seen
+        # slices stand for the batch here: a contour within each of them, as on paper
+        edge = contour(torch.from_numpy(seen.truth)).numpy().astype(np.uint8)
+        region, edge = (nifti(volume, seen.spacing_mm) for volume in (seen.region, edge))
+        self.views = []
+        # as in the pictures: the patient's left on the right; cross-hair in mm, voxels as they are
+        options = {"is_radiological_convention": True, "is_nearest_interpolation": True, "is_colorbar": False}
+        options |= {"slice_type": SliceType.MULTIPLANAR, "crosshair_width": 0.5, "crosshair_width_unit": "mm"}
+        for heat in seen.heat.values():
+            probability = nifti(heat, seen.spacing_mm)
+            view = NiiVue(height=height, **options)
+            view.load_volumes(
+                [
+                    Volume(data=region, name="region.nii.gz", colormap="gray", cal_min=0, cal_max=255),
+                    Volume(data=probability, name="heat.nii.gz", colormap="inferno", cal_min=0.02, cal_max=1),
+                    Volume(data=probability, name="cut.nii.gz", colormap="green", opacity=0.3),
+                    Volume(data=edge, name="truth.nii.gz", colormap="red", cal_min=0.5, cal_max=1),
+                ]
+            )
+            view.on_location_change(lambda place: moved(self.slice_of(place["mm"])))
+            self.views.append(view)
+        for view in self.views:
+            others = [other for other in self.views if other is not view]
+            if others:
+                view.broadcast_to(others, {"crosshair": True, "zoom_pan": True})
+        titles = [ipywidgets.HTML(f"<b>{name}</b>") for name in seen.heat]
+        share = ipywidgets.Layout(width=f"{100 // len(self.views)}%")
+        columns = [ipywidgets.VBox(pair, layout=share) for pair in zip(titles, self.views, strict=True)]
+        self.widget = ipywidgets.HBox(columns)
+
+    def slice_of(self, place_mm: list[float]) -> int:
+        """The slice at a place that niivue tells (RAS, mm; the region's first slice lies at 0)."""
+        z = round(place_mm[2] / self.seen.spacing_mm[0])
+        return min(max(z, 0), len(self.seen.region) - 1)
+
+    def show(self, z: int, opacity: float, threshold: float) -> None:
+        """Move to a slice, and cut the probability anew."""
+        for view in self.views:
+            x, y, _ = view.scene.crosshair_pos
+            view.scene.crosshair_pos = [x, y, (z + 0.5) / len(self.seen.region)]
+            _, heat, cut, _ = view.volumes
+            heat.opacity = opacity
+            cut.cal_min, cut.cal_max = threshold, threshold + 1e-3
+
+
+def why_no_itkwidgets() -> str:
+    """Why itkwidgets cannot be used here, in one line; empty if it can."""
+    if not in_lab():
+        return "itkwidgets works in JupyterLab only; here importing it would lose the outputs of later cells"
+    if importlib.util.find_spec("itkwidgets") is None:
+        return 'itkwidgets is not installed: pip install -c constraints.txt -e ".[itkwidgets]"'
+    for host in ITK_HOSTS:
+        try:
+            urllib.request.urlopen(host, timeout=PATIENCE_S).close()
+        except urllib.error.HTTPError:
+            continue  # it answers
+        except (OSError, ValueError) as error:
+            return f"itkwidgets loads its viewer from the internet, and {host} does not answer ({error})"
+    return ""
+
+
+def show_itkwidgets(seen: SeenCase) -> None:
+    """Show a case with itkwidgets below the cell; where that cannot work, one line that says why."""
+    if reason := why_no_itkwidgets():
+        print(f"{reason}; the default viewer stands above")
+        return
+    from itkwidgets import view
+    from ngff_zarr import to_ngff_image
+
+    scale = dict(zip("zyx", seen.spacing_mm, strict=True))
+    image, label = (
+        to_ngff_image(a, dims=["z", "y", "x"], scale=scale) for a in (seen.region, seen.truth.astype(np.uint8))
+    )
+    view(image, label_image=label)

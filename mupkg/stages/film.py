@@ -1,0 +1,122 @@
+"""A film of a training: what some voxels of one validation case look like to the network as it learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+
+from mupkg.models import SegmentationNetwork
+from mupkg.stages.inference import CHANNELS
+from mupkg.stages.localization import Regions
+from mupkg.stages.runs import load_tensors, require, save_tensors
+from mupkg.stages.slices import run_slices
+from mupkg.stages.voxels import embed_voxels, sample_voxels
+
+FOLDER = "film"
+
+
+class Film:
+    """Keeps a frame whenever `record` is called: the same voxels of the same case every time.
+
+    A frame holds the embeddings of some voxels of every kind, and of the slice with most prostate the foreground
+    probability and the embeddings of a patch around the prostate, where the samplers can be watched at work.
+
+    Args:
+        folder: the run's; frames go to film/<step>.safetensors in it.
+        region, label: of one validation case, prepared.
+        per_kind: voxels of each of `KINDS`. patch: edge of the patch in voxels.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        case_id: str,
+        region: UInt8[np.ndarray, "z y x"],
+        label: UInt8[np.ndarray, "z y x"],
+        *,
+        per_kind: int = 100,
+        patch: int = 32,
+        seed: int = 0,
+    ):
+        self.folder, self.case_id, self.region = Path(folder) / FOLDER, case_id, region
+        self.index, self.kind = sample_voxels(label, per_kind, seed)
+        if not len(self.index):
+            raise ValueError(f"case {case_id}: its region holds no prostate, so no film can be made of it")
+        self.z = int(np.argmax((label == 1).sum(axis=(1, 2))))
+        middle = np.argwhere(label[self.z] == 1).mean(axis=0).round().astype(int)
+        extent = np.minimum(patch, label.shape[1:])
+        self.corner = np.clip(middle - extent // 2, 0, np.array(label.shape[1:]) - extent)
+        self.extent = extent
+
+    @classmethod
+    def of_validation(cls, folder: str | Path, regions: Regions) -> Film:
+        """A film of a study's first validation case; ValueError if there is none."""
+        if not (ids := regions.ids("validation")):
+            raise ValueError("there is no case to film; give the cohort a validation split, or leave film False")
+        return cls(folder, ids[0], *(np.array(regions.volume(ids[0], kind)) for kind in ("image", "label")))
+
+    def record(self, network: SegmentationNetwork, step: int) -> None:
+        """Write the frame of this step; nothing of the training changes. Step 0 begins a new film."""
+        if step == 0:
+            for old in self.folder.glob("*.safetensors"):
+                old.unlink()
+        output = run_slices(network, self.region, np.array([self.z]), CHANNELS)
+        (top, left), (height, width) = self.corner, self.extent
+        patch = output.embeddings[0, :, top : top + height, left : left + width]
+        tensors = {
+            "index": torch.from_numpy(self.index.astype(np.int16)),
+            "kind": torch.from_numpy(self.kind),
+            "embeddings": torch.from_numpy(embed_voxels(network, self.region, self.index)).half(),
+            "patch_embeddings": patch.movedim(0, -1).half(),
+            "probability": (output.logits.softmax(dim=1)[0, 1] * 255).round().byte(),
+        }
+        about = {"case_id": self.case_id, "slice": self.z, "corner": [int(top), int(left)], "step": step}
+        save_tensors(tensors, self.folder / f"{step:06d}.safetensors", about)
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A film as it was kept: f frames of n voxels, and of one slice and a patch of it."""
+
+    case_id: str
+    z: int  # the slice
+    corner: tuple[int, int]  # of the patch in the slice: row, column
+    steps: list[int]
+    index: Int[np.ndarray, "n 3"]
+    kind: UInt8[np.ndarray, " n"]
+    embeddings: Float[np.ndarray, "f n e"]
+    patch_embeddings: Float[np.ndarray, "f h w e"]
+    probability: Float[np.ndarray, "f y x"]  # in [0, 1]
+
+
+def read_film(run_folder: str | Path) -> Frames:
+    """The frames of a run in their order.
+
+    Raises:
+        ValueError: naming the folder or file, if there is no film or its frames do not belong together.
+    """
+    folder = Path(run_folder) / FOLDER
+    paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    if not paths:
+        raise ValueError(f"{folder}: holds no film; train the run with film set to True (notebook 03)")
+    frames = []
+    for path in paths:
+        tensors, about = load_tensors(path)
+        require(about, ("case_id", "slice", "corner", "step"), path)
+        frames.append(({name: tensor.numpy() for name, tensor in tensors.items()}, about))
+        same = all(np.array_equal(frames[0][0][name], frames[-1][0][name]) for name in ("index", "kind"))
+        if not same or any(frames[0][1][name] != about[name] for name in ("case_id", "slice", "corner")):
+            raise ValueError(f"{path}: is of another film than {paths[0].name}; delete {folder} and train again")
+    first, about = frames[0]
+    stacked = {
+        name: np.stack([tensors[name] for tensors, _ in frames]).astype(np.float32)
+        for name in ("embeddings", "patch_embeddings", "probability")
+    }
+    stacked["probability"] /= 255
+    steps = [frame["step"] for _, frame in frames]
+    place = about["case_id"], about["slice"], tuple(about["corner"])
+    return Frames(*place, steps, first["index"], first["kind"], **stacked)

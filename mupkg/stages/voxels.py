@@ -1,0 +1,67 @@
+"""Some voxels of a region, chosen by what they are, and the embeddings a network gives them."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from scipy import ndimage
+
+from mupkg.models import SegmentationNetwork
+from mupkg.stages.inference import CHANNELS
+from mupkg.stages.slices import run_slices
+
+KINDS = ("prostate", "contour", "near background", "far background")
+ELSEWHERE = 255  # in slices without prostate
+NEAR_VOXELS = 4
+
+
+def kinds(label: UInt8[np.ndarray, "z y x"] | Bool[np.ndarray, "z y x"]) -> UInt8[np.ndarray, "z y x"]:
+    """What every voxel is: its number in KINDS, or ELSEWHERE in slices that hold no prostate.
+
+    Contour voxels are prostate with a background voxel beside them in plane; near background lies within
+    `NEAR_VOXELS` steps of the prostate in plane, which may go diagonally.
+    """
+    prostate = label == 1
+    inner = ndimage.binary_erosion(prostate, ndimage.generate_binary_structure(2, 1)[None])
+    near = ndimage.binary_dilation(prostate, np.ones((1, 3, 3)), iterations=NEAR_VOXELS)
+    found = np.where(near, np.uint8(2), np.uint8(3))
+    found[prostate], found[inner] = 1, 0
+    found[~prostate.any(axis=(1, 2))] = ELSEWHERE
+    return found
+
+
+def sample_voxels(
+    label: UInt8[np.ndarray, "z y x"] | Bool[np.ndarray, "z y x"], per_kind: int, seed: int = 0
+) -> tuple[Int[np.ndarray, "n 3"], UInt8[np.ndarray, " n"]]:
+    """Up to `per_kind` voxels of each of KINDS from slices that hold prostate: indices (z, y, x) and kinds."""
+    rng, of_kind = np.random.default_rng(seed), kinds(label)
+    chosen = [draw(of_kind == number, per_kind, rng) for number in range(len(KINDS))]
+    return np.concatenate(chosen), np.repeat(np.arange(len(KINDS), dtype=np.uint8), [len(c) for c in chosen])
+
+
+def draw(mask: Bool[np.ndarray, "z y x"], count: int, rng: np.random.Generator) -> Int[np.ndarray, "n 3"]:
+    """Up to `count` different voxels of a mask, in random order."""
+    voxels = np.argwhere(mask)
+    return voxels[rng.permutation(len(voxels))[:count]]
+
+
+def embed_slice(
+    network: SegmentationNetwork, region: UInt8[np.ndarray, "z y x"], z: int
+) -> Float[np.ndarray, "y x e"]:
+    """The embeddings of every voxel of one slice of a prepared region, float32."""
+    return run_slices(network, region, np.array([z]), CHANNELS).embeddings[0].movedim(0, -1).cpu().numpy()
+
+
+def embed_voxels(
+    network: SegmentationNetwork, region: UInt8[np.ndarray, "z y x"], index: Int[np.ndarray, "n 3"]
+) -> Float[np.ndarray, "n e"]:
+    """The embeddings of some voxels of a prepared region, float32; only the slices that are needed are run."""
+    embedding = None
+    for z in np.unique(index[:, 0]):
+        rows = np.flatnonzero(index[:, 0] == z)
+        picked = embed_slice(network, region, z)[index[rows, 1], index[rows, 2]]
+        embedding = np.empty((len(index), picked.shape[1]), np.float32) if embedding is None else embedding
+        embedding[rows] = picked
+    if embedding is None:
+        raise ValueError("there are no voxels to embed; the label has no prostate")
+    return embedding

@@ -1,0 +1,18 @@
+"""One JupyterLab for all tests of this folder."""
+
+from collections.abc import Iterator
+
+import pytest
+from lab import Lab, find_chromium
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """JupyterLab in a browser, offline; opening a notebook in it takes seconds.
+
+    Playwright keeps an event loop running while it is open: `asyncio.run` cannot be used beside it, papermill can.
+    """
+    if not find_chromium():
+        pytest.skip("no Chromium: apt-get install chromium, or name one in MUPKG_CHROMIUM")
+    with Lab(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab

@@ -1,0 +1,214 @@
+"""The views' states, without a browser (tests/lab drives them in one): what is chosen, cut, measured."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import nn
+
+from mupkg.models import SegmentationOutput
+from mupkg.report.explore import CaseViewer, DistanceMap, EmbeddingExplorer, SeenCase
+from mupkg.report.panels import png
+from mupkg.stages.voxels import KINDS, kinds
+
+SPACING = (3.0, 2.0, 1.0)
+TRUTH = np.zeros((6, 24, 30), bool)
+TRUTH[1:5, 8:18, 10:22] = True
+
+
+class Places(nn.Module):
+    """Embeddings (row, column): distances in feature space are distances in the picture."""
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, images):
+        rows, columns = torch.meshgrid(*(torch.arange(float(n)) for n in images.shape[2:]), indexing="ij")
+        embeddings = torch.stack([rows, columns]).expand(len(images), 2, *rows.shape) * self.scale
+        return SegmentationOutput(torch.zeros(len(images), 2, *rows.shape), embeddings)
+
+
+@pytest.fixture
+def seen() -> SeenCase:
+    """Two runs: one nearly right, one a voxel off to the right and unsure on slice 3."""
+    region = np.random.default_rng(0).integers(0, 256, TRUTH.shape).astype(np.uint8)
+    sure, shifted = TRUTH * 0.9, np.roll(TRUTH, 1, axis=2) * 0.8
+    shifted[3] *= 0.5
+    heat = {"UNet": sure.astype(np.float32), "MetricUNet-H": shifted.astype(np.float32)}
+    return SeenCase("made up", region, TRUTH, SPACING, {"UNet": Places(), "MetricUNet-H": Places(3.0)}, heat)
+
+
+def test_a_case_is_read_with_its_runs(regions, run_folder, tmp_path):
+    shutil.copytree(run_folder.parent, tmp_path / "study")
+    run_folder = tmp_path / "study" / run_folder.name
+    (run_folder / "metrics.csv").write_text("case_id,DSC\n", encoding="utf-8")  # marks a run that is finished
+    seen = SeenCase.read(run_folder.parent)
+    (case_id,) = regions.ids("test")
+    assert seen.case_id == case_id and list(seen.networks) == ["MetricUNet-HCP"]
+    np.testing.assert_array_equal(seen.truth, regions.volume(case_id, "label") == 1)
+    assert seen.spacing_mm == (6.0, 5.0, 5.0) and seen.heat["MetricUNet-HCP"].shape == seen.region.shape
+    with pytest.raises(ValueError, match=r"case 'nobody' is not in .*; there are phantom"):
+        SeenCase.read(run_folder.parent, "nobody")
+    with pytest.raises(ValueError, match=r"has no run of seed 7"):
+        SeenCase.read(run_folder.parent, seed=7)
+
+
+def test_scores_follow_the_threshold(seen):
+    by_hand = 2 * (TRUTH & np.roll(TRUTH, 1, axis=2)).sum() / (2 * TRUTH.sum())
+    assert seen.scores(0.3)["DSC"].to_numpy() == pytest.approx([1, by_hand])
+    assert seen.scores(0.5).loc["MetricUNet-H", "DSC"] < by_hand  # slice 3 is gone
+    assert seen.scores(0.3).loc["MetricUNet-H", "HD95"] == pytest.approx(1.0)  # a voxel along x is 1 mm
+    assert seen.scores(0.95)["DSC"].tolist() == [0, 0] and np.isinf(seen.scores(0.95)["HD95"]).all()
+
+
+def test_the_worst_slice_has_most_wrong_voxels_over_all_runs(seen):
+    assert seen.worst_slice(0.5) == 3
+    wrong = [sum(((h[z] > 0.3) != TRUTH[z]).sum() for h in seen.heat.values()) for z in range(6)]
+    assert seen.worst_slice(0.3) == int(np.argmax(wrong)) == 1
+
+
+def test_distance_to_the_contour_is_in_mm_and_negative_inside(seen):
+    distance = seen.signed_distance_mm()
+    assert distance[2, 12, 9] == pytest.approx(1.0) and distance[2, 12, 10] == pytest.approx(-1.0)
+    assert distance[2, 7, 15] == pytest.approx(2.0) and distance[0, 12, 15] == pytest.approx(3.0)
+    assert ((distance < 0) == TRUTH).all()
+
+
+def test_the_viewer_draws_anew_and_jumps(seen):
+    view = CaseViewer(seen, "slices")
+    assert view.slice.value in range(1, 5)
+    first = png(view.figure)
+    view.threshold.value = 0.3
+    assert view.scores["DSC"].iloc[1] == pytest.approx(seen.scores(0.3)["DSC"].iloc[1])
+    second = png(view.figure)
+    assert first != second and "DSC 1.000" in view.panel.axes[0].get_title()
+    view.threshold.value = 0.5
+    view.worst.click()
+    assert view.slice.value == 3 and png(view.figure) != second
+    before = view.widget.children[1].value
+    view.opacity.value = 0.9
+    assert view.widget.children[1].value != before
+
+
+def test_an_unknown_viewer_is_refused(seen):
+    with pytest.raises(ValueError, match="niivue, slices or itkwidgets, not 'vtk'"):
+        CaseViewer(seen, "vtk")
+
+
+def test_the_table_says_of_every_voxel_what_it_is(seen):
+    table = EmbeddingExplorer(seen, per_kind=20, tau=0.15).table
+    z, y, x = table[["z", "y", "x"]].to_numpy().T
+    assert not table.duplicated(["z", "y", "x"]).any()
+    assert (table["kind"] == np.array(KINDS)[kinds(TRUTH)[z, y, x]]).all()
+    np.testing.assert_allclose(table["p UNet"], seen.heat["UNet"][z, y, x])
+    np.testing.assert_allclose(table["error UNet"], np.abs(seen.heat["UNet"][z, y, x] - TRUTH[z, y, x]))
+    assert ((table["mm to contour"] < 0) == TRUTH[z, y, x]).all()
+
+
+def test_hard_voxels_are_added_and_left_out_of_the_numbers(seen):
+    few, many = (EmbeddingExplorer(seen, per_kind=20, tau=tau) for tau in (1.0, 0.15))
+    assert len(few.table) == 80 and len(many.table) == 100  # nothing errs by more than 1
+    errors = many.table[["error UNet", "error MetricUNet-H"]].max(axis=1)
+    assert (errors.iloc[80:] > 0.15).all()
+    assert few.numbers.equals(many.numbers)
+    assert list(few.numbers) == ["silhouette", "Fisher ratio", "active triplets", "mean d(a, p)", "mean d(a, n)"]
+    # the second network's distances are nine times the first's, which separates nothing better
+    ratio = few.numbers.loc["MetricUNet-H"] / few.numbers.loc["UNet"]
+    assert ratio[["mean d(a, p)", "mean d(a, n)"]].to_numpy() == pytest.approx([9, 9], rel=1e-4)
+    assert ratio[["silhouette", "Fisher ratio"]].to_numpy() == pytest.approx([1, 1], rel=1e-3)
+
+
+def test_what_is_chosen_lights_up_in_its_slice_and_in_every_scatter(seen):
+    explorer = EmbeddingExplorer(seen, per_kind=30)
+    scatters = explorer.scatters.values()
+    next(iter(scatters)).widget.selection = np.array([4, 2, 77])  # as a lasso does
+    assert explorer.rows.tolist() == [2, 4, 77]
+    assert [sorted(s.widget.selection) for s in scatters] == [[2, 4, 77]] * 2
+    for z in range(6):
+        explorer.slice.value = z
+        mine = {tuple(explorer.index[r, 1:]) for r in (2, 4, 77) if explorer.index[r, 0] == z}
+        assert {tuple(v) for v in np.argwhere(explorer.panel.lit)} == mine == {tuple(v) for v in explorer.lit}
+    explorer.clear.click()
+    assert not len(explorer.rows) and not explorer.panel.lit.any()
+    assert all(not len(s.widget.selection) for s in scatters)
+
+
+def test_a_box_chooses_all_drawn_voxels_in_it_and_a_click_the_nearest(seen):
+    explorer = EmbeddingExplorer(seen, per_kind=30)
+    explorer.slice.value = 2
+    z, y, x = explorer.index.T
+    explorer.panel.choose((17.2, 21.9), (9.6, 11.4))  # dragged from the lower right to the upper left
+    expected = np.flatnonzero((z == 2) & (y >= 10) & (y <= 17) & (x >= 11) & (x <= 22))
+    assert len(expected) > 3 and explorer.rows.tolist() == expected.tolist()
+    explorer.panel.choose((3.0, 4.0), (3.2, 4.1))
+    far = np.where(z == 2, np.hypot(2.0 * (y - 3), 1.0 * (x - 4)), np.inf)  # in mm: rows are 2 mm apart
+    assert far[explorer.rows] == far.min()
+
+
+def test_a_box_without_drawn_voxels_chooses_none(seen):
+    explorer = EmbeddingExplorer(seen, per_kind=10)
+    explorer.slice.value = 0  # holds no prostate, so no voxel of it is drawn
+    explorer.choose(np.array([1]))
+    explorer.panel.choose((0, 0), (20, 20))
+    assert not len(explorer.rows)
+    explorer.panel.choose((5, 5), (5, 5))
+    assert not len(explorer.rows)
+
+
+def test_colours_and_projections(seen):
+    explorer = EmbeddingExplorer(seen, per_kind=20)
+    scatter = explorer.scatters["UNet"]
+    for colour in explorer.colour.options:
+        explorer.colour.value = colour
+        assert scatter.color()["by"] == colour
+    before = explorer.points["UNet"]
+    explorer.projection.value = "t-SNE"
+    assert not np.allclose(before, explorer.points["UNet"])
+    np.testing.assert_allclose(scatter.widget.points.shape[0], len(explorer.table))
+    assert png(explorer.figure).startswith(b"\x89PNG")
+
+
+def test_a_case_without_prostate_cannot_be_explored(seen):
+    empty = SeenCase("none", seen.region, np.zeros_like(TRUTH), SPACING, seen.networks, seen.heat)
+    with pytest.raises(ValueError, match="case none: its region holds no prostate"):
+        EmbeddingExplorer(empty)
+
+
+def test_the_distance_map_is_the_squared_distance_over_the_runs_own_scale(seen):
+    view = DistanceMap(seen, voxel=(2, 5, 7))
+    rows, columns = np.indices(TRUTH.shape[1:])
+    squared = (rows - 5) ** 2 + (columns - 7) ** 2
+    for name, factor in (("UNet", 1), ("MetricUNet-H", 9)):
+        np.testing.assert_allclose(view.distances()[name] * view.scale[name], factor * squared, rtol=1e-4)
+    np.testing.assert_allclose(*view.distances().values(), rtol=1e-4)  # free of scale
+    assert np.argwhere(view.panel.lit).tolist() == [[5, 7]]
+    view.panel.choose((9.0, 3.0), (9.0, 3.0))
+    assert view.voxel == (9, 3) and all(d[9, 3] == 0 for d in view.distances().values())
+
+
+def test_distances_are_those_of_the_slice_shown(seen):
+    class Slices(Places):
+        def forward(self, images):
+            output = super().forward(images)
+            grey = images[:, 1:2, :1, :1]  # a corner of the middle slice
+            return output._replace(embeddings=output.embeddings * grey)
+
+    seen = SeenCase("made up", seen.region, TRUTH, SPACING, {"UNet": Slices()}, {"UNet": seen.heat["UNet"]})
+    view = DistanceMap(seen, voxel=(2, 5, 7))
+    for z in (2, 4, 2):
+        view.slice.value = z
+        grey = seen.region[z, 0, 0] / 255
+        expected = grey**2 * (12 - 5) ** 2 / view.scale["UNet"]
+        assert view.distances()["UNet"][12, 7] == pytest.approx(expected, rel=1e-3)
+
+
+def test_edges_are_not_lost_by_a_box_that_leaves_the_picture(seen):
+    explorer = EmbeddingExplorer(seen, per_kind=2000)
+    explorer.slice.value = 2
+    explorer.panel.choose((-8, -5), (90, 90))
+    assert len(explorer.rows) == (explorer.index[:, 0] == 2).sum()
+    lit = ndimage.label(explorer.panel.lit)[1]
+    assert lit >= 1

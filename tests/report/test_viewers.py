@@ -1,0 +1,103 @@
+"""ipyniivue gets what it should show; itkwidgets is never imported where it would do harm."""
+
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from mupkg.report import viewers
+from mupkg.report.explore import CaseViewer, SeenCase
+
+TRUTH = np.zeros((6, 8, 10), np.uint8)
+TRUTH[2:4, 2:6, 3:8] = 1
+
+
+@pytest.fixture
+def seen() -> SeenCase:
+    heat = {"UNet": TRUTH * np.float32(0.9), "MetricUNet-H": TRUTH * np.float32(0.7)}
+    return SeenCase("made up", TRUTH * 200, TRUTH == 1, (3.0, 2.0, 1.0), {}, heat)
+
+
+def read_back(content: bytes, tmp_path) -> sitk.Image:
+    (tmp_path / "volume.nii.gz").write_bytes(content)
+    return sitk.ReadImage(str(tmp_path / "volume.nii.gz"))
+
+
+def test_volumes_keep_voxels_and_spacing(tmp_path):
+    volume = np.random.default_rng(0).integers(0, 256, (4, 5, 6)).astype(np.uint8)
+    image = read_back(viewers.nifti(volume, (3.0, 2.0, 1.0)), tmp_path)
+    assert image.GetSpacing() == (1.0, 2.0, 3.0)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), volume)
+
+
+def test_every_run_has_a_view_with_four_layers_and_the_sliders_reach_them(seen, tmp_path):
+    view = CaseViewer(seen)
+    assert view.widget
+    assert len(view.volumes.views) == 2
+    for niivue, heat in zip(view.volumes.views, seen.heat.values(), strict=True):
+        region, glow, cut, edge = niivue.volumes
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(read_back(region.data, tmp_path)), seen.region)
+        for layer in (glow, cut):
+            np.testing.assert_allclose(sitk.GetArrayFromImage(read_back(layer.data, tmp_path)), heat)
+        inner = np.zeros_like(TRUTH)
+        inner[2:4, 3:5, 4:7] = 1  # the contour is one within each slice
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(read_back(edge.data, tmp_path)), TRUTH - inner)
+    view.threshold.value, view.opacity.value, view.slice.value = 0.3, 0.8, 5
+    for niivue in view.volumes.views:
+        assert niivue.volumes[2].cal_min == pytest.approx(0.3) and niivue.volumes[1].opacity == pytest.approx(0.8)
+        assert niivue.scene.crosshair_pos[2] == pytest.approx(5.5 / 6)
+
+
+def test_a_place_in_mm_is_a_slice(seen):
+    volumes = viewers.NiivueViewer(seen, moved=lambda z: None)
+    assert [volumes.slice_of([0, 0, mm, 1]) for mm in (-4.0, 0.0, 1.4, 1.6, 15.0, 99.0)] == [0, 0, 0, 1, 5, 5]
+
+
+def test_itkwidgets_outside_jupyterlab_is_refused_without_importing_it(seen, monkeypatch, capsys):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    viewers.show_itkwidgets(seen)
+    line = capsys.readouterr().out
+    assert "itkwidgets works in JupyterLab only" in line and line.count("\n") == 1
+    assert "itkwidgets" not in sys.modules
+
+
+def test_itkwidgets_that_is_not_installed_is_named_with_the_cure(monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "x")
+    monkeypatch.setattr(viewers.importlib.util, "find_spec", lambda name: None)
+    assert 'pip install -c constraints.txt -e ".[itkwidgets]"' in viewers.why_no_itkwidgets()
+
+
+def test_itkwidgets_without_internet_is_refused_by_the_host_that_is_silent(monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "x")
+    monkeypatch.setattr(viewers.importlib.util, "find_spec", lambda name: object())
+
+    def silent(url, timeout):
+        assert timeout < 10
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(urllib.request, "urlopen", silent)
+    assert f"{viewers.ITK_HOSTS[0]} does not answer" in viewers.why_no_itkwidgets()
+
+
+def test_itkwidgets_is_used_where_all_of_it_is_there(monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "x")
+    monkeypatch.setattr(viewers.importlib.util, "find_spec", lambda name: object())
+
+    class Answer:
+        def close(self):
+            pass
+
+    asked = []
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Answer())
+    assert viewers.why_no_itkwidgets() == "" and asked == list(viewers.ITK_HOSTS)
+
+
+def test_nothing_of_the_package_imports_a_viewer_before_it_is_asked_for():
+    code = "import sys; import mupkg.report.explore, mupkg.report.viewers, mupkg.report.watch; "
+    code += "slow = ('itkwidgets', 'ipyniivue', 'jscatter', 'ipyevents', 'umap', 'openTSNE'); "
+    code += "print([name for name in slow if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,147 @@
+"""Samplers on a patch and the film: the numbers shown are the loss's own."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mupkg.losses import VoxelMetricLoss
+from mupkg.models import UNet
+from mupkg.report.explore import SeenCase
+from mupkg.report.panels import png
+from mupkg.report.watch import FilmPlayer, SamplersAtWork, SeenFilm
+from mupkg.samplers import VoxelTuples, contour
+from mupkg.stages.film import Film, read_film
+from mupkg.stages.voxels import embed_slice
+
+TRUTH = np.zeros((5, 40, 48), bool)
+TRUTH[1:4, 12:26, 14:30] = True
+REGION = np.random.default_rng(0).integers(0, 256, TRUTH.shape).astype(np.uint8)
+
+
+@pytest.fixture
+def seen() -> SeenCase:
+    torch.manual_seed(3)
+    heat = TRUTH * np.linspace(0.5, 1, 48, dtype=np.float32)  # surer to the right
+    return SeenCase("made up", REGION, TRUTH, (3.0, 1.0, 1.0), {"UNet": UNet(3, 2, 6).eval()}, {"UNet": heat})
+
+
+@pytest.fixture
+def films(tmp_path) -> dict[str, SeenFilm]:
+    film, found = Film(tmp_path / "UNet-seed0", "case", REGION, TRUTH.astype(np.uint8), per_kind=30, patch=16), {}
+    for step in (0, 5, 10):
+        torch.manual_seed(step)
+        film.record(UNet(3, 2, 6), step)
+    frames = read_film(tmp_path / "UNet-seed0")
+    found["UNet"] = SeenFilm(frames, REGION[frames.z], TRUTH[frames.z])
+    return found
+
+
+def test_the_tuples_are_the_samplers_and_the_distances_the_losses(seen):
+    work = SamplersAtWork(seen, anchors=15, pairs=2, tau=0.3, patch=32)
+    drawn = work.tuples()
+    top, left = work.top.value, work.left.value
+    label, heat = (v[work.slice.value, top : top + 32, left : left + 32] for v in (TRUTH, seen.heat["UNet"]))
+    edge = contour(torch.from_numpy(label.copy())[None])[0].numpy()
+    embedding = embed_slice(seen.networks["UNet"], REGION, work.slice.value)[top : top + 32, left : left + 32]
+    allowed = {"R": label, "H": label & (1 - heat > 0.3), "C": edge}
+    for letter, mine in drawn.groupby("sampler"):
+        assert len(mine) == 30
+        assert allowed[letter].ravel()[mine["anchors"]].all()
+        assert not label.ravel()[mine["negatives"]].any()
+        anchor, positive, negative = (
+            embedding.reshape(-1, 6)[mine[role]] for role in ("anchors", "positives", "negatives")
+        )
+        np.testing.assert_allclose(mine["d(a, p)"], ((anchor - positive) ** 2).sum(1), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(mine["d(a, n)"], ((anchor - negative) ** 2).sum(1), rtol=1e-4, atol=1e-6)
+        tuples = VoxelTuples(*(torch.from_numpy(mine[r].to_numpy()) for r in ("anchors", "positives", "negatives")))
+        hinge = (mine["d(a, p)"] - mine["d(a, n)"] + work.margin).clip(lower=0)
+        assert hinge.mean() == pytest.approx(VoxelMetricLoss()(work.embedding, tuples).item(), rel=1e-4)
+        assert (mine["active"] == (hinge > 0)).all()
+
+
+def test_every_slider_draws_anew(seen):
+    work = SamplersAtWork(seen)
+    pictures = [png(work.figure)]
+    sliders = (
+        (work.anchors, 40),
+        (work.pairs, 3),
+        (work.tau, 0.4),
+        (work.draw_number, 5),
+        (work.slice, 3),
+        (work.left, 0),
+    )
+    for slider, value in sliders:
+        slider.value = value
+        pictures.append(png(work.figure))
+        assert len(set(pictures)) == len(pictures), slider.description
+    assert len(work.tuples().query("sampler == 'R'")) == 120
+    assert "R: 120 tuples" in work._patches[0][0].get_title()
+
+
+def test_a_sampler_without_candidates_draws_nothing(seen):
+    work = SamplersAtWork(seen, tau=0.95)  # the head errs by 0.5 at most
+    assert set(work.tuples()["sampler"]) == {"R", "C"}
+    assert "H: 0 tuples, 0 still teach" in work._patches[1][0].get_title()
+    assert "none" in work._planes[1][0].get_title()
+    work.slice.value = 0  # no prostate at all
+    assert work.tuples().empty
+    assert work._planes[0][0].get_title().startswith("mean hinge none")
+
+
+def test_a_filmed_step_shows_its_own_patch_and_the_trained_one_comes_back(seen, films):
+    work = SamplersAtWork(seen, films)
+    trained = png(work.figure)
+    assert work.step.options == ("0", "5", "10", "trained")
+    for number, step in enumerate(("0", "5", "10")):
+        work.step.value = step
+        assert work.slice.disabled
+        film = films["UNet"]
+        rows, columns = film.patch
+        np.testing.assert_array_equal(work.patch[1], TRUTH[film.frames.z, rows, columns])
+        np.testing.assert_array_equal(work.embedding[0, :, 3, 4], film.frames.patch_embeddings[number, 3, 4])
+    work.step.value = "trained"
+    assert not work.slice.disabled and png(work.figure) == trained
+
+
+def test_active_shares_by_step(seen, films):
+    work = SamplersAtWork(seen, films)
+    table = work.active_by_step()
+    assert table.index.tolist() == ["0", "5", "10", "trained"] and list(table) == ["R", "H", "C"]
+    work.step.value = "5"
+    by_hand = work.tuples().query("sampler == 'C'")["active"].mean()
+    assert table.loc["5", "C"] == pytest.approx(by_hand)
+    work.step.value = "trained"
+    work.slice.value = 0
+    assert work.active_by_step().loc["trained"].isna().all()
+
+
+def test_the_film_moves_in_the_plane_of_its_last_frame(films):
+    player = FilmPlayer(films)
+    last = films["UNet"].frames.embeddings[-1]
+    mean = last.mean(axis=0)
+    axes = np.linalg.svd(last - mean, full_matrices=False)[2][:2]
+    for number in range(3):
+        by_hand = (films["UNet"].frames.embeddings[number] - mean) @ axes.T
+        np.testing.assert_allclose(np.abs(player.points["UNet"][number]), np.abs(by_hand), atol=1e-4)
+    pictures = set()
+    for step in player.steps:
+        player.frame.value = step
+        assert f"step {step}" in player._drawn["UNet"][0].get_title()
+        pictures.add(png(player.figure))
+    assert len(pictures) == 3
+    assert png(player.strip()).startswith(b"\x89PNG")
+
+
+def test_the_slice_shown_is_the_films(films):
+    player = FilmPlayer(films)
+    player.frame.value = 5
+    shown = player._drawn["UNet"][1].get_array()
+    np.testing.assert_allclose(shown, films["UNet"].frames.probability[1])
+
+
+def test_no_film_is_said(seen):
+    with pytest.raises(ValueError, match="no run has a film; train with film set to True"):
+        FilmPlayer({})
+    assert SamplersAtWork(seen).step.options == ("trained",)
+    assert isinstance(SamplersAtWork(seen).active_by_step(), pd.DataFrame)
