@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from against_peers import metrics, patches, training_loop
+from exploring import exploring
 from growth import growth
 from metric_loss import against_all_pairs, metric_branch, step
 from whole_chain import whole_chain
@@ -26,7 +27,7 @@ from mupkg.data.files import whole_file, write_text
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {
     f.__name__: f
-    for f in (metric_branch, against_all_pairs, step, patches, metrics, training_loop, growth, whole_chain)
+    for f in (metric_branch, against_all_pairs, step, patches, metrics, training_loop, growth, whole_chain, exploring)
 }
 TWO_THREADS = ("whole_chain",)  # minutes on one
 COLUMNS = {
@@ -83,8 +84,12 @@ def main() -> None:
         rows += [{"benchmark": name, **row} for row in found]
         print(in_words(rows).tail(len(found)).dropna(axis=1, how="all").round(4).to_string(index=False))
         print(f"{name}: {time.perf_counter() - started:.0f} s\n", flush=True)
-    if arguments.quick:
-        return
+        if not arguments.quick:
+            keep(rows, arguments)  # at once: a later one may fail
+
+
+def keep(rows: list[dict], arguments: argparse.Namespace) -> None:
+    """Write what has been measured so far as CSV, and as a table to read."""
     processor = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU"
     threads = f"{arguments.threads} thread(s), in {', '.join(TWO_THREADS)} {max(2, arguments.threads)}"
     device = f"{processor}, {threads}, {platform.system()}, PyTorch {torch.__version__}"
@@ -96,7 +101,7 @@ def main() -> None:
     command = " ".join(["python tests/benchmarks/bench.py", *([] if whole else arguments.names)])
     command += f" --threads {arguments.threads} --repeats {arguments.repeats} --device {arguments.device}"
     write_text(RESULTS / f"{stem}.md", as_markdown(in_words(rows), command, device))
-    print(f"kept in tests/benchmarks/results/{stem}.csv and .md")
+    print(f"kept in tests/benchmarks/results/{stem}.csv and .md", flush=True)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ WATCH = """([picture, event]) => {
 }"""
 
 
-def exploring(repeats: int) -> list[dict]:
+def exploring(repeats: int, quick: bool = False) -> list[dict]:
     """Seconds of a lasso among 50 000 voxels, a box in the slice, a slice slider; and of opening notebook 08."""
     from lab import Lab, find_chromium
 
@@ -56,6 +56,7 @@ def exploring(repeats: int) -> list[dict]:
         path = Path(folder) / "case.ipynb"
         cells = [nbformat.v4.new_code_cell(cell) for cell in (CASE, EXPLORER, VIEWER)]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        repeats = 3 if quick else repeats
         root = Path(folder) / "root"
         root.mkdir()
         started = time.perf_counter()

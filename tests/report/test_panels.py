@@ -74,6 +74,28 @@ def test_a_box_encloses_its_voxels_from_whichever_corner(start, end, rows, colum
     assert chosen[0].tolist() == expected
 
 
+def test_the_mouse_chooses_in_the_picture_at_whatever_size_it_is_shown():
+    chosen = []
+    panel = SlicePanel(["a", "b"], SHAPE, (3.0, 1.0, 1.0), chosen=chosen.append)
+    png(panel.figure)  # the proportions are set when it is drawn
+
+    def event(kind: str, axes: int, y: float, x: float) -> dict:
+        place = panel.axes[axes].transData.transform((x, y)) / panel.figure.bbox.size
+        shown = {"boundingRectWidth": 300, "boundingRectHeight": 400}
+        return {"type": kind, "relativeX": 300 * place[0], "relativeY": 400 * (1 - place[1]), **shown}
+
+    panel.mouse(event("mousedown", 1, 5.2, 9.3))
+    panel.mouse(event("mouseup", 1, 1.8, 2.9))
+    assert chosen[0].tolist() == [[y, x] for y in range(2, 6) for x in range(3, 10)]
+    panel.mouse(event("mousedown", 0, 5, 9))
+    panel.mouse(event("mouseup", 0, 5, 9))
+    assert chosen[1].tolist() == [[5, 9]]
+    panel.mouse(event("mouseup", 0, 5, 9))  # without a press
+    panel.mouse(event("mousedown", 0, -4, 9))  # in the title
+    panel.mouse(event("mouseup", 0, 5, 9))
+    assert len(chosen) == 2
+
+
 def test_a_picture_changes_when_it_is_drawn_again():
     panel = SlicePanel(["a"], SHAPE, (1.0, 1.0, 1.0))
     before = panel.widget.value
