@@ -37,6 +37,7 @@ EXPECTED = (
 )
 LONGEST_CELL = 14  # lines
 TEXT_PER_CODE = 1.3  # cells
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -302,6 +303,13 @@ def test_the_readme_begins_with_the_two_commands():
     first_lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:6]
     commands = [line.split("#")[0].strip() for line in first_lines if line.startswith("make ")]
     assert commands == ["make demo", "make test"]
+
+
+def test_links_in_the_pages_lead_somewhere():
+    pages = [path for path in files_of_the_repository() if path.suffix == ".md"]
+    links = [(page, link) for page in pages for link in LINK.findall((ROOT / page).read_text(encoding="utf-8"))]
+    assert links
+    assert not [f"{page}: {link}" for page, link in links if not (ROOT / page.parent / link).exists()]
 
 
 def test_the_readmes_example_of_an_own_network_runs():

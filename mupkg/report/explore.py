@@ -18,10 +18,12 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.figure import Figure
 from scipy import ndimage
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mupkg.losses import VoxelMetricLoss, squared_distance
 from mupkg.metrics import segmentation_metrics
-from mupkg.models import SegmentationNetwork
+from mupkg.models import SegmentationNetwork, SegmentationOutput
 from mupkg.report import results
 from mupkg.report.embeddings import EmbeddedVoxels, Projection, project, separation, triplets
 from mupkg.report.figures import KIND_COLOURS, PREDICTION, TRUTH, draw_contour
@@ -58,14 +60,18 @@ class SeenCase:
         """
         runs = results.runs(study, configurations)
         runs = runs[runs["seed"] == seed].set_index("configuration")["folder"]
-        if runs.empty:
-            raise ValueError(f"{study}: has no run of seed {seed}; train one with notebook 03 or choose another seed")
+        missing = [name for name in configurations if name not in runs.index]
+        if runs.empty or missing:
+            what = ", ".join(missing) or "any configuration"
+            raise ValueError(f"{study}: has no run of {what} with seed {seed}; train it or choose another seed")
         regions = Regions.read(Path(study) / "stage1")
+        if not case_id and not regions.ids("test"):
+            raise ValueError(f"{study}: has no test case; give case_id one of {', '.join(regions.table.index)}")
         case_id = case_id or regions.ids("test")[0]
         if case_id not in regions.table.index:
             raise ValueError(f"case {case_id!r} is not in {study}; there are {', '.join(regions.table.index)}")
         region, label = (np.array(regions.volume(case_id, kind)) for kind in ("image", "label"))
-        networks = {name: load_network(folder / BEST)[0] for name, folder in runs.items()}
+        networks = {name: _as_the_loss_sees_it(*load_network(folder / BEST)) for name, folder in runs.items()}
         heat = {name: predict_volume(network, region) for name, network in networks.items()}
         _, about = load_localizer(runs.iloc[0] / LOCALIZER)
         return cls(case_id, region, label == 1, tuple(about["preparation"]["spacing_mm"]), networks, heat)
@@ -94,6 +100,22 @@ class SeenCase:
             ndimage.distance_transform_edt(m, sampling=self.spacing_mm) for m in (~self.truth, self.truth)
         )
         return (outside - inside).astype(np.float32)
+
+
+class UnitLength(nn.Module):
+    """A network whose embeddings are brought to unit length, as `normalize` does in the loss."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Float[Tensor, "n c h w"]) -> SegmentationOutput:
+        output = self.network(images)
+        return output._replace(embeddings=F.normalize(output.embeddings, dim=1))
+
+
+def _as_the_loss_sees_it(network: SegmentationNetwork, about: Mapping) -> SegmentationNetwork:
+    return UnitLength(network) if about.get("loss", {}).get("normalize") else network
 
 
 class CaseViewer:
@@ -219,15 +241,16 @@ class EmbeddingExplorer:
         self.found = ipywidgets.HTML()
         self._project()
         self.colour.observe(lambda _: self._recolour(), "value")
-        self.projection.observe(lambda _: self._reproject(), "value")
+        self.projection.observe(self._reproject, "value")
         self.draw()
 
     def _add_hard_ones(self, index, kind, count: int, tau: float):
-        """Up to `count` more voxels, not drawn yet, that a run gets wrong by more than tau."""
+        """Up to `count` more voxels, not drawn yet, that a run gets wrong by more than tau, in whichever slice."""
         seen, of_kind = self.seen, kinds(self.seen.truth)
         hard = np.any([np.abs(heat - seen.truth) > tau for heat in seen.heat.values()], axis=0)
         hard[tuple(index.T)] = False
-        more = draw(hard & (of_kind != ELSEWHERE), count, np.random.default_rng(self.seed))
+        of_kind[of_kind == ELSEWHERE] = KINDS.index("far background")
+        more = draw(hard, count, np.random.default_rng(self.seed))
         return np.concatenate([index, more]), np.concatenate([kind, of_kind[tuple(more.T)]])
 
     def _project(self) -> None:
@@ -328,10 +351,20 @@ class EmbeddingExplorer:
         for scatter in self.scatters.values():
             scatter.color(**self._colours())
 
-    def _reproject(self) -> None:
-        self._project()
+    def _reproject(self, change: Mapping[str, str]) -> None:
+        before, self.found.value = self.found.value, f"{change['new']} of {len(self.table)} voxels ..."
+        try:
+            self._project()
+        except ModuleNotFoundError as error:  # where nobody reads a traceback
+            self.projection.unobserve(self._reproject, "value")  # the old one need not be computed again
+            self.projection.value, self.found.value = change["old"], str(error)
+            self.projection.observe(self._reproject, "value")
+            return
+        self.found.value = before
         for name, scatter in self.scatters.items():
-            scatter.data(self._frame(name), animate=True)
+            frame = self._frame(name)  # not `data`, which cannot keep colours by category
+            edge = (-SCATTER_EDGE, SCATTER_EDGE)
+            scatter.xy(frame["x"].to_numpy(), frame["y"].to_numpy(), x_scale=edge, y_scale=edge, animate=True)
 
     @cached_property
     def scatters(self) -> dict:
@@ -343,10 +376,11 @@ class EmbeddingExplorer:
         made = {}
         for name in self.names:
             scatter = Scatter(data=self._frame(name), x="x", y="y", **look)
-            scatter.color(selected="black", **self._colours()).opacity(unselected=0.5)
+            scatter.color(selected="black", **self._colours()).opacity(unselected=1.0)
             scatter.axes(False).size(default=3).legend(False)
             scatter.options(regl_scatterplot_options={"performanceMode": True})  # square points, twice as soon
             scatter.widget.observe(lambda change: self.choose(_rows(change["new"])), "selection")
+            scatter.widget.selection = self.rows
             made[name] = scatter
         return made
 
@@ -377,15 +411,26 @@ class DistanceMap:
 
     Squared Euclidean distances of embeddings, divided by each run's mean d(a, n) (prostate to background), because
     networks differ in scale: 1 is as far as background usually is. Dark is near.
+
+    Args:
+        voxel: (z, y, x) to measure from; the middle of the prostate if None.
+        scale: each run's mean d(a, n), from an explorer's numbers say; measured here if None.
     """
 
-    def __init__(self, seen: SeenCase, voxel: tuple[int, int, int] | None = None, *, seed: int = 0):
+    def __init__(
+        self,
+        seen: SeenCase,
+        voxel: tuple[int, int, int] | None = None,
+        *,
+        scale: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ):
         self.seen, self._slices = seen, {}
-        index, kind = sample_voxels(seen.truth, 300, seed)
-        self.scale = {
-            name: triplets(EmbeddedVoxels(index, kind, embed_voxels(network, seen.region, index)))["mean d(a, n)"]
-            for name, network in seen.networks.items()
-        }
+        if scale is None:
+            index, kind = sample_voxels(seen.truth, 300, seed)
+            embedded = {name: embed_voxels(network, seen.region, index) for name, network in seen.networks.items()}
+            scale = {n: triplets(EmbeddedVoxels(index, kind, e))["mean d(a, n)"] for n, e in embedded.items()}
+        self.scale = dict(scale)
         z = seen.widest if voxel is None else voxel[0]
         middle = np.argwhere(seen.truth[z]).mean(axis=0).round().astype(int) if voxel is None else voxel[1:]
         self.voxel = tuple(int(i) for i in middle)

@@ -26,6 +26,7 @@ from mupkg.report.figures import PREDICTION, TRUTH, draw_contour
 
 LIT = "cyan"
 DPI = 80  # of pictures on the screen
+CLICK = 4  # pixels that a hand may move in a click
 
 
 class HasFigure(Protocol):
@@ -126,12 +127,17 @@ class SlicePanel:
         if self.chosen is not None:
             from ipyevents import Event
 
-            self._mouse = Event(source=shown, watched_events=["mousedown", "mouseup"], prevent_default_action=True)
+            self._mouse = Event(
+                source=shown, watched_events=["mousedown", "mouseup", "mouseleave"], prevent_default_action=True
+            )
             self._mouse.on_dom_event(self.mouse)
         return shown
 
     def mouse(self, event: Mapping[str, Any]) -> None:
         """A mouse button goes down or up in the picture; places are parts of its width and height on the screen."""
+        if event["type"] == "mouseleave":
+            self._pressed = None
+            return
         part = event["relativeX"] / event["boundingRectWidth"], 1 - event["relativeY"] / event["boundingRectHeight"]
         place = part * self.figure.bbox.size
         if event["type"] == "mousedown":
@@ -139,6 +145,8 @@ class SlicePanel:
         elif self._pressed is not None:
             ax, start = self._pressed
             self._pressed = None
+            if np.abs(place - start).max() <= CLICK:
+                place = start
             (x0, y0), (x1, y1) = ax.transData.inverted().transform([start, place])
             self.choose((y0, x0), (y1, x1))
 

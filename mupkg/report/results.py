@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import ttest_rel
 
 from mupkg.configurations import TABLE_II
 from mupkg.data.files import whole_file
@@ -129,6 +128,8 @@ def paired_tests(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.D
     Cases that are not finite in both cannot be paired: `n` says how many were. Fewer than two pairs, or pairs that
     do not differ, give NaN.
     """
+    from scipy.stats import ttest_rel  # slow to import
+
     rows = []
     for name in names:
         cases = per_case(metrics, name)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from mupkg.data.files import whole_file
 from mupkg.report import results
-from mupkg.report.watch import read_films
+from mupkg.stages.film import FOLDER as FILM
+from mupkg.stages.film import read_film
 from mupkg.stages.inference import LOCALIZER
 from mupkg.stages.localization import Regions
 from mupkg.stages.training import BEST, HISTORY
@@ -27,28 +28,34 @@ def ship(study: str | Path, target: str | Path, cases: int = 2) -> None:
     """Copy what notebook 08 needs of a study to a folder of its own; what was there before is replaced.
 
     Raises:
-        ValueError: if a run has no film, or the study is not finished.
+        ValueError: before anything is touched, if the target holds the study, or a run lacks a file or its film.
     """
     study, target = Path(study), Path(target)
+    if study.resolve().is_relative_to(target.resolve()):
+        raise ValueError(f"{target}: holds the study itself, and would be replaced; choose another target")
     runs, regions = results.runs(study), Regions.read(study / "stage1")
-    films = read_films(study)
-    if missing := set(runs["configuration"]) - set(films):
-        raise ValueError(f"{study}: no film of {', '.join(sorted(missing))}; train with film set to True")
-    shutil.rmtree(target, ignore_errors=True)
-    for run in runs.itertuples():
-        place = target / run.folder.name
-        shutil.copytree(run.folder / "film", place / "film")
+    for folder in runs["folder"]:
+        for name in (*KEPT, FILM):
+            if not (folder / name).exists():
+                raise ValueError(f"{folder / name}: is missing; train the run to its end, with film set to True")
+    chosen = [*regions.ids("test")[:cases], *sorted({read_film(folder).case_id for folder in runs["folder"]})]
+    making = target.with_name(f".{target.name}.making")
+    if making.exists():
+        shutil.rmtree(making)
+    for folder in runs["folder"]:
+        shutil.copytree(folder / FILM, making / folder.name / FILM)
         for name in KEPT:
-            shutil.copy2(run.folder / name, place / name)
-    filmed = {film.frames.case_id for film in films.values()}
-    chosen = [*regions.ids("test")[:cases], *sorted(filmed)]
-    (target / "stage1" / "regions").mkdir(parents=True)
+            shutil.copy2(folder / name, making / folder.name / name)
+    (making / "stage1" / "regions").mkdir(parents=True)
     for case_id in chosen:
         for path in (study / "stage1" / "regions").glob(f"{case_id}_*.npy"):
-            shutil.copy2(path, target / "stage1" / "regions")
-    shutil.copy2(study / "stage1" / "run.json", target / "stage1")
-    with whole_file(target / "stage1" / "regions.csv") as temporary:
+            shutil.copy2(path, making / "stage1" / "regions")
+    shutil.copy2(study / "stage1" / "run.json", making / "stage1")
+    with whole_file(making / "stage1" / "regions.csv") as temporary:
         regions.table.loc[chosen].to_csv(temporary, index=False)
+    if target.exists():
+        shutil.rmtree(target)
+    making.rename(target)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +20,10 @@ from mupkg.samplers import contour
 if TYPE_CHECKING:
     from mupkg.report.explore import SeenCase
 
-# itkwidgets 1.0a55 loads its viewer from these; without them its view() waits for ever
+# itkwidgets 1.0a55 loads its viewer from these; where one fails, its view() waits for ever
 ITK_HOSTS = (
-    "https://cdn.jsdelivr.net",
-    "https://bafybeieiqiiwvdq66e2bndws5nwojbe4wwerbxyua6u37axxivi2rwf7wy.ipfs.dweb.link",
+    "https://cdn.jsdelivr.net/npm/imjoy-rpc",
+    "https://bafybeiauuswm657tct7b7kpnorrsz7hvvaljpsbeuw35hkfobtyyrbblpm.ipfs.dweb.link/itkVtkViewer.js",
 )
 PATIENCE_S = 4.0
 
@@ -52,7 +51,7 @@ class NiivueViewer:
     def __init__(self, seen: SeenCase, moved: Callable[[int], None], height: int = 260):
         from ipyniivue import NiiVue, SliceType, Volume  # slow to import
 
-        self.seen = seen
+        self.seen, self.moved, self._in_plane = seen, moved, [0.5, 0.5]
         # slices stand for the batch here: a contour within each of them, as on paper
         edge = contour(torch.from_numpy(seen.truth)).numpy().astype(np.uint8)
         region, edge = (nifti(volume, seen.spacing_mm) for volume in (seen.region, edge))
@@ -61,17 +60,17 @@ class NiivueViewer:
         options = {"is_radiological_convention": True, "is_nearest_interpolation": True, "is_colorbar": False}
         options |= {"slice_type": SliceType.MULTIPLANAR, "crosshair_width": 0.5, "crosshair_width_unit": "mm"}
         for heat in seen.heat.values():
-            probability = nifti(heat, seen.spacing_mm)
+            probability = nifti(np.round(255 * heat).astype(np.uint8), seen.spacing_mm)
             view = NiiVue(height=height, **options)
             view.load_volumes(
                 [
                     Volume(data=region, name="region.nii.gz", colormap="gray", cal_min=0, cal_max=255),
-                    Volume(data=probability, name="heat.nii.gz", colormap="inferno", cal_min=0.02, cal_max=1),
+                    Volume(data=probability, name="heat.nii.gz", colormap="inferno", cal_min=5, cal_max=255),
                     Volume(data=probability, name="cut.nii.gz", colormap="green", opacity=0.3),
                     Volume(data=edge, name="truth.nii.gz", colormap="red", cal_min=0.5, cal_max=1),
                 ]
             )
-            view.on_location_change(lambda place: moved(self.slice_of(place["mm"])))
+            view.on_location_change(self._located)
             self.views.append(view)
         for view in self.views:
             others = [other for other in self.views if other is not view]
@@ -82,6 +81,10 @@ class NiivueViewer:
         columns = [ipywidgets.VBox(pair, layout=share) for pair in zip(titles, self.views, strict=True)]
         self.widget = ipywidgets.HBox(columns)
 
+    def _located(self, place: dict) -> None:
+        self._in_plane = place["frac"][:2]  # the view's own cross-hair is told a little later
+        self.moved(self.slice_of(place["mm"]))
+
     def slice_of(self, place_mm: list[float]) -> int:
         """The slice at a place that niivue tells (RAS, mm; the region's first slice lies at 0)."""
         z = round(place_mm[2] / self.seen.spacing_mm[0])
@@ -90,11 +93,10 @@ class NiivueViewer:
     def show(self, z: int, opacity: float, threshold: float) -> None:
         """Move to a slice, and cut the probability anew."""
         for view in self.views:
-            x, y, _ = view.scene.crosshair_pos
-            view.scene.crosshair_pos = [x, y, (z + 0.5) / len(self.seen.region)]
+            view.scene.crosshair_pos = [*self._in_plane, (z + 0.5) / len(self.seen.region)]
             _, heat, cut, _ = view.volumes
             heat.opacity = opacity
-            cut.cal_min, cut.cal_max = threshold, threshold + 1e-3
+            cut.cal_min, cut.cal_max = 255 * threshold, 255 * threshold + 0.1
 
 
 def why_no_itkwidgets() -> str:
@@ -106,8 +108,6 @@ def why_no_itkwidgets() -> str:
     for host in ITK_HOSTS:
         try:
             urllib.request.urlopen(host, timeout=PATIENCE_S).close()
-        except urllib.error.HTTPError:
-            continue  # it answers
         except (OSError, ValueError) as error:
             return f"itkwidgets loads its viewer from the internet, and {host} does not answer ({error})"
     return ""
@@ -116,7 +116,7 @@ def why_no_itkwidgets() -> str:
 def show_itkwidgets(seen: SeenCase) -> None:
     """Show a case with itkwidgets below the cell; where that cannot work, one line that says why."""
     if reason := why_no_itkwidgets():
-        print(f"{reason}; the default viewer stands above")
+        print(f"{reason}; the default viewer or its picture stands instead")
         return
     from itkwidgets import view
     from ngff_zarr import to_ngff_image

@@ -52,6 +52,8 @@ def read_films(study: str | Path, configurations: Sequence[str] = (), seed: int 
         if (row.folder / FILM).is_dir():
             frames = read_film(row.folder)
             grey, label = (np.array(regions.volume(frames.case_id, kind)[frames.z]) for kind in ("image", "label"))
+            if grey.shape != frames.probability.shape[1:]:
+                raise ValueError(f"{row.folder / FILM}: is of another stage 1; train the run again for a new film")
             films[row.configuration] = SeenFilm(frames, grey, label == 1)
     return films
 
@@ -81,7 +83,8 @@ class SamplersAtWork:
     ):
         self.seen, self.films, self.margin = seen, dict(films or {}), margin
         self.extent = np.minimum(patch, seen.region.shape[1:])
-        self.run = ipywidgets.Dropdown(options=list(seen.networks), description="run")
+        names = list(seen.networks)
+        self.run = ipywidgets.Dropdown(options=names, value=names[-1], description="run")
         self.step = ipywidgets.SelectionSlider(options=["trained"], description="step")
         free = np.array(seen.region.shape[1:]) - self.extent
         middle = np.clip(np.argwhere(seen.truth[seen.widest]).mean(axis=0) - self.extent // 2, 0, free).astype(int)
@@ -91,7 +94,7 @@ class SamplersAtWork:
         )
         self.anchors = slider("anchors k", anchors, 1, 200)
         self.pairs = slider("pairs m", pairs, 1, 10)
-        self.tau = slider("hard above τ", tau, 0, 0.95, 0.05)
+        self.tau = slider("τ of H", tau, 0, 0.95, 0.05)
         self.draw_number = slider("draw", 0, 0, 99)
         self._embedded = None
         self._lay_out()
@@ -133,13 +136,16 @@ class SamplersAtWork:
         self._of_patch()
 
     def _of_patch(self) -> None:
-        """Look the patch up: grey values, label, probability and embeddings."""
-        filmed = self.step.value != "trained"
         for control in (self.slice, self.top, self.left):
-            control.disabled = filmed
-        if filmed:
+            control.disabled = self.step.value != "trained"
+        self._look_up(self.step.value)
+        self.draw()
+
+    def _look_up(self, step: str) -> None:
+        """A patch as the network sees it at a step: grey values, label and probability, and its embeddings."""
+        if step != "trained":
             film = self.films[self.run.value]
-            number, window = film.frames.steps.index(int(self.step.value)), film.patch
+            number, window = film.frames.steps.index(int(step)), film.patch
             grey, truth, heat = film.grey, film.truth, film.frames.probability[number]
             embedding = film.frames.patch_embeddings[number]
         else:
@@ -152,18 +158,20 @@ class SamplersAtWork:
             embedding = self._embedded[1][window]
         self.patch = grey[window], truth[window], heat[window]
         self.embedding = torch.from_numpy(np.ascontiguousarray(embedding)).movedim(-1, 0)[None]
-        self.draw()
 
-    def samplers(self) -> list[Sampler]:
-        sizes = self.anchors.value, self.pairs.value
+    def samplers(self, anchors: int | None = None) -> list[Sampler]:
+        sizes = anchors or self.anchors.value, self.pairs.value
         return [RandomSampler(*sizes), HardNegativeSampler(*sizes, self.tau.value), ContourSampler(*sizes)]
 
-    def tuples(self) -> pd.DataFrame:
-        """All tuples drawn: sampler's letter, flat indices into the patch, d(a, p), d(a, n), active."""
+    def tuples(self, anchors: int | None = None) -> pd.DataFrame:
+        """All tuples drawn, k as the slider says or as given.
+
+        Columns: the sampler's letter, flat indices into the patch, d(a, p), d(a, n), active.
+        """
         _, truth, heat = self.patch
         label, probability = (torch.from_numpy(np.ascontiguousarray(a))[None] for a in (truth, heat))
         parts = []
-        for sampler in self.samplers():
+        for sampler in self.samplers(anchors):
             generator = torch.Generator().manual_seed(self.draw_number.value)
             drawn = sampler(label, probability, generator)
             anchor, positive, negative = (gather_embeddings(self.embedding, indices) for indices in drawn)
@@ -175,15 +183,15 @@ class SamplersAtWork:
         return pd.concat(parts, ignore_index=True)
 
     def active_by_step(self) -> pd.DataFrame:
-        """Share of active tuples by sampler on the patch shown, and at every filmed step of this run on the film's.
+        """Share of active tuples by sampler at every filmed step of this run, of 200 anchors on the film's patch.
 
-        NaN where a sampler found no candidates.
+        Without a film, on the patch shown. NaN where a sampler found no candidates.
         """
-        shown, rows = self.step.value, {}
-        for step in self.step.options:
-            self.step.value = step
-            rows[step] = self.tuples().groupby("sampler")["active"].mean()
-        self.step.value = shown
+        rows = {}
+        for step in self.step.options[:-1] or ("trained",):
+            self._look_up(step)
+            rows[step] = self.tuples(200).groupby("sampler")["active"].mean()
+        self._look_up(self.step.value)
         return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list("RHC")).rename_axis("step")
 
     def draw(self) -> None:
@@ -210,7 +218,7 @@ class SamplersAtWork:
             dots.set_offsets(mine[["d(a, p)", "d(a, n)"]].to_numpy())
             dots.set_color(np.where(mine["active"], "crimson", "lightgray"))
             hinge = (mine["d(a, p)"] - mine["d(a, n)"] + self.margin).clip(lower=0)
-            ax.set(xlim=(0, reach), ylim=(0, reach))
+            ax.set(xlim=(0, 1.05 * reach), ylim=(0, 1.05 * reach))
             ax.set_title(f"mean hinge {mean(hinge.to_numpy())}, margin σ = {self.margin:g}", fontsize=9)
         if "_picture" in self.__dict__:
             self._picture.value = png(self.figure)
@@ -234,7 +242,7 @@ class FilmPlayer:
 
     def __init__(self, films: Mapping[str, SeenFilm], *, seed: int = 0):
         if not films:
-            raise ValueError("no run has a film; train with film set to True (notebook 03)")
+            raise ValueError("no run has a film; set film to True in notebook 03 (delete runs trained without)")
         from sklearn.decomposition import PCA  # slow to import
 
         self.films = dict(films)

@@ -54,10 +54,12 @@ class Film:
 
     @classmethod
     def of_validation(cls, folder: str | Path, regions: Regions) -> Film:
-        """A film of a study's first validation case; ValueError if there is none."""
-        if not (ids := regions.ids("validation")):
-            raise ValueError("there is no case to film; give the cohort a validation split, or leave film False")
-        return cls(folder, ids[0], *(np.array(regions.volume(ids[0], kind)) for kind in ("image", "label")))
+        """A film of a study's first validation case that has a prostate; ValueError if there is none."""
+        for case_id in regions.ids("validation"):
+            region, label = (np.array(regions.volume(case_id, kind)) for kind in ("image", "label"))
+            if (label == 1).any():
+                return cls(folder, case_id, region, label)
+        raise ValueError("there is no validation case with a prostate to film; add one, or leave film False")
 
     def record(self, network: SegmentationNetwork, step: int) -> None:
         """Write the frame of this step; nothing of the training changes. Step 0 begins a new film."""
@@ -102,9 +104,9 @@ def read_film(run_folder: str | Path) -> Frames:
     folder = Path(run_folder) / FOLDER
     paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     if not paths:
-        raise ValueError(f"{folder}: holds no film; train the run with film set to True (notebook 03)")
+        raise ValueError(f"{folder}: holds no film; set film to True in notebook 03 (delete a run trained without)")
     frames = []
-    for path in paths:
+    for path in sorted(paths, key=lambda path: int(path.stem) if path.stem.isdecimal() else 0):
         tensors, about = load_tensors(path)
         require(about, ("case_id", "slice", "corner", "step"), path)
         frames.append(({name: tensor.numpy() for name, tensor in tensors.items()}, about))

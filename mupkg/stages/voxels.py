@@ -18,11 +18,12 @@ NEAR_VOXELS = 4
 def kinds(label: UInt8[np.ndarray, "z y x"] | Bool[np.ndarray, "z y x"]) -> UInt8[np.ndarray, "z y x"]:
     """What every voxel is: its number in KINDS, or ELSEWHERE in slices that hold no prostate.
 
-    Contour voxels are prostate with a background voxel beside them in plane; near background lies within
+    Contour voxels are prostate with a background voxel beside them in plane (the region's border is a cut, not a
+    contour, as in `mupkg.samplers.contour`); near background lies within
     `NEAR_VOXELS` steps of the prostate in plane, which may go diagonally.
     """
     prostate = label == 1
-    inner = ndimage.binary_erosion(prostate, ndimage.generate_binary_structure(2, 1)[None])
+    inner = ndimage.binary_erosion(prostate, ndimage.generate_binary_structure(2, 1)[None], border_value=1)
     near = ndimage.binary_dilation(prostate, np.ones((1, 3, 3)), iterations=NEAR_VOXELS)
     found = np.where(near, np.uint8(2), np.uint8(3))
     found[prostate], found[inner] = 1, 0

@@ -190,6 +190,19 @@ def test_another_colour_and_another_run_keep_the_choice(notebook: Notebook):
     assert selected(notebook) == [[3, 5, 8]] * 2
 
 
+def test_another_projection_moves_the_points_and_a_lasso_still_finds_them(notebook: Notebook):
+    plot, row = scatter(notebook, 0), notebook.cell(EMBEDDINGS)
+    row.locator("select").first.select_option("kind")
+    before = notebook.pixels(plot)
+    row.locator("select").nth(1).select_option("t-SNE")
+    notebook.wait_until("explorer.projection.value == 't-SNE'")
+    notebook.wait_for_change(plot, before, timeout=60)
+    notebook.drag(plot, (0.2, 0.02), (0.8, 0.02), (0.8, 0.98), (0.2, 0.98))  # around everything
+    notebook.wait_until("len(explorer.rows) > 0.9 * len(explorer.table)")
+    notebook.press("clear")
+    notebook.wait_until("len(explorer.rows) == 0")
+
+
 def test_a_click_in_the_distance_map_measures_from_there(notebook: Notebook):
     canvas = picture(notebook, DISTANCE)
     before = notebook.pixels(canvas)

@@ -52,7 +52,7 @@ def test_a_case_is_read_with_its_runs(regions, run_folder, tmp_path):
     assert seen.spacing_mm == (6.0, 5.0, 5.0) and seen.heat["MetricUNet-HCP"].shape == seen.region.shape
     with pytest.raises(ValueError, match=r"case 'nobody' is not in .*; there are phantom"):
         SeenCase.read(run_folder.parent, "nobody")
-    with pytest.raises(ValueError, match=r"has no run of seed 7"):
+    with pytest.raises(ValueError, match=r"has no run of any configuration with seed 7"):
         SeenCase.read(run_folder.parent, seed=7)
 
 
@@ -158,17 +158,43 @@ def test_a_box_without_drawn_voxels_chooses_none(seen):
     assert not len(explorer.rows)
 
 
-def test_colours_and_projections(seen):
+@pytest.mark.parametrize("colour", ["kind", "probability", "mm to contour", "error"])
+def test_colours_and_projections(seen, colour):
     explorer = EmbeddingExplorer(seen, per_kind=20)
     scatter = explorer.scatters["UNet"]
-    for colour in explorer.colour.options:
-        explorer.colour.value = colour
-        assert scatter.color()["by"] == colour
-    before = explorer.points["UNet"]
+    explorer.colour.value = colour
+    assert scatter.color()["by"] == colour
+    before, coloured = explorer.points["UNet"], scatter.widget.points[:, 2].copy()
     explorer.projection.value = "t-SNE"
-    assert not np.allclose(before, explorer.points["UNet"])
-    np.testing.assert_allclose(scatter.widget.points.shape[0], len(explorer.table))
+    after = explorer.points["UNet"]
+    assert not np.allclose(before, after)
+    shown = scatter.widget.points[:, :2]
+    for axis in range(2):  # scaled to fit, nothing else
+        assert np.corrcoef(shown[:, axis], after[:, axis])[0, 1] == pytest.approx(1, abs=1e-5)
+        assert np.abs(shown[:, axis]).max() == pytest.approx(1 / 1.05, abs=1e-3)
+    np.testing.assert_array_equal(scatter.widget.points[:, 2], coloured)
     assert png(explorer.figure).startswith(b"\x89PNG")
+
+
+def test_a_projection_that_is_not_installed_is_said_and_the_old_one_stays(seen, monkeypatch):
+    explorer = EmbeddingExplorer(seen, per_kind=10)
+    before = explorer.points["UNet"]
+
+    def missing(embedding, method, seed):
+        if method == "UMAP":
+            raise ModuleNotFoundError("UMAP is not installed: do this")
+        return before
+
+    monkeypatch.setattr("mupkg.report.explore.project", missing)
+    explorer.projection.value = "UMAP"
+    assert explorer.projection.value == "PCA" and "UMAP is not installed: do this" in explorer.found.value
+    assert explorer.points["UNet"] is before
+
+
+def test_scatters_made_later_show_what_was_chosen_before(seen):
+    explorer = EmbeddingExplorer(seen, per_kind=10)
+    explorer.choose(np.array([3, 9]))
+    assert [sorted(s.widget.selection) for s in explorer.scatters.values()] == [[3, 9]] * 2
 
 
 def test_a_case_without_prostate_cannot_be_explored(seen):

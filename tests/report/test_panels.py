@@ -90,6 +90,11 @@ def test_the_mouse_chooses_in_the_picture_at_whatever_size_it_is_shown():
     panel.mouse(event("mousedown", 0, 5, 9))
     panel.mouse(event("mouseup", 0, 5, 9))
     assert chosen[1].tolist() == [[5, 9]]
+    panel.mouse(event("mousedown", 0, 5, 9.4))
+    panel.mouse(event("mouseup", 0, 5, 9.6))  # a hand is never quite still: no box of two voxels
+    assert chosen.pop().tolist() == [[5, 9]]
+    panel.mouse(event("mousedown", 0, 5, 9))
+    panel.mouse({"type": "mouseleave"} | event("", 0, 5, 9) | {"type": "mouseleave"})
     panel.mouse(event("mouseup", 0, 5, 9))  # without a press
     panel.mouse(event("mousedown", 0, -4, 9))  # in the title
     panel.mouse(event("mouseup", 0, 5, 9))

@@ -67,6 +67,7 @@ def finished(run_folder, regions, tmp_path: Path, film: bool) -> Path:
     run = study / run_folder.name
     (run / "metrics.csv").write_text("case_id,DSC\nx,1\n", encoding="utf-8")
     (run / "run.json").write_text("{}", encoding="utf-8")
+    (run / "history.csv").write_text("step\n12\n", encoding="utf-8")
     if film:
         (case_id,) = regions.ids("validation")
         volumes = (np.array(regions.volume(case_id, kind)) for kind in ("image", "label"))
@@ -94,6 +95,15 @@ def test_what_ships_is_all_that_is_needed(run_folder, regions, tmp_path):
 def test_a_study_without_films_does_not_ship_and_leaves_what_was_there(run_folder, regions, tmp_path):
     study = finished(run_folder, regions, tmp_path, film=False)
     (tmp_path / "target").mkdir()
-    with pytest.raises(ValueError, match="no film of MetricUNet-HCP"):
+    (tmp_path / "target" / "kept").touch()
+    with pytest.raises(ValueError, match=r"MetricUNet-HCP-seed0/film: is missing; train the run .* film set to True"):
         ship(study, tmp_path / "target")
-    assert (tmp_path / "target").is_dir()
+    assert (tmp_path / "target" / "kept").exists()
+
+
+def test_a_study_is_not_replaced_by_itself(run_folder, regions, tmp_path):
+    study = finished(run_folder, regions, tmp_path, film=True)
+    for target in (study, tmp_path):
+        with pytest.raises(ValueError, match="holds the study itself"):
+            ship(study, target)
+    assert (study / run_folder.name / "weights.safetensors").exists()

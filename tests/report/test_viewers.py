@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import numpy as np
@@ -41,19 +42,43 @@ def test_every_run_has_a_view_with_four_layers_and_the_sliders_reach_them(seen, 
         region, glow, cut, edge = niivue.volumes
         np.testing.assert_array_equal(sitk.GetArrayFromImage(read_back(region.data, tmp_path)), seen.region)
         for layer in (glow, cut):
-            np.testing.assert_allclose(sitk.GetArrayFromImage(read_back(layer.data, tmp_path)), heat)
+            shown = sitk.GetArrayFromImage(read_back(layer.data, tmp_path)) / 255
+            np.testing.assert_allclose(shown, heat, atol=0.5 / 255 + 1e-6)
         inner = np.zeros_like(TRUTH)
         inner[2:4, 3:5, 4:7] = 1  # the contour is one within each slice
         np.testing.assert_array_equal(sitk.GetArrayFromImage(read_back(edge.data, tmp_path)), TRUTH - inner)
     view.threshold.value, view.opacity.value, view.slice.value = 0.3, 0.8, 5
     for niivue in view.volumes.views:
-        assert niivue.volumes[2].cal_min == pytest.approx(0.3) and niivue.volumes[1].opacity == pytest.approx(0.8)
+        assert niivue.volumes[2].cal_min == pytest.approx(0.3 * 255) and niivue.volumes[1].opacity == pytest.approx(
+            0.8
+        )
         assert niivue.scene.crosshair_pos[2] == pytest.approx(5.5 / 6)
 
 
 def test_a_place_in_mm_is_a_slice(seen):
     volumes = viewers.NiivueViewer(seen, moved=lambda z: None)
     assert [volumes.slice_of([0, 0, mm, 1]) for mm in (-4.0, 0.0, 1.4, 1.6, 15.0, 99.0)] == [0, 0, 0, 1, 5, 5]
+
+
+def test_a_click_keeps_its_place_in_the_plane_and_reaches_all_runs(seen):
+    view = CaseViewer(seen)
+    assert view.widget
+    view.volumes._located({"frac": [0.2, 0.7, 0.9], "mm": [1.0, 2.0, 15.0, 1.0]})  # as a click in a coronal plane
+    assert view.slice.value == 5
+    assert [v.scene.crosshair_pos for v in view.volumes.views] == [pytest.approx([0.2, 0.7, 5.5 / 6])] * 2
+    view.slice.value = 0
+    assert view.volumes.views[0].scene.crosshair_pos == pytest.approx([0.2, 0.7, 0.5 / 6])
+
+
+def test_a_host_that_answers_with_an_error_is_no_host(monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "x")
+    monkeypatch.setattr(viewers.importlib.util, "find_spec", lambda name: object())
+
+    def refuses(url, timeout):
+        raise urllib.error.HTTPError(url, 504, "gateway timeout", None, None)
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuses)
+    assert "504" in viewers.why_no_itkwidgets()
 
 
 def test_itkwidgets_outside_jupyterlab_is_refused_without_importing_it(seen, monkeypatch, capsys):

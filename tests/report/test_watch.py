@@ -107,13 +107,16 @@ def test_a_filmed_step_shows_its_own_patch_and_the_trained_one_comes_back(seen, 
 def test_active_shares_by_step(seen, films):
     work = SamplersAtWork(seen, films)
     table = work.active_by_step()
-    assert table.index.tolist() == ["0", "5", "10", "trained"] and list(table) == ["R", "H", "C"]
-    work.step.value = "5"
+    assert table.index.tolist() == ["0", "5", "10"] and list(table) == ["R", "H", "C"]
+    before = work.embedding
+    work.step.value, work.anchors.value = "5", 200
     by_hand = work.tuples().query("sampler == 'C'")["active"].mean()
     assert table.loc["5", "C"] == pytest.approx(by_hand)
     work.step.value = "trained"
-    work.slice.value = 0
-    assert work.active_by_step().loc["trained"].isna().all()
+    assert work.active_by_step().equals(table) and torch.equal(work.embedding, before)
+    alone = SamplersAtWork(seen)
+    alone.slice.value = 0
+    assert alone.active_by_step().loc["trained"].isna().all()
 
 
 def test_the_film_moves_in_the_plane_of_its_last_frame(films):
@@ -141,7 +144,7 @@ def test_the_slice_shown_is_the_films(films):
 
 
 def test_no_film_is_said(seen):
-    with pytest.raises(ValueError, match="no run has a film; train with film set to True"):
+    with pytest.raises(ValueError, match="no run has a film; set film to True"):
         FilmPlayer({})
     assert SamplersAtWork(seen).step.options == ("trained",)
     assert isinstance(SamplersAtWork(seen).active_by_step(), pd.DataFrame)

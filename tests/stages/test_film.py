@@ -43,9 +43,9 @@ def test_a_frame_is_what_the_network_sees(tmp_path):
 
 def test_frames_are_read_in_the_order_of_their_steps(tmp_path):
     film = Film(tmp_path, "c", REGION, LABEL, per_kind=3)
-    for step in (0, 200_000, 1000):
+    for step in (0, 2_000_000, 1000):
         film.record(network(0), step)
-    assert read_film(tmp_path).steps == [0, 1000, 200_000]
+    assert read_film(tmp_path).steps == [0, 1000, 2_000_000]
 
 
 def test_recording_again_gives_the_same_bytes(tmp_path):
@@ -87,12 +87,12 @@ def test_a_case_without_prostate_cannot_be_filmed(tmp_path):
 def test_the_first_validation_case_is_filmed(regions, tmp_path):
     assert Film.of_validation(tmp_path, regions).case_id == regions.ids("validation")[0]
     nobody = type(regions)(regions.folder, regions.table[regions.table["split"] != "validation"])
-    with pytest.raises(ValueError, match="no case to film; give the cohort a validation split"):
+    with pytest.raises(ValueError, match="no validation case with a prostate to film"):
         Film.of_validation(tmp_path, nobody)
 
 
 def test_no_film_is_said_with_the_cure(tmp_path):
-    with pytest.raises(ValueError, match=r"film: holds no film; train the run with film set to True"):
+    with pytest.raises(ValueError, match=r"film: holds no film; set film to True in notebook 03"):
         read_film(tmp_path)
 
 

@@ -45,6 +45,13 @@ def test_voxels_of_every_kind_are_what_they_are_called():
     assert set(z) == {1, 2, 3}
 
 
+def test_the_regions_border_is_no_contour():
+    cut = np.zeros_like(LABEL)
+    cut[:, :, 30:] = 1  # the organ goes on beyond the region
+    index, kind = sample_voxels(cut, 10_000)
+    assert (index[kind == KINDS.index("contour"), 2] == 30).all()
+
+
 def test_a_sample_is_of_the_size_asked_for_and_the_seeds():
     index, kind = sample_voxels(LABEL, 30, seed=1)
     assert np.bincount(kind).tolist() == [30] * 4
