@@ -294,7 +294,7 @@ def main() -> None:
     table = kill_study(killed, chosen(arguments.kills, arguments.seed))
     table.to_csv(arguments.folder / "kills.csv", index=False)
     faults = [*table["half_written"].loc[lambda column: column != ""], *differences(killed, whole)]
-    missed = table.loc[~table["met"], ["notebook", "file"]].agg(" ".join, axis=1).tolist()
+    missed = [f"{row.notebook} {row.file}" for row in table[~table["met"]].itertuples()]
     print(f"{table['met'].sum()} kills of {len(table)}; moments that did not come: {missed or 'none'}")
     sys.exit("\n".join(faults) if faults else print("the same as undisturbed, to the bit"))
 
