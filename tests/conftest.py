@@ -1,5 +1,6 @@
 """What every test runs under: one thread, and the method's signatures checked at run time."""
 
+import locale
 from collections.abc import Iterator
 
 import jaxtyping
@@ -20,6 +21,14 @@ jaxtyping.install_import_hook(
 def _seeded() -> None:
     """Every test starts from the same random numbers, alone or among others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_locale() -> Iterator[None]:
+    """Writing DICOM, as tests do, leaves the process with ASCII for its text files."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)
 
 
 @pytest.fixture

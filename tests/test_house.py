@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tokenize
 import tomllib
 from pathlib import Path
@@ -218,6 +219,19 @@ def test_only_known_folders_at_the_top():
 
 def test_imports_go_one_way():
     assert importlinter_cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+def test_training_needs_no_library_that_reads_scans_or_draws():
+    """So a GPU machine that has PyTorch, NumPy and Accelerate can train on prepared regions."""
+    script = f"""
+import sys
+sys.modules |= dict.fromkeys({["SimpleITK", "monai", "pydantic", "matplotlib", "IPython", "papermill"]!r})
+from mupkg.configurations import build
+from mupkg.data import PatchSource
+from mupkg.stages import predict_volume, train
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_file_names_a_place_on_somebodys_machine():

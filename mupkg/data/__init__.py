@@ -1,9 +1,17 @@
-"""Scans, cohorts, phantoms, preparation and patches."""
+"""Scans, cohorts, phantoms, preparation and patches.
 
-from mupkg.data.cases import Case
-from mupkg.data.cohort import Cohort, CohortError
-from mupkg.data.patches import PatchSource
-from mupkg.data.phantom import make_phantom
-from mupkg.data.preprocessing import Preparation, prepare
+Names are looked up when they are first used: cutting patches needs no library that reads scans.
+"""
 
-__all__ = ["Case", "Cohort", "CohortError", "PatchSource", "Preparation", "make_phantom", "prepare"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "cases": ["Case"],
+        "cohort": ["Cohort", "CohortError"],
+        "patches": ["PatchSource"],
+        "phantom": ["make_phantom"],
+        "preprocessing": ["Preparation", "prepare"],
+    },
+)

@@ -20,8 +20,9 @@ import pandas as pd
 import SimpleITK as sitk
 
 from mupkg.data.cases import Case, Point, checked_case
-from mupkg.data.files import read_scan, whole_file, write_image, write_text
+from mupkg.data.files import read_scan, write_image
 from mupkg.data.preprocessing import Preparation, Prepared, prepare
+from mupkg.data.writing import whole_file, write_text
 
 __all__ = ["Case", "Cohort", "CohortError", "Point", "Source", "split_cases", "write_cohort"]
 

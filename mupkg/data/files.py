@@ -1,57 +1,24 @@
-"""Files that are whole or not there, and scans read and written."""
+"""Scans read and written: a damaged file is refused by name, and none is left half-written."""
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import SimpleITK as sitk
 
+from mupkg.data.writing import whole_file
+
 TWO_FILES = (".mhd", ".nhdr", ".hdr", ".img")  # a header and its voxels apart: never whole at one stroke
 UNEVEN_SLICES = 0.1  # of the slice distance; more means that slices are missing
 MOST_VOXELS = 2**30  # in one file; what claims more is broken, or no scan of a pelvis
 MOST_PER_BYTE = 1100  # voxels a stored byte may stand for; deflate can pack no tighter
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; renamed to `path` only if the block ends well.
-
-    The temporary name keeps the file's ending, because writers choose the format by it.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is not None and Path(error.filename) not in (temporary, path, *path.parents):
-            raise  # of another file, which was to be read
-        where = "" if error.filename is None or Path(error.filename) not in path.parents else f": {error.filename}"
-        raise OSError(
-            error.errno or errno.EIO,
-            f"{path}: cannot be written ({error.strerror or error}{where}); make room, or choose a folder that "
-            "can be written to, and run again: what is done is kept",
-        ) from error
-    finally:
-        with suppress(OSError):  # there is nothing to remove where a file stands in the folder's place
-            temporary.unlink()
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole."""
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def write_image(image: sitk.Image, path: str | Path, *, compress: bool = True) -> None:

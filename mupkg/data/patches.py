@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -56,6 +57,27 @@ class PatchSource:
         self.patches_per_image, self.seed = patches_per_image, seed
         self.epoch_length = patches_per_image * len(images)
         self._epoch: tuple[int, Int[np.ndarray, "p 4"]] | None = None
+        self._there: _Resident | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all volumes."""
+        return sum(volume.nbytes for volume in (*self.images, *self.labels))
+
+    @property
+    def resident(self) -> bool:
+        """Whether the volumes lie in a device's memory, see `to`."""
+        return self._there is not None
+
+    def to(self, device: torch.device | str) -> PatchSource:
+        """The same source, to the bit, with all its volumes in the memory of a device, which cuts the patches.
+
+        On a GPU nothing is then copied to it in a step but the patches' positions, and nothing waits for it. Takes
+        `nbytes` there; this source stays as it is.
+        """
+        there = copy.copy(self)
+        there._there = _Resident(self, torch.device(device))
+        return there
 
     def positions(self, epoch: int) -> Int[np.ndarray, "p 4"]:
         """All patches of an epoch in their order: volume, first slice, first row, first column."""
@@ -70,22 +92,56 @@ class PatchSource:
 
     def batch(self, step: int) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, "n h w"]]:
         """Batch number `step`, counted from 0: images float32 in [0, 1], labels int64."""
+        numbers = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, numbers = np.divmod(numbers, self.epoch_length)
+        rows = [self.positions(epoch)[numbers[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
+        images, labels = (self._there or self._cut)(np.concatenate(rows))
+        # A tensor as divisor: by a Python number a GPU multiplies with its rounded reciprocal.
+        return images.float().div_(torch.full((), 255.0, device=images.device)), labels.long()
+
+    def _cut(self, rows: Int[np.ndarray, "n 4"]) -> tuple[UInt8[Tensor, "n c h w"], UInt8[Tensor, "n h w"]]:
         height, width = self.patch_size
-        images = np.empty((self.batch_size, self.channels, height, width), np.uint8)
-        labels = np.empty((self.batch_size, height, width), np.uint8)
-        for row in range(self.batch_size):
-            epoch, number = divmod(step * self.batch_size + row, self.epoch_length)
-            volume, z, y, x = self.positions(epoch)[number]
+        images = np.empty((len(rows), self.channels, height, width), np.uint8)
+        labels = np.empty((len(rows), height, width), np.uint8)
+        for row, (volume, z, y, x) in enumerate(rows):
             plane = slice(y, y + height), slice(x, x + width)
             images[row] = self.images[volume][z : z + self.channels, *plane]
             labels[row] = self.labels[volume][z + self.channels // 2, *plane]
-        return torch.from_numpy(images).float().div_(255), torch.from_numpy(labels).long()
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
     def __iter__(self) -> Iterator[tuple[Float[Tensor, "n c h w"], Int[Tensor, "n h w"]]]:
         step = 0
         while True:
             yield self.batch(step)
             step += 1
+
+
+class _Resident:
+    """All volumes of a source end to end in a device's memory; every voxel of a batch is gathered at one stroke."""
+
+    def __init__(self, source: PatchSource, device: torch.device):
+        shapes = np.array([volume.shape for volume in source.images], np.int64)
+        sizes = shapes.prod(axis=1)
+        self.first = np.cumsum(sizes) - sizes  # a volume's first voxel in the flat tensors
+        self.steps = np.column_stack([shapes[:, 1] * shapes[:, 2], shapes[:, 2]])  # to the next slice, the next row
+        self.images, self.labels = (_end_to_end(v, device) for v in (source.images, source.labels))
+        sides = (source.channels, *source.patch_size)
+        self.slices, self.rows, self.columns = (torch.arange(side, device=device) for side in sides)
+
+    def __call__(self, rows: Int[np.ndarray, "n 4"]) -> tuple[UInt8[Tensor, "n c h w"], UInt8[Tensor, "n h w"]]:
+        volume, z, y, x = rows.T.astype(np.int64)
+        to_slice, to_row = self.steps[volume].T
+        corners = torch.from_numpy(np.stack([self.first[volume] + z * to_slice + y * to_row + x, to_slice, to_row]))
+        corner, to_slice, to_row = corners.to(self.images.device, non_blocking=True)[:, :, None, None, None]
+        voxels = corner + to_slice * self.slices[:, None, None] + to_row * self.rows[:, None] + self.columns
+        return self.images.take(voxels), self.labels.take(voxels[:, len(self.slices) // 2])
+
+
+def _end_to_end(volumes: Sequence[Volume], device: torch.device) -> UInt8[Tensor, " voxels"]:
+    flat = torch.empty(sum(volume.size for volume in volumes), dtype=torch.uint8, device=device)
+    for part, volume in zip(flat.split([volume.size for volume in volumes]), volumes, strict=True):
+        part.copy_(torch.from_numpy(np.array(volume)).flatten())
+    return flat
 
 
 def _pad(volume: Volume, smallest: tuple[int, int, int]) -> Volume:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mupkg.data.cases import Point
-from mupkg.data.files import whole_file
+from mupkg.data.writing import whole_file
 from mupkg.report.embeddings import EmbeddedVoxels, project
 from mupkg.samplers import VoxelTuples
 from mupkg.stages.voxels import KINDS

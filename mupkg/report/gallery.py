@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nbconvert import HTMLExporter
 
-from mupkg.data.files import write_text
+from mupkg.data.writing import write_text
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font-family: sans-serif; max-width: 50em; margin: 3em auto; line-height: 1.6 }}</style>

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from mupkg.configurations import TABLE_II
-from mupkg.data.files import whole_file
+from mupkg.data.writing import whole_file
 
 HEADLINE = ("DSC", "ASD", "SEN", "PPV", "HD95", "aRVD")
 

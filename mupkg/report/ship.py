@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from mupkg.data.files import whole_file
+from mupkg.data.writing import whole_file
 from mupkg.report import results
 from mupkg.stages.film import FOLDER as FILM
 from mupkg.stages.film import read_film

@@ -1,9 +1,17 @@
-"""The two stages: localization, training, inference."""
+"""The two stages: localization, training, inference.
 
-from mupkg.stages.inference import Pipeline, segment
-from mupkg.stages.landmarks import FemoralHeads, femoral_heads
-from mupkg.stages.localization import Regions, locate
-from mupkg.stages.slices import predict_volume
-from mupkg.stages.training import train
+Names are looked up when they are first used: training needs no library that reads scans.
+"""
 
-__all__ = ["FemoralHeads", "Pipeline", "Regions", "femoral_heads", "locate", "predict_volume", "segment", "train"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "inference": ["Pipeline", "segment"],
+        "landmarks": ["FemoralHeads", "femoral_heads"],
+        "localization": ["Regions", "locate"],
+        "slices": ["predict_volume"],
+        "training": ["train"],
+    },
+)

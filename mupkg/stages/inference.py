@@ -15,7 +15,7 @@ import torch
 from mupkg.configurations import build, configuration
 from mupkg.data.cases import Case, checked_case, grid_difference
 from mupkg.data.cohort import Cohort, label_volume_ml
-from mupkg.data.files import whole_file, write_image
+from mupkg.data.files import write_image
 from mupkg.data.preprocessing import (
     Preparation,
     array_spacing,
@@ -24,6 +24,7 @@ from mupkg.data.preprocessing import (
     prepare,
     to_scan_grid,
 )
+from mupkg.data.writing import whole_file
 from mupkg.metrics import segmentation_metrics
 from mupkg.models import SegmentationNetwork, UNet, light_unet
 from mupkg.stages.localization import COARSE_CHANNELS, Location, Regions, locate

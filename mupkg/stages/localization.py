@@ -15,8 +15,8 @@ from torch import nn
 
 from mupkg.data.cases import Case, Point
 from mupkg.data.cohort import Cohort
-from mupkg.data.files import whole_file
 from mupkg.data.preprocessing import Prepared, array_spacing, centroid, crop_region, largest_component, resample
+from mupkg.data.writing import whole_file
 from mupkg.stages.landmarks import femoral_heads
 from mupkg.stages.slices import predict_volume
 from mupkg.stages.training import progress

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mupkg.data.files import whole_file, write_text
+from mupkg.data.writing import whole_file, write_text
 
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at
 PACKAGES = ("mupkg", "torch", "SimpleITK", "numpy", "monai", "accelerate")

@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.auto import tqdm as notebook_tqdm
 
-from mupkg.data.files import whole_file
 from mupkg.data.patches import PatchSource
+from mupkg.data.writing import whole_file
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.stages.runs import load_tensors, load_weights, save_tensors
 
 BEST, LAST, CHECKPOINT, HISTORY = "weights.safetensors", "last.safetensors", "checkpoint.safetensors", "history.csv"
 LOGS_PER_VALIDATION = 10
+MOST_OF_GPU = 0.5  # of its free memory, for the cohort; network, gradients and activations need the rest
 
 
 def poly_learning_rate(initial: float, step: int, steps: int, power: float = 0.9) -> float:
@@ -81,7 +82,8 @@ def train(
         channels_last, compile: memory layout, and torch.compile of the training's forward and backward pass. They
             change speed, and rounding, by which a hard sampler may come to draw another voxel. What is validated
             and stored is never the compiled network.
-        workers: processes that cut batches ahead; the batches and their order stay the same.
+        workers: processes that cut batches ahead where the cohort does not lie in a GPU's memory, as it does if it
+            fits; the batches and their order stay the same.
         on_validation: called by the first process with network and step before the first step of a fresh run and
             after every validation, and again after a break: to keep a film, say.
 
@@ -119,6 +121,7 @@ def train(
     if history and not (folder / BEST).exists():
         raise ValueError(f"{folder / BEST}: is missing beside its checkpoint; delete {CHECKPOINT} to train anew")
     log_every = max(1, validate_every // LOGS_PER_VALIDATION)
+    source = _nearest(source, accelerator)
     window: dict[str, torch.Tensor | float] = {}
     counted, started = 0, time.perf_counter()
 
@@ -132,12 +135,13 @@ def train(
         for step, (images, labels) in zip(bar, batches, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = poly_learning_rate(learning_rate, step, steps, power)
-            images = images.to(accelerator.device, memory_format=layout)
+            images = images.to(accelerator.device, memory_format=layout, non_blocking=True)
+            labels = labels.to(accelerator.device, non_blocking=True)
             model.train()
             # A seed for every step and process: draws differ between processes, and a resumed run repeats them.
             mixed = np.random.SeedSequence([seed, step, accelerator.process_index]).generate_state(1)
             generator.manual_seed(int(mixed[0]))
-            terms = loss(model(images), labels.to(accelerator.device), generator)
+            terms = loss(model(images), labels, generator)
             optimizer.zero_grad()
             accelerator.backward(terms.total)
             optimizer.step()
@@ -208,15 +212,37 @@ class _Numbered(Dataset):
         return self.source.batch(number)
 
 
+def _nearest(source: PatchSource, accelerator: Accelerator) -> PatchSource:
+    """The source with its volumes in the GPU's memory if they fit, else as it is; says which."""
+    if accelerator.device.type != "cuda":
+        return source
+    free, _ = torch.cuda.mem_get_info(accelerator.device)
+    fits = source.nbytes <= MOST_OF_GPU * free
+    where = "lies in GPU memory" if fits else "is too large for GPU memory; patches are cut on the CPU, see `workers`"
+    accelerator.print(f"the cohort ({source.nbytes / 1e9:.2f} GB) {where}")
+    return source.to(accelerator.device) if fits else source
+
+
 def _batches(source: PatchSource, numbers: Sequence[int], workers: int) -> Iterator[Sequence[Tensor]]:
-    """The batches of these numbers in their order, cut here or ahead by `workers` processes; close it at the end."""
-    if not workers:
-        yield from map(source.batch, numbers)
+    """The batches of these numbers in their order, cut here or ahead by `workers` processes; close it at the end.
+
+    They lie on the GPU or where it can fetch them while the CPU goes on.
+    """
+    pin = torch.cuda.is_available()
+    if not workers or source.resident:
+        for number in numbers:
+            batch = source.batch(number)
+            yield [tensor.pin_memory() for tensor in batch] if pin and not source.resident else batch
         return
     # A batch follows from its number alone, so the workers' own seeds do not matter; a generator for them keeps
     # torch's from being drawn from.
     loader = DataLoader(
-        _Numbered(source), batch_size=None, sampler=numbers, num_workers=workers, generator=torch.Generator()
+        _Numbered(source),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        generator=torch.Generator(),
+        pin_memory=pin,
     )
     batches = iter(loader)
     try:

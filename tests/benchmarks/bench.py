@@ -22,7 +22,7 @@ from growth import growth
 from metric_loss import against_all_pairs, metric_branch, step
 from whole_chain import whole_chain
 
-from mupkg.data.files import whole_file, write_text
+from mupkg.data.writing import whole_file, write_text
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {

@@ -17,8 +17,8 @@ from measuring import exponent, isolated, memory_mb, seconds
 from metric_loss import labelled_patches
 
 from mupkg.data.cohort import Cohort
-from mupkg.data.files import whole_file
 from mupkg.data.patches import PatchSource
+from mupkg.data.writing import whole_file
 from mupkg.losses import SegmentationMetricLoss, VoxelMetricLoss
 from mupkg.models import SegmentationOutput, UNet
 from mupkg.report import figures

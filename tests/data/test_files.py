@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mupkg.data.files import read_scan, whole_file, write_image, write_text
+from mupkg.data.files import read_scan, write_image
 
 REAL_SERIES = Path(os.environ.get("MUPKG_REALDATA", "")) / "mr_ucla" / "dicom" / "T2"
 needs_series = pytest.mark.skipif(
@@ -35,24 +35,6 @@ def write_series(folder: Path, image: sitk.Image, *, uid="1.2.3.4", missing=()) 
             slice_.SetMetaData(key, value)
         writer.SetFileName(str(folder / f"{uid}-{99 - z}.dcm"))
         writer.Execute(slice_)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
-    path = tmp_path / "new" / "table.csv"
-    write_text(path, "old")
-    with pytest.raises(RuntimeError, match="broke off"), whole_file(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("broke off")
-    assert path.read_text(encoding="utf-8") == "old"
-    assert [p.name for p in path.parent.iterdir()] == ["table.csv"]
-
-
-def test_until_the_end_the_file_is_not_there(tmp_path):
-    with whole_file(tmp_path / "scan.nii.gz") as temporary:
-        temporary.write_text("whole")
-        assert temporary.name.endswith(".nii.gz") and temporary.parent == tmp_path
-        assert not (tmp_path / "scan.nii.gz").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["scan.nii.gz"]
 
 
 @pytest.mark.parametrize("name", ["scan.nii.gz", "scan.mha", "scan.nrrd", "scan.nii"])

@@ -1,11 +1,13 @@
 """Patches are uniform, lie inside, carry the middle slice's label, and depend on seed and step alone."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from watching import Watch
 
 from mupkg.data.patches import PatchSource
 
@@ -114,6 +116,48 @@ def test_memory_mapped_volumes_are_read_in_place(tmp_path):
     assert mapped.images[0] is image
     for a, b in zip(mapped.batch(4), plain.batch(4), strict=True):
         assert torch.equal(a, b)
+
+
+# In a device's memory
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("shapes", [[(7, 12, 14)], [(7, 12, 14), (2, 3, 40), (9, 10, 11)]])
+def test_volumes_in_a_devices_memory_give_the_same_batches_to_the_bit(shapes, channels):
+    here = source_of(shapes, channels=channels, patches_per_image=7)
+    there = here.to("cpu")
+    assert there.resident and not here.resident
+    for step in (0, 1, 2, 9):  # over the end of epochs too
+        for found, wanted in zip(there.batch(step), here.batch(step), strict=True):
+            assert found.dtype == wanted.dtype and found.is_contiguous()
+            assert torch.equal(found, wanted)
+
+
+def test_memory_mapped_volumes_go_to_a_device(tmp_path):
+    here = source_of([(7, 12, 14)])
+    np.save(tmp_path / "image.npy", here.images[0])
+    mapped = np.load(tmp_path / "image.npy", mmap_mode="r")
+    there = PatchSource([mapped], here.labels, patch_size=(4, 6), batch_size=5, patches_per_image=20, seed=3)
+    assert there.nbytes == 2 * 7 * 12 * 14
+    assert torch.equal(there.to("cpu").batch(2)[0], here.batch(2)[0])
+
+
+def test_cutting_there_never_waits_for_the_device():
+    there = source_of([(7, 12, 14), (9, 10, 11)]).to("cpu")
+    with Watch() as watch:
+        there.batch(0)
+    assert watch.largest_new and watch.waits == []
+
+
+def test_volumes_of_more_voxels_than_an_int32_counts_are_told_apart():
+    """Where a patch begins is counted in 64 bits: a cohort of a thousand regions has more voxels than 2**31."""
+    there = source_of([(7, 12, 14), (9, 10, 11)]).to("cpu")
+    resident, beyond, asked = there._there, 2**31 + 5, []
+    resident.first = resident.first + beyond
+    resident.images = resident.labels = SimpleNamespace(device="cpu", take=asked.append)
+    resident(np.array([[1, 2, 3, 4]], np.int32))
+    wanted = beyond + 7 * 12 * 14 + (2 * 10 + 3) * 11 + 4
+    assert (asked[0].min().item(), asked[0].dtype) == (wanted, torch.int64)
 
 
 @pytest.mark.parametrize(

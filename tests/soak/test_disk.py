@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 from mupkg.configurations import build, configuration
 from mupkg.data.cohort import Cohort, write_cohort
-from mupkg.data.files import read_scan, whole_file, write_image, write_text
+from mupkg.data.files import read_scan, write_image
 from mupkg.data.patches import PatchSource
 from mupkg.data.preprocessing import Preparation
 from mupkg.data.sources import sources_from_phantoms
+from mupkg.data.writing import whole_file, write_text
 from mupkg.report import figures
 from mupkg.stages.runs import load_tensors, save_tensors
 from mupkg.stages.training import BEST, CHECKPOINT, LAST, train

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import numpy as np
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from watching import Watch
 
 from mupkg.configurations import build, configuration
 from mupkg.data.cohort import Cohort
@@ -173,6 +175,55 @@ def test_workers_and_training_leave_torchs_own_draws_alone(tmp_path):
     assert torch.equal(after[0], after[1]) and torch.equal(after[0], torch.get_rng_state())
 
 
+# The cohort in a GPU's memory
+
+
+def a_gpu(free):
+    return SimpleNamespace(device=torch.device("cuda"), print=print, free=free)
+
+
+@pytest.mark.parametrize(("free", "fits"), [(2 * 2 * LABEL.size, True), (2 * 2 * LABEL.size - 1, False)])
+def test_the_cohort_goes_to_the_gpu_if_half_of_its_free_memory_is_enough(monkeypatch, capsys, free, fits):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+    source = PatchSource([IMAGE], [LABEL], patch_size=(16, 16))
+    monkeypatch.setattr(source, "to", lambda device: f"on {device}")
+    found = training._nearest(source, a_gpu(free))
+    assert found == "on cuda" if fits else found is source
+    assert ("lies in GPU memory" if fits else "cut on the CPU, see `workers`") in capsys.readouterr().out
+
+
+def test_without_a_gpu_the_volumes_stay_where_they_are():
+    source = PatchSource([IMAGE], [LABEL], patch_size=(16, 16))
+    assert training._nearest(source, SimpleNamespace(device=torch.device("cpu"))) is source
+
+
+@pytest.fixture
+def in_device_memory(monkeypatch):
+    """The CPU stands for the GPU."""
+    monkeypatch.setattr(training, "_nearest", lambda source, accelerator: source.to("cpu"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_where_patches_are_cut_changes_no_bit(tmp_path, whole, in_device_memory, workers):
+    run(tmp_path, workers=workers)
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_break_with_the_cohort_in_device_memory_leaves_no_trace(tmp_path, whole, in_device_memory):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, validate=breaking(2))
+    run(tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+def test_between_two_rows_of_the_history_nothing_waits_for_the_device(tmp_path, in_device_memory):
+    with Watch() as watch:
+        history = run(tmp_path, steps=40, validate_every=40, validate=lambda network: 0.5)
+    values = ["loss", "cross_entropy", "metric_H", "metric_C"]
+    assert len(history) == 10 and set(values) <= set(history)
+    assert watch.waits == ["_local_scalar_dense"] * len(history) * len(values)
+
+
 # Speed: rounding alone
 
 
@@ -236,15 +287,15 @@ def train_on_noise(folder):
 TWO_THREADS = """
 import sys, torch
 torch.set_num_threads(2)
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[2:]
 from test_training import train_on_noise
-train_on_noise(sys.argv[2])
+train_on_noise(sys.argv[1])
 """
 
 
 def test_another_thread_count_changes_rounding_alone(tmp_path):
     """Sums are cut into as many pieces as there are threads; so "the same bits" holds for one thread count."""
-    command = [sys.executable, "-c", TWO_THREADS, str(Path(__file__).parent), str(tmp_path / "two")]
+    command = [sys.executable, "-c", TWO_THREADS, str(tmp_path / "two"), *map(str, list(Path(__file__).parents)[:2])]
     subprocess.run(command, check=True, timeout=120)
     train_on_noise(tmp_path / "one")
     one, two = (load_file(tmp_path / name / LAST) for name in ("one", "two"))

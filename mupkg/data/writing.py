@@ -1,0 +1,41 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; renamed to `path` only if the block ends well.
+
+    The temporary name keeps the file's ending, because writers choose the format by it.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) not in (temporary, path, *path.parents):
+            raise  # of another file, which was to be read
+        where = "" if error.filename is None or Path(error.filename) not in path.parents else f": {error.filename}"
+        raise OSError(
+            error.errno or errno.EIO,
+            f"{path}: cannot be written ({error.strerror or error}{where}); make room, or choose a folder that "
+            "can be written to, and run again: what is done is kept",
+        ) from error
+    finally:
+        with suppress(OSError):  # there is nothing to remove where a file stands in the folder's place
+            temporary.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
