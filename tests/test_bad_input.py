@@ -798,7 +798,7 @@ WRONG = {  # of every parameter of every notebook: a wrong type and a value out 
         "patch": ([8], 20),
         "pictures_folder": (7, "  "),
     },
-    SegmentSettings: {"run": (7, ""), "scan": (["a"], " "), "output": (7, "")},
+    SegmentSettings: {"run": (7, ""), "scan": (["a"], " "), "output": (7, ""), "precision": (16, "fp16")},
     Study: {
         **NAMES,
         "size": (7, "huge"),

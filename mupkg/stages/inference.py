@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import SimpleITK as sitk
@@ -58,9 +58,12 @@ def _with_weights(network: Any, tensors: Mapping[str, torch.Tensor], path: Path)
     return network.to(device, memory_format=torch.channels_last).eval()
 
 
-def region_probability(network: SegmentationNetwork, region: sitk.Image) -> sitk.Image:
+def region_probability(
+    network: SegmentationNetwork, region: sitk.Image, precision: Literal["no", "bf16"] = "no"
+) -> sitk.Image:
     """The foreground probability on a prepared region's grid."""
-    probability = sitk.GetImageFromArray(predict_volume(network, sitk.GetArrayFromImage(region), channels=CHANNELS))
+    voxels = predict_volume(network, sitk.GetArrayFromImage(region), channels=CHANNELS, precision=precision)
+    probability = sitk.GetImageFromArray(voxels)
     probability.CopyInformation(region)
     return probability
 
@@ -151,24 +154,38 @@ class Pipeline:
             raise ValueError(f"{Path(run_folder) / LOCALIZER}: is broken ({error}); copy the file again") from error
         return cls(localizer, network, preparation, stage1["coarse_mm"], tuple(stage1["region_mm"]))
 
-    def __call__(self, image: sitk.Image, *, name: str = "scan", largest: bool = True) -> Segmentation:
-        """Both stages on a scan (HU for CT); ValueError naming the scan if it is unfit or the prostate not found."""
+    def __call__(
+        self,
+        image: sitk.Image,
+        *,
+        name: str = "scan",
+        largest: bool = True,
+        precision: Literal["no", "bf16"] = "no",
+    ) -> Segmentation:
+        """Both stages on a scan (HU for CT); ValueError naming the scan if it is unfit or the prostate not found.
+
+        Args:
+            largest: keep the largest component alone (reading R10).
+            precision: of stage 2, see `predict_volume`.
+        """
         case = checked_case(name, image, None, image_name="image", modality=self.preparation.modality)
         prepared = prepare(case, self.preparation).image
         location = locate(case, prepared, self.localizer, coarse_mm=self.coarse_mm)
-        probability = region_probability(self.network, crop_region(prepared, location.centre, self.region_mm))
+        region = crop_region(prepared, location.centre, self.region_mm)
+        probability = region_probability(self.network, region, precision)
         kept = keep_largest(probability) if largest else probability
         return Segmentation(to_scan_grid(kept, image), probability, location)
 
 
-def segment(image: sitk.Image, run_folder: str | Path) -> sitk.Image:
+def segment(image: sitk.Image, run_folder: str | Path, *, precision: Literal["no", "bf16"] = "no") -> sitk.Image:
     """The prostate mask of a new scan, on the scan's own grid: both stages of a trained run.
 
     Args:
         image: a CT in HU or an MR volume, as the run was trained on.
         run_folder: outputs/<study>/<configuration>-seed<k>, or a copy of it anywhere.
+        precision: of stage 2; "bf16" halves the time on a processor that multiplies bf16, see `predict_volume`.
 
     Raises:
         ValueError: if a part of the run is missing or broken, or the prostate cannot be located.
     """
-    return Pipeline.load(run_folder)(image).mask
+    return Pipeline.load(run_folder)(image, precision=precision).mask

@@ -328,6 +328,7 @@ class SegmentSettings(Settings):
     run: AnyPath
     scan: AnyPath
     output: AnyPath = "outputs/segmented"
+    precision: Literal["no", "bf16"] = "no"
 
 
 class ExploreSettings(Settings):

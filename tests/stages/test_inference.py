@@ -43,7 +43,7 @@ def copied(run_folder, tmp_path):
 def bones(monkeypatch, heads):
     """Instead of stage 2's network: bones are foreground. So masks are not empty and in several pieces."""
     monkeypatch.setattr(
-        inference, "predict_volume", lambda network, volume, channels: (volume > 200).astype(np.float32)
+        inference, "predict_volume", lambda network, volume, **options: (volume > 200).astype(np.float32)
     )
 
 
@@ -104,6 +104,13 @@ def test_the_largest_component_is_an_option(scan, run_folder, bones):
     pipeline = Pipeline.load(run_folder)
     kept, everything = (array(pipeline(scan, largest=largest).mask) > 0 for largest in (True, False))
     assert kept.sum() < everything.sum() and not (kept & ~everything).any()
+
+
+def test_the_precision_of_stage_2_is_an_option(scan, run_folder, heads):
+    plain, rounded = (Pipeline.load(run_folder)(scan, precision=precision) for precision in ("no", "bf16"))
+    assert plain.location == rounded.location
+    assert 0 < np.abs(array(plain.probability) - array(rounded.probability)).max() < 0.05
+    np.testing.assert_array_equal(array(segment(scan, run_folder, precision="bf16")), array(rounded.mask))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +230,7 @@ def test_both_ways_to_a_region_are_one(cohort, regions, run_folder, monkeypatch)
     monkeypatch.setattr(inference, "locate", lambda *_, **__: Location(centre, None, None, ""))
     fed = []
     monkeypatch.setattr(
-        inference, "predict_volume", lambda network, volume, channels: fed.append(volume) or volume / np.float32(255)
+        inference, "predict_volume", lambda network, volume, **_: fed.append(volume) or volume / np.float32(255)
     )
     Pipeline.load(run_folder)(case.image)
     np.testing.assert_array_equal(fed[0], regions.volume(case_id))

@@ -55,6 +55,14 @@ def test_a_volume_is_what_a_plain_loop_over_its_slices_gives(shape, channels):
     np.testing.assert_allclose(predict_volume(network, scan, channels=channels), expected, atol=1e-5)
 
 
+def test_bf16_changes_rounding_alone():
+    torch.manual_seed(0)
+    network = UNet(3, 4, 8).eval()
+    plain, rounded = (predict_volume(network, volume(), precision=precision) for precision in ("no", "bf16"))
+    assert rounded.dtype == np.float32
+    assert 0 < np.abs(rounded - plain).max() < 0.05
+
+
 def test_padding_is_air_to_a_multiple_of_eight_and_is_cut_off_again():
     network = Watching()
     output = run_slices(network, volume(), np.array([2, 5]), 3)
