@@ -46,6 +46,7 @@ rule prepare_cohort:
         "notebooks/00_prepare_cohort.ipynb",
     output:
         f"{DATA}/cohort.csv",
+        f"{DATA}/fingerprint.json",  # of the volumes: a change must be seen by all that follow
         notebook=f"{DATA}/00_prepare_cohort.ipynb",
     params:
         notebook=json.dumps(PREPARE),
@@ -57,6 +58,7 @@ rule explore_data:
     input:
         "notebooks/01_data_exploration.ipynb",
         f"{DATA}/cohort.csv",
+        f"{DATA}/fingerprint.json",
     output:
         notebook=f"{OUT}/report/01_data_exploration.ipynb",
     params:
@@ -69,8 +71,10 @@ rule stage1:
     input:
         "notebooks/02_stage1_localization.ipynb",
         f"{DATA}/cohort.csv",
+        f"{DATA}/fingerprint.json",
     output:
         f"{OUT}/stage1/regions.csv",
+        f"{OUT}/stage1/fingerprint.json",
         notebook=f"{OUT}/stage1/02_stage1_localization.ipynb",
     params:
         notebook=json.dumps({**COMMON, **STUDY.stage1}),
@@ -85,6 +89,7 @@ rule stage2:
     input:
         "notebooks/03_stage2_training.ipynb",
         f"{OUT}/stage1/regions.csv",
+        f"{OUT}/stage1/fingerprint.json",
     output:
         OUT + "/{configuration}-seed{seed}/metrics.csv",
         notebook=OUT + "/{configuration}-seed{seed}/03_stage2_training.ipynb",

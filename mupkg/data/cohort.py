@@ -4,6 +4,7 @@ data/<cohort>/cohort.csv          case_id, image, label, split, modality and wha
               images/, labels/    the scans on their own grids
               prepared/           the same on the working grid (see `preprocessing`), made once
               preparation.json    how they were prepared
+              fingerprint.json    what cohort.csv and prepared/ hold, so that who depends on it sees a change
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import SimpleITK as sitk
 from mupkg.data.cases import Case, Point, checked_case
 from mupkg.data.files import read_scan, write_image
 from mupkg.data.preprocessing import Preparation, Prepared, prepare
-from mupkg.data.writing import whole_file, write_text
+from mupkg.data.writing import fingerprint, whole_file, write_text
 
 __all__ = ["Case", "Cohort", "CohortError", "Point", "Source", "split_cases", "write_cohort"]
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("case_id", "image", "label", "split")
+FINGERPRINT = "fingerprint.json"
 LEAST_KEPT = 0.5  # of the prostate's volume; preparing a scan that loses more has gone wrong
 _HEADS = [f"head_{side}_{axis}" for side in ("left", "right") for axis in "xyz"]
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -110,11 +112,28 @@ class Cohort:
         """The cases of one split, or all, read one after the other."""
         return map(self.case, self.ids(split))
 
+    def fingerprint(self) -> str:
+        """Of the table and of its cases' prepared volumes."""
+        volumes = (self._prepared(case_id) for case_id in self.table.index)
+        present = [path for pair in volumes for path in pair if path.name.endswith("_image.mha") or path.is_file()]
+        return fingerprint([self.folder / "cohort.csv", *present])
+
+    def _prepared(self, case_id: str) -> tuple[Path, Path]:
+        return tuple(self.folder / "prepared" / f"{case_id}_{kind}.mha" for kind in ("image", "label"))
+
     def prepared(self, case_id: str) -> Prepared:
         """One case on the working grid, as notebook 00 left it."""
-        image = self.folder / "prepared" / f"{case_id}_image.mha"
-        label = image.with_name(f"{case_id}_label.mha")
+        image, label = self._prepared(case_id)
         return Prepared(read_scan(image), read_scan(label) if label.is_file() else None)
+
+
+def recorded_cohort(folder: Path, notebook: int) -> str:
+    """The cohort's fingerprint as this notebook, 0 or 2, left it in its folder; ValueError if it did not."""
+    path = folder / FINGERPRINT
+    try:
+        return json.loads(path.read_bytes())["cohort"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: does not tell the cohort ({error!r}); run notebook 0{notebook} again") from error
 
 
 def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
@@ -239,7 +258,8 @@ def write_cohort(
     faults = list(_name_faults(source.case_id for source in sources)) if sources else ["there are no cases"]
     if faults:
         raise CohortError(faults)
-    (folder / "cohort.csv").unlink(missing_ok=True)  # from here on the folder is in the making
+    for name in ("cohort.csv", FINGERPRINT):  # from here on the folder is in the making
+        (folder / name).unlink(missing_ok=True)
     rows = []
     for source in progress(sources):
         try:
@@ -261,7 +281,9 @@ def write_cohort(
     write_text(folder / "preparation.json", preparation.model_dump_json(indent=2))
     with whole_file(folder / "cohort.csv") as temporary:
         table.to_csv(temporary, index=False)
-    return Cohort.read(folder, check_voxels=False)
+    cohort = Cohort.read(folder, check_voxels=False)
+    write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint()}) + "\n")
+    return cohort
 
 
 def _drawn_split(table: pd.DataFrame, seed: int) -> pd.Series:

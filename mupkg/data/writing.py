@@ -1,10 +1,11 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and a fingerprint of what they hold."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,3 +40,19 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """A short SHA-256 over the contents of files: the same data give the same fingerprint anywhere.
+
+    Raises:
+        ValueError: naming the file that is missing or cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror or error}); make it again") from error
+    return digest.hexdigest()[:16]

@@ -14,9 +14,9 @@ import SimpleITK as sitk
 from torch import nn
 
 from mupkg.data.cases import Case, Point
-from mupkg.data.cohort import Cohort
+from mupkg.data.cohort import FINGERPRINT, Cohort, recorded_cohort
 from mupkg.data.preprocessing import Prepared, array_spacing, centroid, crop_region, largest_component, resample
-from mupkg.data.writing import whole_file
+from mupkg.data.writing import fingerprint, whole_file, write_text
 from mupkg.stages.landmarks import femoral_heads
 from mupkg.stages.slices import predict_volume
 from mupkg.stages.training import progress
@@ -114,7 +114,15 @@ class Regions:
     table: pd.DataFrame
 
     @classmethod
-    def read(cls, stage1_folder: str | Path) -> Regions:
+    def read(cls, stage1_folder: str | Path, cohort: Cohort | None = None) -> Regions:
+        """The regions in a stage 1's folder.
+
+        Args:
+            cohort: the one they must have been cut from, as notebook 00 left it.
+
+        Raises:
+            ValueError: naming the file, if it is missing or broken, or the regions are of another cohort.
+        """
         path = Path(stage1_folder) / "regions.csv"
         if not path.is_file():
             raise ValueError(f"{path}: there is no such table; run notebook 02 for this study first")
@@ -125,7 +133,18 @@ class Regions:
         missing = [c for c in ("case_id", "split", "centre_x", "centre_y", "centre_z") if c not in table]
         if missing:
             raise ValueError(f"{path}: lacks the column(s) {', '.join(missing)}; run notebook 02 again")
-        return cls(path.parent, table.set_index("case_id", drop=False).rename_axis(None))
+        regions = cls(path.parent, table.set_index("case_id", drop=False).rename_axis(None))
+        if cohort is not None and recorded_cohort(path.parent, 2) != recorded_cohort(cohort.folder, 0):
+            raise ValueError(
+                f"{path}: its regions were not cut from {cohort.folder} as it is now (another cohort, or prepared "
+                "anew since); run notebook 02 again"
+            )
+        return regions
+
+    def fingerprint(self) -> str:
+        """Of the table and of its cases' volumes."""
+        names = [f"{case_id}_{kind}.npy" for case_id in self.table.index for kind in Prepared._fields]
+        return fingerprint([self.folder / "regions.csv", *(self.folder / "regions" / name for name in names)])
 
     @property
     def region_mm(self) -> tuple[float, float, float]:
@@ -178,7 +197,8 @@ def write_regions(
     of the coarse centre from the true centroid in mm, and the share of the prostate the region covers.
     """
     folder, rows = Path(folder), []
-    (folder / "regions.csv").unlink(missing_ok=True)  # from here on the regions are in the making
+    for name in ("regions.csv", FINGERPRINT):  # from here on the regions are in the making
+        (folder / name).unlink(missing_ok=True)
     ids = [case_id for split in ("train", "validation", "test") for case_id in cohort.ids(split)]
     for case_id in progress(ids, desc="locating", unit="case"):
         case, prepared = cohort.case(case_id), cohort.prepared(case_id)
@@ -196,4 +216,7 @@ def write_regions(
         rows.append(row)
     with whole_file(folder / "regions.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
-    return Regions.read(folder)
+    regions = Regions.read(folder)
+    content = {"cohort": recorded_cohort(cohort.folder, 0), "regions": regions.fingerprint()}
+    write_text(folder / FINGERPRINT, json.dumps(content) + "\n")
+    return regions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -81,18 +80,6 @@ def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], path: 
         raise ValueError(
             f"{path}: holds weights of another network ({reason}); copy this run's own file there, or train it again"
         ) from error
-
-
-def fingerprint(paths: list[Path]) -> str:
-    """A short SHA-256 over the contents of files: the same data give the same fingerprint anywhere.
-
-    Hidden files are left out: a killed process may have left its temporary ones.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(path for path in paths if not path.name.startswith(".")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def provenance() -> dict[str, Any]:

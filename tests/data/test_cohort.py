@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from mupkg.data.cases import Case
-from mupkg.data.cohort import Cohort, CohortError, Source, split_cases, write_cohort
+from mupkg.data.cohort import Cohort, CohortError, Source, recorded_cohort, split_cases, write_cohort
 from mupkg.data.preprocessing import Preparation
 
 SHAPE = (6, 12, 14)
@@ -259,3 +259,26 @@ def test_what_is_known_of_a_phantom_comes_back(cohort):
     case = cohort.case(cohort.ids()[0])
     assert case.femoral_heads[0][0] > case.femoral_heads[1][0]  # the patient's left is +x
     assert case.case_id == "phantom-0000" and cohort.table["seed"][case.case_id] == 0
+
+
+def test_the_fingerprint_is_of_the_table_and_its_cases_volumes(tmp_path):
+    def written(name, letters="abcd", preparation=PREPARATION):
+        return write_cohort(tmp_path / name, [source(i) for i in letters], preparation, split_seed=0)
+
+    first = written("first").fingerprint()
+    assert first == written("again").fingerprint() == recorded_cohort(tmp_path / "again", 0)
+    other = PREPARATION.model_copy(update={"window_hu": (-300.0, 500.0)})  # of which the table says nothing
+    assert first != written("window", preparation=other).fingerprint()
+    assert first != written("more", "abcde").fingerprint()
+    assert first == written("more").fingerprint()  # what a former cohort left in the folder does not count
+    (tmp_path / "first" / "prepared" / "b_image.mha").unlink()
+    with pytest.raises(ValueError, match=r"b_image\.mha: cannot be read"):
+        Cohort.read(tmp_path / "first").fingerprint()
+
+
+def test_a_cohort_in_the_making_has_no_fingerprint(tmp_path):
+    write_cohort(tmp_path, [source(i) for i in "abc"], PREPARATION, split_seed=0)
+    with pytest.raises(CohortError):
+        write_cohort(tmp_path, [source("a"), broken("b"), source("c")], PREPARATION, split_seed=0)
+    with pytest.raises(ValueError, match=r"fingerprint\.json: does not tell the cohort .*; run notebook 00 again"):
+        recorded_cohort(tmp_path, 0)

@@ -1,8 +1,8 @@
-"""Files are whole or not there."""
+"""Files are whole or not there, and a fingerprint tells what they hold."""
 
 import pytest
 
-from mupkg.data.writing import whole_file, write_text
+from mupkg.data.writing import fingerprint, whole_file, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -21,3 +21,24 @@ def test_until_the_end_the_file_is_not_there(tmp_path):
         assert temporary.name.endswith(".nii.gz") and temporary.parent == tmp_path
         assert not (tmp_path / "scan.nii.gz").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["scan.nii.gz"]
+
+
+def test_a_fingerprint_is_of_contents_alone(tmp_path):
+    def cohort(name, **files):
+        for file, text in files.items():
+            path = tmp_path / name / f"{file}.mha"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        return fingerprint(list((tmp_path / name).glob("*.mha"))[::-1])
+
+    here = cohort("here", a="1", b="2")
+    assert here == cohort("there", a="1", b="2") and len(here) == 16
+    assert here != cohort("other", a="1", b="3")
+    assert here != cohort("swapped", a="2", b="1")
+    assert here != cohort("glued", a="12", b="")
+    assert here != cohort("more", a="1", b="2", c="")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.mha: cannot be read \(No such file.*make it again"):
+        fingerprint([tmp_path / "a.mha"])

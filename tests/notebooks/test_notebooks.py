@@ -88,6 +88,19 @@ def test_what_is_done_is_skipped(study: Path) -> None:
     assert "Nothing to be done" in again.stdout + again.stderr
 
 
+def test_a_cohort_prepared_anew_is_seen_by_all_that_follow(study: Path) -> None:
+    """Though its table says the same as before; and prepared as before, all is up to date again."""
+    parameters = {"cohort": "phantoms-smoke", "size": "smoke", "data_folder": str(study / "data")}
+    target = study / "data/phantoms-smoke/00_prepare_cohort.ipynb"
+    table = (study / "data/phantoms-smoke/cohort.csv").read_bytes()
+    for window, followers in (([-300.0, 500.0], {"stage1", "stage2", "evaluate"}), ([-160.0, 240.0], set())):
+        run_notebook(ROOT / "notebooks/00_prepare_cohort.ipynb", target, {**parameters, "window_hu": window})
+        assert (study / "data/phantoms-smoke/cohort.csv").read_bytes() == table
+        plan = snakemake(study, "--dry-run").stdout
+        planned = {rule for rule in ("stage1", "stage2", "evaluate") if f"rule {rule}:" in plan}
+        assert planned == followers
+
+
 def test_the_gallery_shows_every_notebook(study: Path, tmp_path: Path) -> None:
     index = make_gallery(executed_notebooks(study), tmp_path / "gallery", "Smoke").read_text(encoding="utf-8")
     for path in executed_notebooks(study):

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from mupkg.data.cases import Case
-from mupkg.data.cohort import Cohort
+from mupkg.data.cohort import FINGERPRINT, Cohort
 from mupkg.data.preprocessing import array_spacing, centroid, crop_region, prepare
+from mupkg.data.writing import write_text
 from mupkg.models import SegmentationOutput
 from mupkg.stages import localization
 from mupkg.stages.landmarks import FemoralHeads
@@ -225,3 +226,28 @@ def test_a_cohort_without_labelled_cases_of_a_split_is_refused_by_name(cohort):
     unlabelled = dataclasses.replace(cohort, table=cohort.table.assign(split=None))
     with pytest.raises(ValueError, match="has no labelled train cases"):
         localization.coarse_volumes(unlabelled, "train")
+
+
+def test_regions_of_a_cohort_that_was_prepared_anew_are_refused(cohort, regions, tmp_path):
+    assert Regions.read(regions.folder, cohort).table.equals(regions.table)
+    shutil.copytree(cohort.folder, tmp_path / "anew")
+    write_text(tmp_path / "anew" / FINGERPRINT, '{"cohort": "0123"}')
+    anew = Cohort.read(tmp_path / "anew", check_voxels=False)
+    with pytest.raises(
+        ValueError, match=r"regions\.csv: its regions were not cut from .*anew.*; run notebook 02 again"
+    ):
+        Regions.read(regions.folder, anew)
+    shutil.copytree(regions.folder, tmp_path / "stage1")
+    (tmp_path / "stage1" / FINGERPRINT).unlink()
+    with pytest.raises(ValueError, match=r"stage1/fingerprint\.json: does not tell the cohort .*run notebook 02"):
+        Regions.read(tmp_path / "stage1", cohort)
+
+
+def test_the_regions_fingerprint_is_of_the_table_and_its_volumes(regions, tmp_path):
+    shutil.copytree(regions.folder, tmp_path / "stage1")
+    copy = Regions.read(tmp_path / "stage1")
+    assert copy.fingerprint() == regions.fingerprint()
+    np.save(tmp_path / "stage1/regions/left.npy", np.zeros(3))  # of a case that is no longer there
+    assert copy.fingerprint() == regions.fingerprint()
+    np.save(tmp_path / "stage1/regions" / f"{regions.ids('test')[0]}_image.npy", np.zeros(3))
+    assert copy.fingerprint() != regions.fingerprint()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mupkg.models import UNet, light_unet
-from mupkg.stages.runs import fingerprint, load_tensors, load_weights, provenance, require, save_tensors, write_run
+from mupkg.stages.runs import load_tensors, load_weights, provenance, require, save_tensors, write_run
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(7), "b": torch.tensor([0, 255], dtype=torch.uint8)}
 
@@ -68,30 +68,6 @@ def test_lacking_metadata_is_named():
     require({"filters": 4}, ("filters",), Path("w"))
     with pytest.raises(ValueError, match=r"^w: holds weights of another network \(its metadata lacks a, b\)"):
         require({"filters": 4}, ("a", "filters", "b"), Path("w"))
-
-
-def test_a_fingerprint_is_of_contents_alone(tmp_path):
-    def cohort(name, **files):
-        for file, text in files.items():
-            path = tmp_path / name / f"{file}.mha"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        return fingerprint(list((tmp_path / name).glob("*.mha"))[::-1])
-
-    here = cohort("here", a="1", b="2")
-    assert here == cohort("there", a="1", b="2") and len(here) == 16
-    assert here != cohort("other", a="1", b="3")
-    assert here != cohort("swapped", a="2", b="1")
-    assert here != cohort("glued", a="12", b="")
-    assert here != cohort("more", a="1", b="2", c="")
-
-
-def test_a_fingerprint_does_not_see_what_a_killed_process_left(tmp_path):
-    (tmp_path / "a.npy").write_text("1")
-    before = fingerprint(list(tmp_path.glob("*.npy")))
-    (tmp_path / ".123.part.b.npy").write_text("half")
-    assert len(list(tmp_path.glob("*.npy"))) == 2
-    assert fingerprint(list(tmp_path.glob("*.npy"))) == before
 
 
 def test_a_record_says_what_it_takes_to_repeat_a_run(tmp_path):
