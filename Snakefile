@@ -1,5 +1,6 @@
-# A whole study in the right order: snakemake --configfile notebooks/studies/quick.yaml --cores 2
-# Skips what is done, goes on after a break; a failed notebook is kept as *.failed.ipynb and its target is not there.
+# A whole study in the right order:
+#   snakemake --workflow-profile notebooks/studies/profiles/laptop --configfile notebooks/studies/quick.yaml --cores 2
+# Skips what is done, goes on after a break (the profile says how); a failed notebook is kept as *.failed.ipynb and its target is not there.
 # Weights and checkpoints are no declared outputs: Snakemake deletes those before it starts a broken-off job again,
 # and the training goes on from them.
 import csv
@@ -23,6 +24,7 @@ for place in (folder for name in (DATA, OUT) for folder in (Path(name), *Path(na
         raise WorkflowError(f"{place}: is a file in a folder's place; move it, or set data_folder or outputs_folder")
 PYTHON = sys.executable
 RUN = "{PYTHON:q} -m mupkg.report.batch {input[0]:q} {output.notebook:q} {params.notebook:q} --threads {threads}"
+TRAIN = RUN + " --one-gpu"
 EXPLORE = {"configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.explore}
 REPORT = {**COMMON, "configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.report}
 
@@ -82,7 +84,7 @@ rule stage1:
     resources:
         gpu=1,  # counts only where the number of GPUs is given; without one the notebook runs on the CPU
     shell:
-        RUN
+        TRAIN
 
 
 rule stage2:
@@ -101,7 +103,7 @@ rule stage2:
     resources:
         gpu=1,
     shell:
-        RUN
+        TRAIN
 
 
 rule evaluate:

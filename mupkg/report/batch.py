@@ -1,6 +1,6 @@
 """Running one notebook of a batch: the target is there only if the notebook ran to its end.
 
-    python -m mupkg.report.batch NOTEBOOK TARGET '{"parameter": value}' [--threads N]
+    python -m mupkg.report.batch NOTEBOOK TARGET '{"parameter": value}' [--threads N] [--one-gpu]
 
 Nothing heavy is imported here: the notebook's kernel does that once more anyway.
 """
@@ -13,11 +13,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import papermill
+from nbclient.exceptions import DeadKernelError
 
 from mupkg import repository
 
@@ -56,7 +57,12 @@ def one_gpu() -> Iterator[None]:
 
 
 def run_notebook(
-    notebook: str | Path, target: str | Path, parameters: Mapping[str, Any], *, threads: int = 1
+    notebook: str | Path,
+    target: str | Path,
+    parameters: Mapping[str, Any],
+    *,
+    threads: int = 1,
+    gpu_of_its_own: bool = False,
 ) -> None:
     """Execute a notebook with papermill from the repository's root, and put the executed one at `target`.
 
@@ -65,31 +71,48 @@ def run_notebook(
 
     Args:
         threads: of PyTorch and SimpleITK in the notebook's kernel.
+        gpu_of_its_own: take one of several GPUs, see `one_gpu`; for trainings.
 
     Raises:
         RuntimeError: naming the notebook, the failed cell's error, and where the failed notebook lies.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder")
     running, failed = (target.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
     os.environ |= dict.fromkeys(THREAD_VARIABLES, str(threads))  # the kernel inherits them
+    target.unlink(missing_ok=True)  # else a failure would leave what ran before, to be taken for this run's
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(running),
-            dict(parameters),
-            progress_bar=False,
-            cwd=repository(),
-            kernel_name="python3",
-            store_widget_state=False,  # megabytes that nothing shows: pictures stand for widgets
-            extra_arguments=["--log-level=40"],  # errors only: every kernel warns of unencrypted loopback otherwise
-        )
+        with one_gpu() if gpu_of_its_own else nullcontext():
+            papermill.execute_notebook(
+                str(notebook),
+                str(running),
+                dict(parameters),
+                progress_bar=False,
+                cwd=repository(),
+                kernel_name="python3",
+                store_widget_state=False,  # megabytes that nothing shows: pictures stand for widgets
+                extra_arguments=["--log-level=40"],  # errors only: a kernel warns of unencrypted loopback otherwise
+            )
     except papermill.PapermillExecutionError as error:
-        os.replace(running, failed)
-        message = f"{notebook} failed: {error.ename}: {error.evalue}\nIt is kept for reading: {failed}"
-        raise RuntimeError(message) from None
+        raise _failed(notebook, running, failed, f"{error.ename}: {error.evalue}") from None
+    except DeadKernelError:
+        reason = "its kernel died, killed or out of memory; free some, or choose a smaller batch_size or size"
+        raise _failed(notebook, running, failed, reason) from None
     os.replace(running, target)
     failed.unlink(missing_ok=True)
+
+
+def _failed(notebook: str | Path, running: Path, failed: Path, reason: str) -> RuntimeError:
+    os.replace(running, failed)
+    return RuntimeError(f"{notebook} failed: {reason}\nIt is kept for reading: {failed}")
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError("must be at least 1")
+    return int(text)
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -104,10 +127,14 @@ def main() -> None:
     parser.add_argument("notebook", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("parameters", type=json_object, help="a JSON object")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument(
+        "--one-gpu", action="store_true", help="of those CUDA_VISIBLE_DEVICES lists, a free one alone"
+    )
     arguments = parser.parse_args()
     try:
-        run_notebook(arguments.notebook, arguments.target, arguments.parameters, threads=arguments.threads)
+        options = {"threads": arguments.threads, "gpu_of_its_own": arguments.one_gpu}
+        run_notebook(arguments.notebook, arguments.target, arguments.parameters, **options)
     except RuntimeError as error:
         sys.exit(str(error))
     except (OSError, ValueError) as error:

@@ -142,6 +142,38 @@ def test_a_failed_notebook_is_kept_for_reading_and_its_target_is_not_there(tmp_p
     assert "03_stage2_training.ipynb" in str(failure.value)
 
 
+def test_a_rerun_that_fails_leaves_no_notebook_of_before(tmp_path: Path) -> None:
+    target = tmp_path / "03.ipynb"
+    target.write_text("of a run before")
+    with pytest.raises(RuntimeError, match="kept for reading"):
+        run_notebook(ROOT / "notebooks/03_stage2_training.ipynb", target, {"configuration": "UNet3"})
+    assert [path.name for path in tmp_path.iterdir()] == ["03.failed.ipynb"]
+
+
+def test_a_kernel_that_dies_is_told_with_its_notebook(tmp_path: Path) -> None:
+    cell = nbformat.v4.new_code_cell("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "dies.ipynb")
+    with pytest.raises(RuntimeError, match=r"(?s)dies\.ipynb failed: its kernel died, .* out of memory; .*kept for"):
+        run_notebook(tmp_path / "dies.ipynb", tmp_path / "out" / "dies.ipynb", {})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dies.failed.ipynb"]
+
+
+def test_a_folder_in_the_targets_place_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "04.ipynb").mkdir()
+    with pytest.raises(OSError, match=r"04\.ipynb is a folder"):
+        run_notebook(ROOT / "notebooks/04_evaluation.ipynb", tmp_path / "04.ipynb", {})
+
+
+def test_two_runs_go_at_once(study: Path) -> None:
+    """Both trainings of the study were at work at the same time, and disturbed each other in nothing."""
+    begun, ended = [], []
+    for run in RUNS:
+        times = nbformat.read(study / "outputs/smoke" / run / "03_stage2_training.ipynb", 4).metadata.papermill
+        begun.append(times.start_time)
+        ended.append(times.end_time)
+    assert max(begun) < min(ended)
+
+
 def test_a_misspelt_parameter_fails_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"unknown parameter 'phantom'; there are: .*phantoms"):
         run_notebook(

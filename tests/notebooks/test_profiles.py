@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import time
+import uuid
 from importlib.util import find_spec
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -57,28 +60,38 @@ def test_the_slurm_plugin_takes_its_profile(tmp_path):
 # One GPU for every notebook
 
 
-SHOW = """
-import os, sys
-from mupkg.report.batch import one_gpu
-with one_gpu():
-    print(os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
-    sys.stdin.read()
+CELL = """
+import os, pathlib, time
+pathlib.Path({seen!r}).write_text(str(os.environ.get("CUDA_VISIBLE_DEVICES")) + "!")
+while not pathlib.Path({go!r}).exists():
+    time.sleep(0.05)
 """
 
 
-def holders(folder, number, devices):
-    """Processes that hold a GPU each, started one after the other, and what each got."""
+def holders(folder, number, devices, *options):
+    """Batches whose notebooks are at work until `folder/go` is there, and the GPUs that each one's kernel sees."""
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | {"TMPDIR": str(folder)}
     environment |= {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment, "cwd": ROOT}
-    started = [subprocess.Popen([sys.executable, "-c", SHOW], **pipes) for _ in range(number)]
-    return started, [process.stdout.readline().strip() for process in started]
+    started, told = [], []
+    for _ in range(number):
+        told.append(folder / f"seen-{uuid.uuid4().hex}")
+        path = told[-1].with_suffix(".ipynb")
+        cell = nbformat.v4.new_code_cell(CELL.format(seen=str(told[-1]), go=str(folder / "go")))
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+        command = [sys.executable, "-m", "mupkg.report.batch", str(path), str(path.with_suffix(".done.ipynb")), "{}"]
+        started.append(subprocess.Popen([*command, *(options or ["--one-gpu"])], env=environment, cwd=ROOT))
+    until = time.monotonic() + 60
+    while not all(path.exists() and path.read_text() for path in told):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return started, [path.read_text().removesuffix("!") for path in told]
 
 
 def end(processes):
+    """Kill the batches; their kernels end by themselves."""
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def test_notebooks_at_work_have_a_gpu_each_and_a_killed_one_gives_it_back(tmp_path):
@@ -99,4 +112,16 @@ def test_notebooks_at_work_have_a_gpu_each_and_a_killed_one_gives_it_back(tmp_pa
 def test_with_one_gpu_or_none_nothing_is_chosen(tmp_path, devices, left):
     processes, got = holders(tmp_path, 1, devices)
     end(processes)
-    assert got == [left] and not list(tmp_path.iterdir())
+    assert got == [left] and not list(tmp_path.glob("*.lock"))
+
+
+def test_a_notebook_that_does_not_train_takes_no_gpu_from_those_that_do(tmp_path):
+    processes, got = holders(tmp_path, 1, "0,1", "--threads", "1")
+    end(processes)
+    assert got == ["0,1"] and not list(tmp_path.glob("*.lock"))
+
+
+def test_both_trainings_ask_for_a_gpu_of_their_own(tmp_path):
+    text = plan(tmp_path, "workstation", "--dry-run", "--printshellcmds")
+    asking = [line.split("notebooks/")[1].split()[0] for line in text.splitlines() if "--one-gpu" in line]
+    assert set(asking) == {"02_stage1_localization.ipynb", "03_stage2_training.ipynb"}
