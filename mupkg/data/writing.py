@@ -1,13 +1,19 @@
-"""Files that are whole or not there, and a fingerprint of what they hold."""
+"""Files that are whole or not there, a fingerprint of what they hold, and locks."""
 
 from __future__ import annotations
 
 import errno
+import getpass
+import glob
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
+from filelock import FileLock
 
 
 @contextmanager
@@ -20,6 +26,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".*.part.{glob.escape(path.name)}"):
+            if not psutil.pid_exists(int(left.name.split(".")[1])):  # of a process killed while it wrote
+                left.unlink()
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -56,3 +65,13 @@ def fingerprint(paths: Iterable[Path]) -> str:
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror or error}); make it again") from error
     return digest.hexdigest()[:16]
+
+
+def machine_lock(name: str, timeout_s: float = 0.0) -> FileLock:
+    """A lock of this name for all of a user's processes on this machine; it ends with its process, however that ends.
+
+    `acquire()` raises filelock.Timeout if another one holds it for `timeout_s` longer.
+    """
+    short = hashlib.sha256(name.encode()).hexdigest()[:16]
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    return FileLock(Path(tempfile.gettempdir()) / f"mupkg-{user}-{short}.lock", timeout_s)

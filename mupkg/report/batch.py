@@ -11,16 +11,17 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import papermill
+from filelock import Timeout
 from nbclient.exceptions import DeadKernelError
 
 from mupkg import repository
+from mupkg.data.writing import machine_lock
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
@@ -36,19 +37,13 @@ def one_gpu() -> Iterator[None]:
     if len(devices) < 2:
         yield
         return
-    import fcntl  # not on Windows
-
-    with ExitStack() as files:
+    with ExitStack() as held:
         chosen = devices[0]
         for device in devices:
-            name = f"mupkg-gpu-{os.getuid()}-{device.replace('/', '-')}.lock"
-            file = files.enter_context((Path(tempfile.gettempdir()) / name).open("a"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            chosen = device
-            break
+            with suppress(Timeout):
+                held.enter_context(machine_lock(f"GPU {device}"))
+                chosen = device
+                break
         os.environ["CUDA_VISIBLE_DEVICES"] = chosen  # the kernel inherits it
         try:
             yield

@@ -66,8 +66,9 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "cohort": {"spacing_mm": (6.0, 5.0, 5.0), "phantoms": 3, "phantom_spacing_mm": (7.0, 6.0, 6.0)},
         "stage1": {"steps": 12, "batch_size": 8, "filters": 4, "patch_size": 32, "learning_rate": 0.5},
-        "stage2": {"steps": 12, "batch_size": 8, "base_filters": 4, "embedding_dim": 8, "patch_size": 16}
-        | {"validate_every": 6, "learning_rate": 0.01},
+        # Just long enough that something is predicted and the first validation is not the best.
+        "stage2": {"steps": 60, "batch_size": 16, "base_filters": 4, "embedding_dim": 8, "patch_size": 16}
+        | {"validate_every": 10, "learning_rate": 0.5},
     },
     # Numbers that mean something, in minutes on two cores: coarse grid, narrow network.
     "quick": {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from filelock import Timeout
 from torch import Tensor, nn
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torch.utils.data import DataLoader, Dataset
@@ -25,11 +27,12 @@ from tqdm import tqdm
 from tqdm.auto import tqdm as notebook_tqdm
 
 from mupkg.data.patches import PatchSource
-from mupkg.data.writing import whole_file
+from mupkg.data.writing import machine_lock, whole_file
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.stages.runs import load_tensors, load_weights, save_tensors
 
 BEST, LAST, CHECKPOINT, HISTORY = "weights.safetensors", "last.safetensors", "checkpoint.safetensors", "history.csv"
+RESULTS = (BEST, LAST, HISTORY, "run.json", "metrics.csv", "regions.csv", "fingerprint.json")  # of either stage
 LOGS_PER_VALIDATION = 10
 MOST_OF_GPU = 0.5  # of its free memory, for the cohort; network, gradients and activations need the rest
 
@@ -70,7 +73,9 @@ def train(
     """Train, or go on where a broken-off training in the same folder stopped; the history, a row every few steps.
 
     The folder then holds the weights of the best validation DSC (used at test, reading R15) and the last ones,
-    the checkpoint, and history.csv. On a CPU the result is the same to the bit after a break.
+    the checkpoint, and history.csv. On a CPU the result is the same to the bit after a break, with the same number
+    of threads. A training that begins anew removes what an earlier one left there, results that follow from its
+    weights too. Weights and checkpoint name the machines and thread counts that made them, `made_on`.
 
     Under one of Accelerate's launchers every process takes batches of its own, normalises (batch norm) and draws
     by itself, and gradients are averaged; the first process validates and writes, history.csv tells of its batches.
@@ -88,10 +93,13 @@ def train(
             after every validation, and again after a break: to keep a film, say.
 
     Raises:
-        ValueError: if the folder holds the checkpoint of a run with other settings; for "fp16" without a GPU,
-            compile without a C++ compiler on a CPU, and processes that do not see each other.
-        FloatingPointError: if the loss is no longer finite.
+        ValueError: if the folder holds the checkpoint of a run with other settings, or another process trains in it;
+            for "fp16" without a GPU, compile without a C++ compiler on a CPU, and processes that do not see each
+            other.
+        FloatingPointError: if the loss or the validation DSC is no longer finite.
     """
+    if steps < 1 or validate_every < 1:
+        raise ValueError(f"steps and validate_every must be at least 1, not {steps} and {validate_every}")
     folder = Path(folder)
     metadata = json.loads(json.dumps(dict(metadata)))  # as it comes back from a file: lists for tuples
     _check_speed(precision, compile)  # before the precision is fixed for this process
@@ -106,32 +114,36 @@ def train(
         metadata["processes"] = accelerator.num_processes
         # Torch asks for SIGINT when the launcher dies, and in a process forked from a notebook's kernel that hangs.
         _prctl_pr_set_pdeathsig(signal.SIGKILL)  # Linux only; elsewhere it does nothing
-    if accelerator.is_main_process:
-        for left in folder.rglob(".*.part.*.safetensors"):  # of a process killed while it wrote
-            left.unlink()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    network = network.to(accelerator.device, memory_format=layout)
-    optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay)
-    generator = torch.Generator(accelerator.device)
-    first, history = _resume(folder / CHECKPOINT, network, optimizer, metadata, accelerator.scaler)
-    model, optimizer = accelerator.prepare(network, optimizer)
-    if compile:
-        model = torch.compile(model)  # a wrapper around the same weights; `network` keeps their plain names
-    best = max((row["validation_dsc"] for row in history if "validation_dsc" in row), default=-1.0)
-    if history and not (folder / BEST).exists():
-        raise ValueError(f"{folder / BEST}: is missing beside its checkpoint; delete {CHECKPOINT} to train anew")
-    log_every = max(1, validate_every // LOGS_PER_VALIDATION)
-    source = _nearest(source, accelerator)
-    window: dict[str, torch.Tensor | float] = {}
-    counted, started = 0, time.perf_counter()
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(_alone(folder))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        network = network.to(accelerator.device, memory_format=layout)
+        optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay)
+        generator = torch.Generator(accelerator.device)
+        history, made_on = _resume(folder / CHECKPOINT, network, optimizer, metadata, accelerator.scaler)
+        first = history[-1]["step"] if history else 0
+        metadata["made_on"] = _with_this_machine(made_on, accelerator) if first < steps else made_on
+        if accelerator.is_main_process and not history:
+            _start_anew(folder)
+        model, optimizer = accelerator.prepare(network, optimizer)
+        if compile:
+            model = torch.compile(model)  # a wrapper around the same weights; `network` keeps their plain names
+        best = max((row["validation_dsc"] for row in history if "validation_dsc" in row), default=-1.0)
+        if history and not (folder / BEST).exists():
+            raise ValueError(f"{folder / BEST}: is missing beside its checkpoint; delete {CHECKPOINT} to train anew")
+        log_every = max(1, validate_every // LOGS_PER_VALIDATION)
+        source = _nearest(source, accelerator)
+        window: dict[str, torch.Tensor | float] = {}
+        counted, started = 0, time.perf_counter()
 
-    shown = {"desc": "training", "unit": "step", "disable": not accelerator.is_main_process}
-    bar = progress(range(first, steps), initial=first, total=steps, **shown)
-    if on_validation and accelerator.is_main_process and not history:
-        on_validation(network, 0)
-    # Every process takes batches of its own.
-    numbers = [step * accelerator.num_processes + accelerator.process_index for step in range(first, steps)]
-    with closing(_batches(source, numbers, workers)) as batches:
+        shown = {"desc": "training", "unit": "step", "disable": not accelerator.is_main_process}
+        bar = progress(range(first, steps), initial=first, total=steps, **shown)
+        if on_validation and accelerator.is_main_process and not history:
+            on_validation(network, 0)
+        # Every process takes batches of its own.
+        numbers = [step * accelerator.num_processes + accelerator.process_index for step in range(first, steps)]
+        batches = stack.enter_context(closing(_batches(source, numbers, workers)))
         for step, (images, labels) in zip(bar, batches, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = poly_learning_rate(learning_rate, step, steps, power)
@@ -167,6 +179,8 @@ def train(
             history.append(row)
             if validating and accelerator.is_main_process:
                 dsc = row["validation_dsc"] = validate(network)
+                if not math.isfinite(dsc):
+                    raise FloatingPointError(f"{folder}: the validation DSC is {dsc} at step {done}; see `validate`")
                 bar.set_postfix(ce=f"{row['cross_entropy']:.3f}", dsc=f"{dsc:.3f}", refresh=False)
                 if dsc > best:
                     best, about = dsc, {**metadata, "step": done, "validation_dsc": dsc}
@@ -179,13 +193,48 @@ def train(
                 _checkpoint(folder / CHECKPOINT, network, optimizer, about)
             window, counted, started = {}, 0, time.perf_counter()
 
-    table = pd.DataFrame(history)
-    if accelerator.is_main_process:
-        save_tensors(network.state_dict(), folder / LAST, {**metadata, "step": steps})
-        with whole_file(folder / HISTORY) as temporary:
-            table.to_csv(temporary, index=False)
-    accelerator.wait_for_everyone()
-    return table
+        table = pd.DataFrame(history)
+        if accelerator.is_main_process:
+            save_tensors(network.state_dict(), folder / LAST, {**metadata, "step": steps})
+            with whole_file(folder / HISTORY) as temporary:
+                table.to_csv(temporary, index=False)
+        accelerator.wait_for_everyone()
+        return table
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The folder for this training alone."""
+    lock = machine_lock(f"training in {folder.resolve()}", timeout_s=15)  # a killed one's workers end in seconds
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder}: another process is training in it; wait for its end, or give this run another study or seed"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _start_anew(folder: Path) -> None:
+    """Remove what follows from the weights of an earlier training, else it would be taken for this one's."""
+    for name in RESULTS:
+        (folder / name).unlink(missing_ok=True)
+    for name in ("film", "predictions"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+
+
+def _with_this_machine(made_on: list[str], accelerator: Accelerator) -> list[str]:
+    """The machines a training has run on so far and this one; says so if it is another one, as rounding differs."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    this = f"{name}, {torch.get_num_threads()} thread(s)"
+    if made_on and made_on[-1] != this:
+        accelerator.print(f"goes on on {this}, begun on {made_on[-1]}: not to the bits of an undisturbed training")
+    return made_on if made_on[-1:] == [this] else [*made_on, this]
 
 
 def _check_speed(precision: str, compile: bool) -> None:
@@ -268,12 +317,12 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     metadata: Mapping[str, Any],
     scaler: torch.amp.GradScaler | None = None,
-) -> tuple[int, list[dict[str, float]]]:
-    """Put a checkpoint's state back, if there is one: the next step's number and the history so far."""
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Put a checkpoint's state back, if there is one: the history so far and the machines it was made on."""
     if not path.exists():
-        return 0, []
+        return [], []
     tensors, stored = load_tensors(path)
-    history, scale = stored.pop("history", None), stored.pop("scaler", None)
+    history, scale, made_on = (stored.pop(name, None) for name in ("history", "scaler", "made_on"))
     if not history:
         raise ValueError(f"{path}: is no checkpoint (it has no history); delete it to train anew")
     if stored != metadata:
@@ -292,4 +341,4 @@ def _resume(
     momentum = {int(n.removeprefix("momentum.")): t for n, t in tensors.items() if n.startswith("momentum.")}
     state["state"] = {number: {"momentum_buffer": tensor} for number, tensor in momentum.items()}
     optimizer.load_state_dict(state)
-    return history[-1]["step"], history
+    return history, made_on or []

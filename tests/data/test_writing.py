@@ -1,8 +1,14 @@
 """Files are whole or not there, and a fingerprint tells what they hold."""
 
-import pytest
+import os
+import subprocess
+import sys
+import tempfile
 
-from mupkg.data.writing import fingerprint, whole_file, write_text
+import pytest
+from filelock import Timeout
+
+from mupkg.data.writing import fingerprint, machine_lock, whole_file, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -42,3 +48,35 @@ def test_a_fingerprint_is_of_contents_alone(tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.mha: cannot be read \(No such file.*make it again"):
         fingerprint([tmp_path / "a.mha"])
+
+
+def test_what_a_killed_process_was_writing_goes_and_what_a_living_one_writes_stays(tmp_path):
+    parts = [tmp_path / f".{pid}.part.scan[1].mha" for pid in (2**30, os.getppid())]  # no process has the first
+    other = tmp_path / f".{2**30}.part.scan1.mha"
+    for path in (*parts, other):
+        path.write_text("half")
+    with whole_file(tmp_path / "scan[1].mha") as temporary:
+        temporary.write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["scan[1].mha", parts[1].name, other.name])
+
+
+HOLD = """
+import sys
+from mupkg.data.writing import machine_lock
+with machine_lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_ends_with_its_process_however_that_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    command = [sys.executable, "-c", HOLD, "a name"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"TMPDIR": str(tmp_path)}}
+    with subprocess.Popen(command, **pipes) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with machine_lock("another name"), pytest.raises(Timeout):
+            machine_lock("a name").acquire()
+        holder.kill()
+    with machine_lock("a name", timeout_s=5):
+        assert all(path.name.startswith("mupkg-") for path in tmp_path.iterdir())

@@ -56,11 +56,11 @@ def test_a_run_folder_holds_everything(study: Path) -> None:
         assert metrics["case_id"].tolist() == tests
         assert {"DSC", "ASD", "HD95", "DSC_all", "ASD_all"} <= set(metrics)
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        assert record["parameters"]["steps"] == 12
+        assert record["parameters"]["steps"] == 60
         assert {"data_fingerprint", "packages", "device", "threads", "training_seconds"} <= set(record)
         for name in ("weights", "last", "checkpoint", "localizer"):
             assert (folder / f"{name}.safetensors").stat().st_size > 1000
-        assert pd.read_csv(folder / "history.csv")["step"].iloc[-1] == 12
+        assert pd.read_csv(folder / "history.csv")["step"].iloc[-1] == 60
 
 
 def test_predictions_lie_on_the_scans_own_grids_and_segment_repeats_them(study: Path) -> None:

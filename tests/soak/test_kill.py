@@ -1,18 +1,26 @@
 """A study killed three times ends with the same bits as an undisturbed one; `make soak` does it twenty times."""
 
+import shutil
+
 import numpy as np
+import pandas as pd
 import pytest
+import SimpleITK as sitk
 from kill_study import (
     DATA,
+    MOMENTS,
     OUT,
+    ROOT,
     RUN,
     STAGE1,
     Moment,
     alive,
+    chosen,
     differences,
     finish,
     half_written,
     kill_study,
+    says_nothing,
     workplace,
     writes,
 )
@@ -40,7 +48,30 @@ def test_three_kills_leave_no_trace(undisturbed, tmp_path):
     assert kills["parts"].str.contains(".part.")[:2].all(), kills
     assert (kills["half_written"] == "").all(), kills
     assert differences(folder, undisturbed) == []
+    assert says_nothing(undisturbed) == []
     assert not alive(folder)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kills", [9, 20, 22, 50])
+def test_whatever_is_drawn_falls_into_every_notebook_and_into_a_file(kills, seed):
+    moments = chosen(kills, seed)
+    assert len(moments) == kills and moments == sorted(moments, key=MOMENTS.index)
+    assert {moment.notebook for moment in moments} == {path.name[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert any(moment.in_a_file for moment in moments)
+
+
+def test_a_study_that_says_nothing_is_noticed(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / RUN, tmp_path / RUN)
+    assert says_nothing(tmp_path) == []
+    (path,) = (tmp_path / RUN / "predictions").iterdir()
+    sitk.WriteImage(sitk.ReadImage(str(path)) * 0, str(path))
+    history = pd.read_csv(tmp_path / RUN / "history.csv")
+    history.assign(validation_dsc=history["validation_dsc"] * 0).to_csv(tmp_path / RUN / "history.csv", index=False)
+    assert [fault.split(": ")[1] for fault in says_nothing(tmp_path)] == [
+        "is empty",
+        "the first validation was the best",
+    ]
 
 
 def test_a_file_that_is_cut_or_differs_is_noticed(undisturbed, tmp_path):

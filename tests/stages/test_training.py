@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from watching import Watch
 from mupkg.configurations import build, configuration
 from mupkg.data.cohort import Cohort
 from mupkg.data.patches import PatchSource
+from mupkg.data.writing import machine_lock
 from mupkg.losses import LossTerms
 from mupkg.models import light_unet
 from mupkg.stages import training
@@ -136,6 +138,59 @@ def test_a_finished_run_is_not_trained_again(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "run")
     run(tmp_path / "run", validate=lambda network: pytest.fail("trained again"))
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_what_an_earlier_training_left_goes_when_it_begins_anew(tmp_path, whole):
+    """Else a kill halfway would leave its metrics beside other weights, to be taken for theirs."""
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / CHECKPOINT).unlink()
+    for name in ("metrics.csv", "run.json", "regions.csv", "film/000000.safetensors", "predictions/a.nii.gz", "mine"):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("of before")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", validate=breaking(1))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+    run(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_what_follows_from_a_training_stays_when_it_goes_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, validate=breaking(2))
+    (tmp_path / "film").mkdir()
+    (tmp_path / "film" / "000000.safetensors").write_text("a frame")
+    run(tmp_path)
+    assert (tmp_path / "film" / "000000.safetensors").exists()
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "machine_lock", lambda name, timeout_s: machine_lock(name, 0.1))
+
+    def validate(network):
+        with pytest.raises(
+            ValueError, match=rf"{tmp_path.name}: another process is training in it; wait for its end"
+        ):
+            run(tmp_path)
+        return mean_probability(network)
+
+    run(tmp_path, validate=validate)
+    run(tmp_path)  # it was given back
+
+
+def test_the_machines_and_threads_that_made_the_weights_are_told(tmp_path, capsys, whole):
+    made_on = [load_tensors(whole / name)[1]["made_on"] for name in (BEST, LAST, CHECKPOINT)]
+    assert made_on == [[f"{platform.machine()} CPU, 1 thread(s)"]] * 3
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, validate=breaking(2))
+    torch.set_num_threads(2)
+    try:
+        run(tmp_path)
+    finally:
+        torch.set_num_threads(1)
+    assert "2 thread(s), begun on " in capsys.readouterr().out
+    assert load_tensors(tmp_path / LAST)[1]["made_on"] == [f"{platform.machine()} CPU, {n} thread(s)" for n in (1, 2)]
+    run(tmp_path)  # nothing is left to do
+    assert "begun on" not in capsys.readouterr().out
 
 
 # Workers that cut batches ahead
@@ -520,6 +575,19 @@ def test_a_loss_that_is_not_finite_ends_it_before_weights_are_written(tmp_path, 
     with pytest.raises(FloatingPointError, match="at step 1; lower the learning rate"):
         train(network, loss, source, tmp_path, steps=4, validate=lambda n: 1.0, validate_every=2, metadata={})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_validation_that_is_no_number_ends_it(tmp_path, value):
+    with pytest.raises(FloatingPointError, match=r"the validation DSC is (nan|inf) at step 3; see `validate`"):
+        run(tmp_path, validate=lambda network: value)
+    assert not (tmp_path / BEST).exists()
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"validate_every": 0}])
+def test_nothing_to_do_is_refused(tmp_path, options):
+    with pytest.raises(ValueError, match="steps and validate_every must be at least 1"):
+        run(tmp_path, **options)
 
 
 # Who is asked
