@@ -149,9 +149,17 @@ def prepare(case: Case, preparation: Preparation) -> Prepared:
     prepared = body_crop(rescale(image, body, preparation), body)
     if case.label is None:
         return Prepared(prepared, None)
+    return Prepared(prepared, _label_on(prepared, sitk.DICOMOrient(case.label, "LPS")))
+
+
+def whole_label(case: Case, preparation: Preparation) -> sitk.Image:
+    """A case's label on its working grid before the body crop, to see what the crop has cost."""
     label = sitk.DICOMOrient(case.label, "LPS")
-    on_grid = sitk.Resample(label, prepared, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
-    return Prepared(prepared, on_grid)
+    return _label_on(resample(label, preparation.spacing_mm, label=True), label)
+
+
+def _label_on(grid: sitk.Image, label: sitk.Image) -> sitk.Image:
+    return sitk.Resample(label, grid, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
 
 
 def crop_region(prepared: sitk.Image, centre: Point, region_mm: Sequence[float]) -> sitk.Image:

@@ -15,7 +15,15 @@ from torch import nn
 
 from mupkg.data.cases import Case, Point
 from mupkg.data.cohort import FINGERPRINT, Cohort, recorded_cohort
-from mupkg.data.preprocessing import Prepared, array_spacing, centroid, crop_region, largest_component, resample
+from mupkg.data.preprocessing import (
+    Prepared,
+    array_spacing,
+    centroid,
+    crop_region,
+    largest_component,
+    resample,
+    whole_label,
+)
 from mupkg.data.writing import fingerprint, whole_file, write_text
 from mupkg.stages.landmarks import femoral_heads
 from mupkg.stages.slices import predict_volume
@@ -96,11 +104,18 @@ def locate(case: Case, prepared: sitk.Image, network: nn.Module, *, coarse_mm: f
     return Location(centre, rough, heads_centre, fallback)
 
 
-def coverage(label: sitk.Image, centre: Point, region_mm: Sequence[float]) -> float:
-    """Share of the label's voxels that the region around `centre` holds; NaN for an empty label."""
-    inside = np.count_nonzero(sitk.GetArrayFromImage(crop_region(label, centre, region_mm)))
-    whole = np.count_nonzero(sitk.GetArrayFromImage(label))
-    return inside / whole if whole else float("nan")
+def coverage(label: sitk.Image, centre: Point, region_mm: Sequence[float], whole: sitk.Image | None = None) -> float:
+    """Share of the voxels of `whole`, the label if None, that the label's region around `centre` holds.
+
+    Args:
+        label: prepared. whole: the label before the body crop, of which the region cannot hold more than is left.
+
+    Returns:
+        The share, rounded down to five digits, so that 1 means every voxel; NaN for an empty label.
+    """
+    regions = crop_region(label, centre, region_mm), whole if whole is not None else label
+    inside, there = (int(np.count_nonzero(sitk.GetArrayFromImage(region))) for region in regions)
+    return inside * 10**5 // there / 10**5 if there else float("nan")
 
 
 @dataclass(frozen=True)
@@ -194,7 +209,7 @@ def write_regions(
     """Locate every labelled case of a cohort, crop its region, and report how well that went.
 
     Columns of regions.csv: the centre and its two parts, what fell back to what, the distance of the centre and
-    of the coarse centre from the true centroid in mm, and the share of the prostate the region covers.
+    of the coarse centre from the true centroid in mm, and the share of the whole prostate the region covers.
     """
     folder, rows = Path(folder), []
     for name in ("regions.csv", FINGERPRINT):  # from here on the regions are in the making
@@ -212,7 +227,8 @@ def write_regions(
             known = (None,) * 3 if point is None else np.round(point, 4)
             row |= {f"{name}_{axis}": value for axis, value in zip("xyz", known, strict=True)}
             row[f"{name}_distance_mm"] = None if point is None else round(float(np.linalg.norm(truth - point)), 3)
-        row["covered"] = round(coverage(prepared.label, location.centre, region_mm), 5)
+        whole = whole_label(case, cohort.preparation)
+        row["covered"] = coverage(prepared.label, location.centre, region_mm, whole)
         rows.append(row)
     with whole_file(folder / "regions.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)

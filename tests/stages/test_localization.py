@@ -12,7 +12,7 @@ from torch import nn
 
 from mupkg.data.cases import Case
 from mupkg.data.cohort import FINGERPRINT, Cohort
-from mupkg.data.preprocessing import array_spacing, centroid, crop_region, prepare
+from mupkg.data.preprocessing import Preparation, array_spacing, centroid, crop_region, prepare, whole_label
 from mupkg.data.writing import write_text
 from mupkg.models import SegmentationOutput
 from mupkg.stages import localization
@@ -147,6 +147,29 @@ def test_coverage_by_hand():
     assert coverage(label, (11.5, 9.5, 9.5), (4, 4, 4)) == 0.5
     assert coverage(label, (40.0, 9.5, 9.5), (4, 4, 4)) == 0
     assert np.isnan(coverage(label * 0, (9.5, 9.5, 9.5), (4, 4, 4)))
+
+
+def test_what_the_body_crop_has_cost_is_not_covered():
+    voxels = np.full((8, 100, 100), -1000, np.int16)
+    voxels[:, 20:80, 20:80] = 40
+    image, label = (sitk.GetImageFromArray(array) for array in (voxels, np.zeros(voxels.shape, np.uint8)))
+    label[70:90, 45:55, 2:6] = 1  # 20 columns, of which 10 lie in the body
+    case, preparation = Case("cut", image, label), Preparation(spacing_mm=(1.0, 1.0, 1.0))
+    prepared, whole = prepare(case, preparation).label, whole_label(case, preparation)
+    centre = centroid(label)
+    assert coverage(prepared, centre, (40, 40, 40)) == 1
+    assert coverage(prepared, centre, (40, 40, 40), whole) == pytest.approx(
+        0.5, abs=0.11
+    )  # the body's own grid is coarse
+    assert coverage(prepared, centre, (40, 40, 6), whole) < 0.3
+
+
+def test_a_single_voxel_that_is_missing_shows():
+    label = sitk.Image((70, 60, 60), sitk.sitkUInt8) + 1
+    label.SetSpacing((1.0, 1.0, 1.0))
+    whole = sitk.Image(label)
+    label[0, 0, 0] = 0
+    assert 0.99999 <= coverage(label, centroid(whole), (90, 90, 90), whole) < 1
 
 
 def test_coverage_is_never_above_one(cohort):
