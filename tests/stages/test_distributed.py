@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,12 +122,12 @@ import os, socket, sys
 from pathlib import Path
 from accelerate import notebook_launcher
 sys.path.insert(0, {here!r})
-from two_processes import from_a_notebook
+from two_processes import launched
 os.environ["ACCELERATE_USE_CPU"] = "true"
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = str(free.getsockname()[1])
-notebook_launcher(from_a_notebook, (Path({folder!r}), {steps}), num_processes=2, use_port=port)
+notebook_launcher(launched, (Path({folder!r}), {steps}), num_processes=2, use_port=port)
 """
 
 
@@ -142,10 +143,24 @@ def launch_notebook(folder, steps):
     return subprocess.Popen(command, env=one_thread, start_new_session=True, **outputs)
 
 
-def test_a_notebook_launches_the_same_training(trained, tmp_path):
-    papermill = launch_notebook(tmp_path / "run", steps=6)
-    output, _ = papermill.communicate(timeout=120)
-    assert papermill.returncode == 0, output[-4000:]
+def accelerate_launch(folder, steps):
+    """`accelerate launch` as on a machine with two GPUs; the CPU stands for both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", port, str(SCRIPT), str(folder), "--launched", str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **outputs)
+
+
+@pytest.mark.parametrize("launch", [launch_notebook, accelerate_launch])
+def test_a_notebook_and_accelerate_launch_the_same_training(trained, tmp_path, launch):
+    launcher = launch(tmp_path / "run", steps=6)
+    output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, output[-4000:]
     folders = tmp_path / "run", trained / "whole"
     for name in (LAST, BEST, *(f"rank{rank}.safetensors" for rank in (0, 1))):
         (found, about), (wanted, wanted_about) = (load_tensors(folder / name) for folder in folders)
@@ -202,6 +217,28 @@ def endless(folder):
     launcher = launch(folder, "--endless", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_checkpoint(launcher, folder)
     return launcher, psutil.Process(launcher.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "the launcher is killed"])
+def test_no_process_of_accelerate_launch_survives_an_interrupt(tmp_path, how):
+    launcher, children = accelerate_launch(tmp_path / "run", steps=10**6), []
+    try:
+        wait_for_checkpoint(launcher, tmp_path / "run")
+        children = psutil.Process(launcher.pid).children(recursive=True)
+        assert len(children) >= 2
+        if how == "Ctrl-C":
+            os.killpg(launcher.pid, signal.SIGINT)
+        else:
+            launcher.kill()
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive
+        assert launcher.wait(timeout=30) != 0
+        load_tensors(tmp_path / "run" / CHECKPOINT)
+    finally:
+        for child in filter(psutil.Process.is_running, children):
+            child.kill()
+        launcher.kill()
+        launcher.stdout.close()
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "the launcher is killed"])

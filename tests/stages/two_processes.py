@@ -1,4 +1,8 @@
-"""Trainings by two CPU processes, for test_distributed.py to look at:  python two_processes.py FOLDER [--endless]"""
+"""Trainings by two CPU processes, for test_distributed.py to look at:
+
+python two_processes.py FOLDER [--endless]                      launches them itself
+accelerate launch ... two_processes.py FOLDER --launched STEPS  is one of them
+"""
 
 import sys
 from pathlib import Path
@@ -88,8 +92,8 @@ def main(folder, endless):
         train(folder / name, steps=2, name=name)
 
 
-def from_a_notebook(folder, steps):
-    """What each process of notebook_launcher does."""
+def launched(folder, steps):
+    """What each process of notebook_launcher or of `accelerate launch` does."""
     torch.set_num_threads(1)
     Accelerator()  # brings the processes together
     only_the_main_process_writes()
@@ -97,4 +101,7 @@ def from_a_notebook(folder, steps):
 
 
 if __name__ == "__main__":
-    debug_launcher(main, (Path(sys.argv[1]), "--endless" in sys.argv), num_processes=2)
+    if "--launched" in sys.argv:
+        launched(Path(sys.argv[1]), int(sys.argv[3]))
+    else:
+        debug_launcher(main, (Path(sys.argv[1]), "--endless" in sys.argv), num_processes=2)
