@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mupkg.data.writing import whole_file, write_text
+from mupkg.models import MULTIPLE
 
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at
+MOST = {"base_filters": MOST_CHANNELS // MULTIPLE, "embedding_dim": MOST_CHANNELS, "filters": MOST_CHANNELS}
 PACKAGES = ("mupkg", "torch", "SimpleITK", "numpy", "monai", "accelerate")
 
 
@@ -66,8 +68,8 @@ def require(metadata: Mapping[str, Any], names: Sequence[str], path: Path) -> No
     if missing:
         lacks = f"its metadata lacks {', '.join(missing)}"
         raise ValueError(f"{path}: holds weights of another network ({lacks}); copy this run's own file there")
-    for name in ("base_filters", "embedding_dim", "filters"):
-        if name in metadata and not (isinstance(metadata[name], int) and 0 < metadata[name] <= MOST_CHANNELS):
+    for name, most in MOST.items():
+        if name in metadata and not (isinstance(metadata[name], int) and 0 < metadata[name] <= most):
             raise ValueError(f"{path}: cannot be a network of {name} {metadata[name]!r}; copy the file again")
 
 

@@ -19,6 +19,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -36,11 +37,16 @@ from mupkg.data.sources import (
     sources_from_promise12,
     sources_from_table,
 )
+from mupkg.models import MULTIPLE
+from mupkg.stages.runs import MOST
 
 Size = Literal["smoke", "quick", "paper"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 PatchSize = Annotated[int, Field(ge=8, le=1024, multiple_of=8)]
 Extent = Annotated[float, Field(gt=0, le=1000)]  # mm
+# Upper bounds are far above all use: a slip of the keyboard is told here, not by an allocation that fails.
+Steps = Annotated[PositiveInt, Field(le=10**7)]
+BatchSize = Annotated[PositiveInt, Field(le=4096)]
 
 
 def check_name(value: str) -> str:
@@ -102,6 +108,15 @@ class Settings(BaseModel):
         optional = {name for name, field in cls.model_fields.items() if field.default is None}
         empty = (0, "", [], ())
         return {k: None if k in optional and not isinstance(v, bool) and v in empty else v for k, v in values.items()}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """True would pass for 1."""
+        values = value if isinstance(value, list | tuple) else (value,)
+        if cls.model_fields[info.field_name].annotation is not bool and any(isinstance(v, bool) for v in values):
+            raise ValueError("must not be True or False: it is no switch")
+        return value
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any], inputs: Sequence[str]) -> Self:
@@ -259,45 +274,51 @@ class StudySettings(Settings):
         return list(SIZES[self.size][self.stage])
 
 
-class Stage1Settings(StudySettings):
+class TrainingSettings(StudySettings):
+    """What both trainings are told."""
+
+    seed: Seed = 0
+    steps: Steps | None = None
+    batch_size: BatchSize | None = None
+    patch_size: PatchSize | None = None
+    learning_rate: PositiveFloat | None = None
+    precision: Literal["no", "bf16", "fp16"] = "no"
+
+    @model_validator(mode="after")
+    def _enough_to_normalise(self) -> Self:
+        """Batch norm cannot train on the one value a channel that three poolings leave of a single small patch."""
+        if self.sized("batch_size") * (self.sized("patch_size") // MULTIPLE) ** 2 < 2:
+            raise ValueError(f"patch_size {MULTIPLE} with batch_size 1 cannot be trained; one of them must be larger")
+        return self
+
+
+class Stage1Settings(TrainingSettings):
     """Notebook 02: the localizer and the region."""
 
     stage: ClassVar[str] = "stage1"
-    seed: Seed = 0
-    steps: PositiveInt | None = None
-    batch_size: PositiveInt | None = None
-    filters: PositiveInt | None = None
-    patch_size: PatchSize | None = None
-    learning_rate: PositiveFloat | None = None
+    filters: Annotated[PositiveInt, Field(le=MOST["filters"])] | None = None
     coarse_mm: PositiveFloat = 4.0
     region_mm: tuple[Extent, Extent, Extent] = (128.0, 128.0, 128.0)
-    precision: Literal["no", "bf16", "fp16"] = "no"
 
 
-class Stage2Settings(StudySettings):
+class Stage2Settings(TrainingSettings):
     """Notebook 03: one configuration, one seed."""
 
     stage: ClassVar[str] = "stage2"
     configuration: str = "MetricUNet-HCP"
-    seed: Seed = 0
-    steps: PositiveInt | None = None
-    batch_size: PositiveInt | None = None
-    base_filters: PositiveInt | None = None
-    embedding_dim: PositiveInt | None = None
-    patch_size: PatchSize | None = None
+    base_filters: Annotated[PositiveInt, Field(le=MOST["base_filters"])] | None = None
+    embedding_dim: Annotated[PositiveInt, Field(le=MOST["embedding_dim"])] | None = None
     validate_every: PositiveInt | None = None
-    learning_rate: PositiveFloat | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    anchors: PositiveInt = 20
-    pairs: PositiveInt = 1
+    anchors: Annotated[PositiveInt, Field(le=10_000)] = 20
+    pairs: Annotated[PositiveInt, Field(le=1000)] = 1
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.1
     margin: Annotated[float, Field(ge=0)] = 0.7
     metric_weight: Annotated[float, Field(ge=0)] = 0.01
     pair_weight: Annotated[float, Field(ge=0)] = 0.1
     pair_distance: Annotated[float, Field(ge=0)] = 0.01
     normalize: bool = False
-    precision: Literal["no", "bf16", "fp16"] = "no"
     channels_last: bool = True
     compile: bool = False
     workers: Annotated[int, Field(ge=0, le=64)] = 0

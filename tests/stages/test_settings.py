@@ -6,6 +6,7 @@ import pytest
 
 from mupkg import repository
 from mupkg.data.preprocessing import Preparation
+from mupkg.stages.runs import MOST, require
 from mupkg.stages.settings import (
     SIZES,
     CohortSettings,
@@ -100,6 +101,52 @@ def test_a_parameter_that_is_no_literal_is_not_passed_over():
     """It made the whole cell no parameters: every one of them was silently left at its default."""
     with pytest.raises(ValueError, match=r"parameter 'steps': must be a literal, not 'steps: int = 10 \* 60'"):
         told("seed: int = 5\nsteps: int = 10 * 60")
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    {
+        "steps": 10**7,
+        "batch_size": 4096,
+        "base_filters": 512,  # so that the lowest level, eight times as wide, has no more than 4096 channels
+        "embedding_dim": 4096,
+        "anchors": 10_000,
+        "pairs": 1000,
+    }.items(),
+)
+def test_a_number_that_no_memory_holds_is_refused(name, most):
+    """Regression: torch or numpy failed to allocate, hours later or in words that name no parameter."""
+    assert getattr(told(PARAMETERS, f"{name} = {most}"), name) == most
+    with pytest.raises(ValueError, match=rf"parameter {name}: .*less than or equal to {most} \(given: {most + 1}\)"):
+        told(PARAMETERS, f"{name} = {most + 1}")
+
+
+@pytest.mark.parametrize(("settings", "name"), [(Stage1Settings, "filters"), (Stage2Settings, "base_filters")])
+def test_what_may_be_trained_may_be_loaded(settings, name):
+    """Regression: a width was trained with that the saved file is then refused for."""
+    widest = {n: most for n, most in MOST.items() if n in settings.model_fields}
+    require(settings(**widest).model_dump(), (name,), Path("w"))
+    for wide in widest:
+        with pytest.raises(ValueError, match=wide):
+            settings(**{wide: widest[wide] + 1})
+        with pytest.raises(ValueError, match=f"cannot be a network of {wide}"):
+            require(widest | {wide: widest[wide] + 1}, (name,), Path("w"))
+
+
+@pytest.mark.parametrize("settings", [Stage1Settings, Stage2Settings])
+def test_a_batch_that_batch_norm_cannot_train_on_is_refused(settings):
+    with pytest.raises(ValueError, match=r"patch_size 8 with batch_size 1 .* one of them must be larger"):
+        told("patch_size = 8\nbatch_size = 1", settings=settings)
+    assert settings(patch_size=8, batch_size=2) != settings(patch_size=16, batch_size=1)
+
+
+@pytest.mark.parametrize("name", ["steps", "seed", "anchors", "learning_rate", "margin"])
+def test_a_switch_is_no_number(name):
+    with pytest.raises(ValueError, match=rf"parameter {name}: .*must not be True or False"):
+        told(PARAMETERS, f"{name} = True")
+    with pytest.raises(ValueError, match=r"region_mm: .*must not be True or False"):
+        Stage1Settings.from_notebook({"region_mm": [True, 90.0, 90.0]}, ["region_mm = []"])
+    assert told(PARAMETERS, "film = True").film
 
 
 def test_a_name_that_was_deleted_is_no_parameter():
