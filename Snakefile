@@ -12,7 +12,10 @@ from snakemake.exceptions import WorkflowError
 
 from mupkg.stages.settings import Study
 
-STUDY = Study.model_validate(config)
+try:
+    STUDY = Study.checked(config)
+except ValueError as error:
+    raise WorkflowError(f"the study file, or --config: {error}") from None
 DATA, OUT = f"{STUDY.data_folder}/{STUDY.cohort}", f"{STUDY.outputs_folder}/{STUDY.study}"
 FOLDERS = {"data_folder": STUDY.data_folder, "outputs_folder": STUDY.outputs_folder}
 PREPARE = {"cohort": STUDY.cohort, "size": STUDY.size, "data_folder": STUDY.data_folder, **STUDY.prepare}

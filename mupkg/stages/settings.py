@@ -129,10 +129,24 @@ class Settings(BaseModel):
             ValueError: naming every parameter that is wrong or unknown, and what is allowed.
         """
         names = {name for cell in inputs for name in _literal_assignments(cell, cls.model_fields)}
+        given = {name: namespace[name] for name in names if name in namespace}
+        return cls.checked(given, hint=" (mended it? restart the kernel)")
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any], *, without: Container[str] = (), hint: str = "") -> Self:
+        """The validated values.
+
+        Args:
+            without: known names that are not to be given here. hint: said of an unknown name.
+
+        Raises:
+            ValueError: naming every one that is wrong or unknown, and what is allowed.
+        """
         try:
-            return cls.model_validate({name: namespace[name] for name in names if name in namespace})
+            return cls.model_validate(values)
         except ValidationError as error:
-            raise ValueError(_explain(cls, error)) from None
+            known = ", ".join(name for name in cls.model_fields if name not in without)
+            raise ValueError(_explain(error, known + hint)) from None
 
 
 def _literal_assignments(cell: str, parameters: Container[str]) -> list[str]:
@@ -164,13 +178,12 @@ def _is_literal(value: ast.expr | None) -> bool:
     return True
 
 
-def _explain(model: type[Settings], error: ValidationError) -> str:
+def _explain(error: ValidationError, known: str) -> str:
     lines = []
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            known = ", ".join(model.model_fields)
-            lines.append(f"unknown parameter {name!r}; there are: {known} (mended it? restart the kernel)")
+            lines.append(f"unknown parameter {name!r}; there are: {known}")
         else:
             lines.append(f"parameter {name or 'combination'}: {fault['msg']} (given: {fault['input']!r})")
     return "\n".join(lines)
@@ -379,14 +392,24 @@ class ExploreSettings(Settings):
         return repository() / self.pictures_folder
 
 
+OF_THE_STUDY = ("study", "cohort", "size", "data_folder", "outputs_folder")  # what it tells every notebook
+SECTIONS: dict[str, tuple[type[Settings], tuple[str, ...]]] = {  # and what it tells this one beside
+    "prepare": (CohortSettings, ()),
+    "stage1": (Stage1Settings, ()),
+    "stage2": (Stage2Settings, ("configuration", "seed")),
+    "report": (ReportSettings, ("configurations", "seed")),
+    "explore": (ExploreSettings, ("configurations", "seed", "study_folder", "pictures_folder")),
+}
+
+
 class Study(Settings):
     """A study file of notebooks/studies: what a batch runs, and with which parameters."""
 
     study: FolderName
     cohort: FolderName
     size: Size = "quick"
-    configurations: tuple[str, ...]
-    seeds: tuple[Seed, ...] = (0,)
+    configurations: Annotated[tuple[str, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     data_folder: AnyPath = "data"
     outputs_folder: AnyPath = "outputs"
     source_folder: str = ""  # of notebook 00; here, so that --config source_folder=FOLDER can give it
@@ -396,26 +419,41 @@ class Study(Settings):
     report: dict[str, Any] = {}
     explore: dict[str, Any] = {}
     segment_case: bool = False
-    threads: dict[Literal["stage1", "stage2"], PositiveInt] = {"stage1": 2, "stage2": 1}
+    threads: dict[Literal["stage1", "stage2"], Annotated[PositiveInt, Field(strict=True)]] = {}
 
     @field_validator("configurations")
     @classmethod
     def _valid_configurations(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(configuration(name).name for name in value)
 
+    @field_validator("configurations", "seeds")
+    @classmethod
+    def _each_once(cls, value: tuple) -> tuple:
+        """Two runs would be written to one folder."""
+        if len(set(value)) < len(value):
+            raise ValueError(f"must name each one once, not {', '.join(map(str, value))}")
+        return value
+
+    @field_validator("threads")
+    @classmethod
+    def _threads_of_both(cls, value: dict[str, int]) -> dict[str, int]:
+        return {"stage1": 2, "stage2": 1} | value
+
     @model_validator(mode="after")
     def _parameters_of_the_notebooks(self) -> Self:
         """What the notebooks will be told is checked before the first one runs, not hours later."""
         source = {"source_folder": self.source_folder or "given later"}
-        for name, model, given in (
-            ("prepare", CohortSettings, source | self.prepare),
-            ("stage1", Stage1Settings, self.stage1),
-            ("stage2", Stage2Settings, self.stage2),
-            ("report", ReportSettings, self.report),
-            ("explore", ExploreSettings, self.explore),
-        ):
+        for section, (model, own) in SECTIONS.items():
+            given = getattr(self, section)
+            told = [name for name in (*OF_THE_STUDY, *own) if name in model.model_fields]
+            if taken := [name for name in told if name in given]:
+                raise ValueError(
+                    f"{section}: must leave out {', '.join(taken)}: what this notebook is told as {', '.join(told)} "
+                    "is set at the top of the study file"
+                )
+            sized = {"size": self.size} if "size" in model.model_fields else {}
             try:
-                model.model_validate(given)
-            except ValidationError as error:
-                raise ValueError(f"{name}: {_explain(model, error)}") from None
+                model.checked((source if section == "prepare" else {}) | sized | given, without=told)
+            except ValueError as error:
+                raise ValueError(f"{section}: {error}") from None
         return self

@@ -1,5 +1,7 @@
 """A notebook's parameters are right, or it fails before any work, naming the parameter and what is allowed."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -286,3 +288,68 @@ def test_a_study_file_is_checked():
         Study(study="s", cohort="c", configurations=["VNetty"])
     with pytest.raises(ValueError, match="seedz"):
         Study(study="s", cohort="c", configurations=["UNet"], seedz=[0])
+
+
+STUDY = {"study": "s", "cohort": "c", "configurations": ["UNet", "MetricUNet-HCP"]}
+
+
+@pytest.mark.parametrize(
+    ("section", "names"),
+    {
+        "prepare": ("cohort", "size", "data_folder"),
+        "stage1": ("study", "cohort", "size", "data_folder", "outputs_folder"),
+        "stage2": ("study", "cohort", "size", "data_folder", "outputs_folder", "configuration", "seed"),
+        "report": ("study", "cohort", "size", "data_folder", "outputs_folder", "configurations", "seed"),
+        "explore": ("study_folder", "pictures_folder", "configurations", "seed"),
+    }.items(),
+)
+def test_what_the_study_itself_sets_is_no_parameter_of_a_section(section, names):
+    """Regression: with `stage2: {seed: 3}` every run trained into the folder of seed 3, and none was found."""
+    for name in names:
+        with pytest.raises(ValueError, match=rf"{section}: must leave out {name}: .* at the top of the study file"):
+            Study.checked(STUDY | {section: {name: 3}})
+    with pytest.raises(ValueError, match=f"{section}: unknown parameter 'sede'; there are: ") as error:
+        Study.checked(STUDY | {section: {"sede": 3}})
+    allowed = str(error.value).split("there are: ")[1].split(" (given")[0].split(", ")
+    assert allowed and not set(names) & set(allowed)
+
+
+def test_what_the_study_does_not_set_is_left_to_its_sections():
+    sections = {"prepare": {"seed": 3, "source": "table"}, "stage1": {"seed": 2}, "stage2": {"film": True}}
+    sections |= {"report": {"cases": 2}, "explore": {"viewer": "slices"}}
+    study = Study.checked(STUDY | sections)
+    assert {name: getattr(study, name) for name in sections} == sections
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        ({"configurations": []}, "parameter configurations: .* at least 1 item"),
+        ({"seeds": []}, "parameter seeds: .* at least 1 item"),
+        ({"configurations": ["UNet", "UNet"]}, "parameter configurations: .*name each one once, not UNet, UNet"),
+        ({"configurations": ["MetricUNet-HC", "MetricUNet-CH"]}, "once, not MetricUNet-HC, MetricUNet-HC"),
+        ({"seeds": [1, 0, 1]}, "parameter seeds: .*name each one once, not 1, 0, 1"),
+        ({"threads": {"stage1": True}}, "threads.stage1: .*integer"),
+        ({"threads": {"stage3": 1}}, "threads.stage3.*'stage1' or 'stage2'"),
+        ({"size": "paper", "stage1": {"patch_size": 8, "batch_size": 1}}, "stage1: .*patch_size 8 with batch_size 1"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused_with_what_is_allowed(wrong, fault):
+    with pytest.raises(ValueError, match=fault):
+        Study.checked(STUDY | wrong)
+
+
+def test_threads_of_one_stage_leave_the_others_as_they_are():
+    assert Study.checked(STUDY).threads == {"stage1": 2, "stage2": 1}
+    assert Study.checked(STUDY | {"threads": {"stage1": 4}}).threads == {"stage1": 4, "stage2": 1}
+
+
+def test_a_slip_in_a_study_file_is_explained_by_the_batch(tmp_path):
+    """Regression: what pydantic says of it, with a link to its own pages."""
+    file = tmp_path / "study.yaml"
+    file.write_text("study: s\ncohort: c\nconfiguration: [UNet]\n", encoding="utf-8")
+    command = [sys.executable, "-m", "snakemake", "--configfile", str(file), "--dry-run", "--nolock"]
+    done = subprocess.run(command, cwd=repository(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 1
+    assert "unknown parameter 'configuration'; there are: study, cohort, size, configurations, seeds" in done.stdout
+    assert "pydantic" not in done.stdout and "kernel" not in done.stdout and "Traceback" not in done.stdout
