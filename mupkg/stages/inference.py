@@ -29,6 +29,7 @@ from mupkg.metrics import segmentation_metrics
 from mupkg.models import SegmentationNetwork, UNet, light_unet
 from mupkg.stages.localization import COARSE_CHANNELS, Location, Regions, locate
 from mupkg.stages.runs import load_tensors, load_weights, require
+from mupkg.stages.settings import Stage1Settings
 from mupkg.stages.slices import predict_volume
 from mupkg.stages.training import BEST, progress
 
@@ -150,9 +151,10 @@ class Pipeline:
         network, _ = load_network(Path(run_folder) / BEST)
         try:
             preparation = Preparation.model_validate(stage1["preparation"])
+            grid = Stage1Settings.checked({name: stage1[name] for name in ("coarse_mm", "region_mm")})
         except ValueError as error:
             raise ValueError(f"{Path(run_folder) / LOCALIZER}: is broken ({error}); copy the file again") from error
-        return cls(localizer, network, preparation, stage1["coarse_mm"], tuple(stage1["region_mm"]))
+        return cls(localizer, network, preparation, grid.coarse_mm, grid.region_mm)
 
     def __call__(
         self,
@@ -168,6 +170,9 @@ class Pipeline:
             largest: keep the largest component alone (reading R10).
             precision: of stage 2, see `predict_volume`.
         """
+        if not isinstance(image, sitk.Image):
+            kind = type(image).__name__
+            raise TypeError(f"{name}: must be a SimpleITK image, not {kind}; read it with mupkg.data.files.read_scan")
         case = checked_case(name, image, None, image_name="image", modality=self.preparation.modality)
         prepared = prepare(case, self.preparation).image
         location = locate(case, prepared, self.localizer, coarse_mm=self.coarse_mm)
@@ -187,5 +192,6 @@ def segment(image: sitk.Image, run_folder: str | Path, *, precision: Literal["no
 
     Raises:
         ValueError: if a part of the run is missing or broken, or the prostate cannot be located.
+        TypeError: if the image is none, a file's name say.
     """
     return Pipeline.load(run_folder)(image, precision=precision).mask

@@ -39,10 +39,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a safetensors file that `save_tensors` wrote.
 
     Raises:
-        ValueError: naming the file, if it is not there, cut short, or not such a file (a pickle, say).
+        ValueError: naming the file, if it is not there, may not be read, is cut short, or is not such a file (a
+            pickle, say).
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file; train the run first (notebooks 02 and 03)")
+    try:
+        with Path(path).open("rb"):  # safetensors would say that a file it may not read is not there
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); see to its permissions") from error
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get("mupkg")
@@ -74,7 +80,13 @@ def require(metadata: Mapping[str, Any], names: Sequence[str], path: Path) -> No
 
 
 def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Put weights into a network; ValueError naming the file if they belong to another one."""
+    """Put weights into a network; ValueError naming the file if they belong to another one or are not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():  # every mask would be empty, without a word
+            raise ValueError(
+                f"{path}: its {name} holds numbers that are not finite (NaN or infinity); train again, with a lower "
+                "learning_rate if the training diverged, or copy the file again"
+            )
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

@@ -310,7 +310,7 @@ class Stage1Settings(TrainingSettings):
 
     stage: ClassVar[str] = "stage1"
     filters: Annotated[PositiveInt, Field(le=MOST["filters"])] | None = None
-    coarse_mm: PositiveFloat = 4.0
+    coarse_mm: Extent = 4.0
     region_mm: tuple[Extent, Extent, Extent] = (128.0, 128.0, 128.0)
 
 

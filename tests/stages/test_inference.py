@@ -129,6 +129,14 @@ def test_a_scan_that_is_unfit_is_refused_by_name(scan, run_folder, spoil, fault)
         Pipeline.load(run_folder)(spoil(scan), name="P1")
 
 
+@pytest.mark.parametrize(("image", "kind"), [("scan.nii.gz", "str"), (np.zeros((9, 9, 9), np.int16), "ndarray")])
+def test_what_is_no_image_is_refused_with_how_to_read_one(run_folder, image, kind):
+    with pytest.raises(
+        TypeError, match=rf"must be a SimpleITK image, not {kind}; read it with mupkg.data.files.read_"
+    ):
+        segment(image, run_folder)
+
+
 @pytest.mark.parametrize("pixel", [sitk.sitkInt32, sitk.sitkFloat64])
 def test_the_type_of_the_voxels_does_not_matter(scan, run_folder, heads, pixel):
     """But for the rounding of a resampled int16."""
@@ -171,6 +179,30 @@ def test_weights_that_do_not_fit_their_own_metadata_are_named(copied):
     save_tensors(tensors, copied / BEST, metadata | {"configuration": "UNet++"})
     with pytest.raises(ValueError, match=rf"{BEST}: holds weights of another network"):
         load_network(copied / BEST)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("region_mm", v) for v in (None, 0, "x", 96.0, [96.0, 120.0], [96.0, -120.0, 120.0], [96.0, 120.0, 1e5])],
+        *[("coarse_mm", v) for v in (None, 0, -4.0, "x", [8.0], 1e5, float("nan"), True)],
+    ],
+)
+def test_a_grid_that_cannot_be_is_named_with_its_file(copied, name, value):
+    tensors, metadata = load_tensors(copied / LOCALIZER)
+    save_tensors(tensors, copied / LOCALIZER, metadata | {name: value})
+    with pytest.raises(ValueError, match=rf"{LOCALIZER}: is broken \(parameter {name}.*copy the file again"):
+        Pipeline.load(copied)
+
+
+@pytest.mark.parametrize("file", [LOCALIZER, BEST])
+def test_weights_that_are_not_finite_are_refused_by_name(scan, copied, file):
+    """Regression: NaN in the weights gave an empty mask without a word."""
+    tensors, metadata = load_tensors(copied / file)
+    tensors["head.1.bias"][1] = float("nan")
+    save_tensors(tensors, copied / file, metadata)
+    with pytest.raises(ValueError, match=rf"{file}: its head.1.bias holds numbers that are not finite"):
+        segment(scan, copied)
 
 
 # The largest component

@@ -1,5 +1,6 @@
 """Weights are read back to the bit or refused by name; a run's record says what it takes to repeat it."""
 
+import errno
 import json
 import pickle
 from pathlib import Path
@@ -62,6 +63,30 @@ def test_a_file_of_somebody_else_is_refused(tmp_path):
 def test_weights_of_another_network_are_refused_by_name(other):
     with pytest.raises(ValueError, match=r"^w\.safetensors: holds weights of another network \("):
         load_weights(UNet(3, 2, 4), other.state_dict(), Path("w.safetensors"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_and_the_network_stays_as_it_was(value):
+    network, tensors = UNet(3, 2, 4), UNet(3, 2, 4).state_dict()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    load_weights(UNet(3, 2, 4), tensors, Path("w.safetensors"))
+    tensors["head.0.0.weight"][1, 2] = value
+    with pytest.raises(ValueError, match=r"^w\.safetensors: its head\.0\.0\.weight holds .* not finite .*; train"):
+        load_weights(network, tensors, Path("w.safetensors"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_file_that_may_not_be_read_is_not_called_broken(tmp_path, monkeypatch):
+    """Regression: it was told to train again."""
+    path = tmp_path / "w.safetensors"
+    save_tensors(TENSORS, path, {})
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)  # not by its permissions: root may read everything
+    with pytest.raises(ValueError, match=r"w\.safetensors: cannot be read \(Permission denied\); see to its perm"):
+        load_tensors(path)
 
 
 def test_lacking_metadata_is_named():
