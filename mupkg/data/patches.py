@@ -20,7 +20,7 @@ class PatchSource:
     batch number i holds depends on the seed and i alone, so that a broken-off training goes on exactly.
 
     Args:
-        images, labels: prepared volumes (z, y, x), uint8; memory-mapped arrays do.
+        images, labels: prepared volumes (z, y, x), uint8 (labels may be bool); memory-mapped arrays do.
         patch_size: height and width of a patch in voxels.
         channels: neighbouring slices that go in (odd): 3 in stage 2, 5 in stage 1.
         batch_size: patches in a batch.
@@ -50,6 +50,10 @@ class PatchSource:
                 raise ValueError(f"volume {number}: image {image.shape} and label {label.shape} must be equal and 3D")
             if image.dtype != np.uint8:
                 raise ValueError(f"volume {number}: is {image.dtype}; a prepared volume is uint8, 0 to 255")
+            if label.dtype not in (np.uint8, np.bool_):  # 0.9 would become 0 and 257 become 1 without a word
+                raise ValueError(
+                    f"volume {number}: its label is {label.dtype}; make it uint8 or bool, 1 for prostate"
+                )
         smallest = (channels, *patch_size)
         self.images = [_pad(image, smallest) for image in images]
         self.labels = [_pad(label, smallest) for label in labels]

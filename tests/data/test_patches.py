@@ -176,6 +176,24 @@ def test_what_cannot_be_is_refused(images, labels, options, fault):
         PatchSource(*volumes, **options)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.int16, np.int8, np.uint16])
+def test_labels_that_would_be_wrapped_or_cut_off_are_refused(dtype):
+    """Regression: 0.9 was trained on as 0, and 257 as 1."""
+    image, label = np.zeros((5, 9, 9), np.uint8), np.ones((5, 9, 9))
+    with pytest.raises(ValueError, match=rf"volume 1: its label is {np.dtype(dtype)}; make it uint8 or bool"):
+        PatchSource([image] * 2, [label.astype(np.uint8), label.astype(dtype)], patch_size=(4, 4))
+
+
+def test_boolean_labels_are_labels():
+    image, label = coded((5, 9, 9)), coded((5, 9, 9), 1) % 2
+    plain, boolean = (
+        PatchSource([image], [of], patch_size=(4, 4), batch_size=3) for of in (label, label.astype(bool))
+    )
+    for source in (boolean, boolean.to("cpu")):
+        labels = source.batch(0)[1]
+        assert labels.dtype == torch.int64 and torch.equal(labels, plain.batch(0)[1])
+
+
 def test_unprepared_volumes_are_refused():
     """Values 0 to 1 would all become 0 without a word."""
     with pytest.raises(ValueError, match="is float32; a prepared volume is uint8"):
