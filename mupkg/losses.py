@@ -134,7 +134,11 @@ class SegmentationMetricLoss(nn.Module):
         """All terms for one batch; `generator` lives on the labels' device and drives every draw.
 
         Labels are 0 and 1; -100 marks voxels that neither cross-entropy nor the samplers look at.
+
+        Raises:
+            ValueError: if the shapes do not fit each other, with what to do.
         """
+        self._check_shapes(output, labels)
         cross_entropy = voxel_cross_entropy(output.logits.float(), labels.long())
         if not self.samplers:
             return LossTerms(cross_entropy, cross_entropy, {})
@@ -149,3 +153,18 @@ class SegmentationMetricLoss(nn.Module):
             for sampler, (_, valid) in zip(self.samplers, draws, strict=True)
         }
         return LossTerms(cross_entropy + self.weight * sum(metric.values()), cross_entropy, metric)
+
+    def _check_shapes(self, output: SegmentationOutput, labels: Labels) -> None:
+        """Shapes alone, which a GPU need not be waited for. Embeddings of another grid would be of other voxels."""
+        logits, embeddings, grid = tuple(output.logits.shape), tuple(output.embeddings.shape), tuple(labels.shape)
+        cure = None
+        if grid[:1] + grid[2:] == logits[:1] + logits[2:] and grid[1:2] == (1,):
+            cure = "squeeze the labels' channel axis, labels[:, 0]"
+        elif grid != logits[:1] + logits[2:]:
+            cure = "labels are (N, *spatial) on the grid of the logits (N, classes, *spatial)"
+        elif logits[1] < 2:
+            cure = "let the network give a logit for background and one for foreground"
+        elif self.samplers and embeddings[:1] + embeddings[2:] != grid:
+            cure = "embeddings are wanted on the labels' grid; EmbeddingTap brings smaller ones to it"
+        if cure:
+            raise ValueError(f"logits {logits}, embeddings {embeddings} and labels {grid} do not fit: {cure}")

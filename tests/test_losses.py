@@ -291,6 +291,38 @@ def test_half_precision_outputs_give_a_float32_loss(dtype):
     assert halves.embeddings.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("spatial", [(8, 8), (6, 7, 8)], ids=["2D", "3D"])
+@pytest.mark.parametrize(
+    ("spoil", "cure"),
+    [
+        (lambda logits, embeddings, labels: (logits, embeddings, labels[:, None]), r"squeeze .*, labels\[:, 0\]"),
+        (lambda logits, embeddings, labels: (logits, embeddings, labels[1]), "on the grid of the logits"),
+        (lambda logits, embeddings, labels: (logits, embeddings, labels[:2]), "on the grid of the logits"),
+        (lambda logits, embeddings, labels: (logits[..., 1:], embeddings, labels), "on the grid of the logits"),
+        (lambda logits, embeddings, labels: (logits[:, :1], embeddings, labels), "a logit for background and one"),
+        (lambda logits, embeddings, labels: (logits, embeddings[..., ::2], labels), "EmbeddingTap brings"),
+        (lambda logits, embeddings, labels: (logits, embeddings.repeat_interleave(2, -1), labels), "EmbeddingTap"),
+        (lambda logits, embeddings, labels: (logits, embeddings[:2], labels), "on the labels' grid"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_told_with_the_way_out(spatial, spoil, cure, unchecked):
+    """Regression: embeddings on a larger grid gave a loss of the wrong voxels; the others raw errors of torch."""
+    output, labels = batch(spatial)
+    logits, embeddings, labels = spoil(*output, labels)
+    with pytest.raises(ValueError, match=cure) as error:
+        SegmentationMetricLoss([RandomSampler(3)])(SegmentationOutput(logits, embeddings), labels, seeded())
+    shapes = (tuple(tensor.shape) for tensor in (logits, embeddings, labels))
+    assert "logits {}, embeddings {} and labels {}".format(*shapes) in str(error.value)
+
+
+def test_a_single_image_of_a_single_row_or_slice_is_no_channel_axis():
+    for spatial in ((1, 8), (1, 7, 8)):
+        labels = torch.zeros(1, *spatial, dtype=torch.int64)
+        labels[..., :3] = 1
+        output = SegmentationOutput(torch.zeros(1, 2, *spatial), torch.zeros(1, 4, *spatial))
+        assert SegmentationMetricLoss([RandomSampler(3)])(output, labels, seeded()).total.isfinite()
+
+
 def test_a_sampler_may_not_be_there_twice():
     with pytest.raises(ValueError, match="once, not R, R"):
         SegmentationMetricLoss([RandomSampler(), RandomSampler(5)])
