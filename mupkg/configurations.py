@@ -69,8 +69,11 @@ def configuration(name: str) -> Configuration:
     )
 
 
+_by_name = configuration  # `build` has a parameter of that name
+
+
 def build(
-    configuration: Configuration,
+    configuration: Configuration | str,
     in_channels: int = 3,
     base_filters: int = 32,
     embedding_dim: int = 256,
@@ -88,9 +91,19 @@ def build(
     """The network and the loss of a configuration; the defaults are the paper's numbers.
 
     Args:
+        configuration: one, or its name.
         anchors, pairs: k and m. threshold: tau. margin: sigma. weight: lambda.
         pair_weight, pair_distance: beta and epsilon, used by the P configurations only.
+
+    Raises:
+        ValueError: for an unknown name, and for an option that makes no sense, naming it.
     """
+    if isinstance(configuration, str):
+        configuration = _by_name(configuration)
+    sizes = {"in_channels": in_channels, "base_filters": base_filters, "embedding_dim": embedding_dim}
+    for name, value in (sizes | {"num_classes": num_classes}).items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     backbone = UNet if configuration.backbone == "UNet" else UNetPlusPlus
     network = backbone(in_channels, base_filters, embedding_dim, num_classes, separate=configuration.separate)
     samplers = []

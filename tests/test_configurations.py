@@ -156,3 +156,22 @@ def test_build_passes_every_parameter_on(backbone):
     metric = loss.metric_loss
     assert (metric.margin, metric.pair_weight, metric.pair_distance, metric.normalize) == (0.9, 0.2, 0.04, True)
     assert loss.weight == 0.05
+
+
+def test_build_takes_a_name_too():
+    (network, loss), (wanted, wanted_loss) = (
+        build(chosen, base_filters=2, embedding_dim=4)
+        for chosen in ("MetricUNet++-CHP-Sep", configuration("MetricUNet++-HCP-Sep"))
+    )
+    assert str(network) == str(wanted) and network.separate is wanted.separate is True
+    assert [s.letter for s in loss.samplers] == [s.letter for s in wanted_loss.samplers] == ["H", "C"]
+    with pytest.raises(ValueError, match="unknown configuration 'VNet'; valid names are"):
+        build("VNet")
+
+
+@pytest.mark.parametrize("name", ["in_channels", "base_filters", "embedding_dim", "num_classes"])
+@pytest.mark.parametrize("value", [0, -3, 2.5, True, "8"])
+def test_sizes_that_make_no_sense_are_refused_by_name(name, value, unchecked):
+    """Regression: with 0 filters there was a network without weights."""
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, not {value!r}"):
+        build(configuration("UNet"), **{name: value})
