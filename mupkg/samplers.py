@@ -58,7 +58,9 @@ def draw_without_replacement(
 ) -> Int[Tensor, "n count"]:
     """`count` distinct uniform draws; in rows with fewer candidates, draws with replacement (reading R5)."""
     repeated = draw_with_replacement(candidates, count, generator)
-    keys = torch.rand(candidates.shape, generator=generator, device=candidates.device)
+    # float32 keys are multiples of 2^-24: in a large scan many are equal, and topk chooses unfairly among these.
+    precise = torch.float64 if candidates.shape[1] > 2**22 else torch.float32
+    keys = torch.rand(candidates.shape, generator=generator, device=candidates.device, dtype=precise)
     keys = keys.masked_fill_(~candidates, -1.0)
     distinct = keys.topk(min(count, keys.shape[1]), dim=1).indices
     enough = candidates.sum(dim=1, keepdim=True) >= count
@@ -96,7 +98,13 @@ class Sampler:
         foreground_probability: Float[Tensor, "n *spatial"] | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[VoxelTuples, Bool[Tensor, " t"]]:
-        """Exactly N * k * m tuples, and which of them are valid. Never waits for the device."""
+        """Exactly N * k * m tuples, and which of them are valid. Never waits for the device.
+
+        Raises:
+            ValueError: for labels without a batch axis, or probabilities of another shape.
+        """
+        if labels.ndim < 3:  # rows would be taken for images
+            raise ValueError(f"labels must be (N, *spatial), not {tuple(labels.shape)}; of one image, labels[None]")
         if foreground_probability is not None and foreground_probability.shape != labels.shape:
             raise ValueError(
                 f"labels are {tuple(labels.shape)} but the probabilities {tuple(foreground_probability.shape)}"

@@ -113,6 +113,14 @@ def test_hard_negative_without_probability_or_with_one_of_another_shape_is_refus
         HardNegativeSampler().draw(LABELS, PROBABILITY[:1])
 
 
+@pytest.mark.parametrize("letter", SAMPLERS)
+def test_labels_without_a_batch_axis_are_refused(letter):
+    """Regression: the rows of an image were taken for images."""
+    with pytest.raises(ValueError, match=r"labels must be \(N, \*spatial\), not \(5, 6\); of one image, labels"):
+        SAMPLERS[letter]()(LABELS[0], PROBABILITY[0], seeded())
+    assert len(SAMPLERS[letter](4)(LABELS[:1], PROBABILITY[:1], seeded()).anchors) == 4
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
 @pytest.mark.parametrize("letter", SAMPLERS)
 def test_labels_of_any_whole_or_boolean_type_give_the_same_tuples(letter, dtype):
@@ -225,6 +233,26 @@ def test_every_voxel_of_a_large_scan_can_be_drawn():
     drawn = draw_with_replacement(torch.ones(1, 2**25, dtype=torch.bool), 2000, seeded())
     assert looks_uniform((drawn % 2).flatten().tolist(), [0, 1])
     assert looks_uniform((drawn // 2**22).flatten().tolist(), range(8))
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_the_keys_of_a_large_scan_tell_its_voxels_apart(extra, monkeypatch):
+    """Regression: of 2^25 candidates float32 keys are half as many, and of equal ones the first were drawn."""
+    rand, keys = torch.rand, []
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: keys.append(rand(*a, **k)) or keys[-1].clone())
+    candidates = torch.ones(1, 2**22 + extra, dtype=torch.bool)
+    drawn = draw_without_replacement(candidates, 20, seeded())
+    assert torch.equal(drawn, keys[0].topk(20).indices)
+    assert (len(keys[0].unique()) == candidates.numel()) is bool(extra)
+
+
+def test_the_draws_of_a_patch_are_by_float32_keys():
+    """So that a training repeats what was trained before there were others."""
+    candidates, generator = torch.rand(3, 4096, generator=seeded(1)) < 0.3, seeded()
+    drawn = draw_without_replacement(candidates, 20, generator)
+    generator = seeded()
+    draw_with_replacement(candidates, 20, generator)
+    assert torch.equal(drawn, torch.rand(3, 4096, generator=generator).where(candidates, -1).topk(20).indices)
 
 
 MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=12))
