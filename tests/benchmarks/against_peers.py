@@ -1,4 +1,4 @@
-"""Patches, metrics and the training loop against what a user would take instead."""
+"""Patches and metrics against what a user would take instead."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import compare, isolated, memory_mb, row, seconds
+from measuring import compare, isolated, memory_mb, seconds
 from scipy import ndimage
 
-from mupkg.configurations import build, configuration
 from mupkg.data.patches import PatchSource
 from mupkg.metrics import segmentation_metrics
-from mupkg.stages.training import train
 
 
 def patches(repeats: int, quick: bool = False) -> list[dict]:
@@ -123,36 +121,3 @@ def metrics_of_a_scan() -> dict[str, float]:
     idle = memory_mb("VmRSS")
     segmentation_metrics(*masks[:, 80:90], spacing_mm=(1, 1, 1))
     return {"ms": 1e3 * seconds(lambda: segmentation_metrics(*masks, spacing_mm=(1, 1, 1))), "idle_mb": idle}
-
-
-def training_loop(repeats: int, quick: bool = False) -> list[dict]:
-    """`train` against the bare forward + backward + SGD on the same batches; bar 3 % more on a CPU."""
-    rng = np.random.default_rng(0)
-    volumes = [rng.integers(0, 255, (32, 128, 128), dtype=np.uint8) for _ in range(4)]
-    labels = [(v > 200).astype(np.uint8) for v in volumes]
-    source = PatchSource(volumes, labels, batch_size=8)
-    steps = 5 if quick else 20
-
-    def bare() -> float:
-        network, loss = build(configuration("MetricUNet-HCP"), base_filters=16, embedding_dim=64)
-        network = network.to(memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
-        batches = [source.batch(step) for step in range(steps)]
-        return seconds(lambda: [_step(network, loss, optimizer, *batch) for batch in batches])
-
-    def ours() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            network, loss = build(configuration("MetricUNet-HCP"), base_filters=16, embedding_dim=64)
-            history = train(
-                network, loss, source, folder, steps=steps, validate=lambda n: 0.0, validate_every=steps, metadata={}
-            )
-        return float((history["seconds"] * history["step"].diff().fillna(history["step"].iloc[0])).sum())
-
-    times = [(ours(), bare()) for _ in range(repeats)]
-    return [row(f"{steps} training steps, width 16", *zip(*times, strict=True), "bare loop")]
-
-
-def _step(network, loss, optimizer, images, labels) -> None:
-    optimizer.zero_grad()
-    loss(network(images.to(memory_format=torch.channels_last)), labels).total.backward()
-    optimizer.step()

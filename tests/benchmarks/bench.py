@@ -2,6 +2,8 @@
 
     python tests/benchmarks/bench.py [NAME ...] [--quick] [--threads N] [--device cuda]
 
+With a GPU those of `ON_A_GPU` run there; they need PyTorch, NumPy, pandas and Accelerate, no peer and no SimpleITK.
+
 Every comparison is interleaved (ours, peer, ours, peer, ...), because a machine's speed drifts; the ratio is the
 median of the pairs' ratios and the spread their quartiles. Each table is kept under results/ with device and date.
 """
@@ -9,6 +11,8 @@ median of the pairs' ratios and the spread their quartiles. Each table is kept u
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import platform
 import time
 from datetime import date
@@ -16,19 +20,24 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from against_peers import metrics, patches, training_loop
-from exploring import exploring
-from growth import growth
-from metric_loss import against_all_pairs, metric_branch, step
-from whole_chain import whole_chain
 
 from mupkg.data.writing import whole_file, write_text
 
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = {
-    f.__name__: f
-    for f in (metric_branch, against_all_pairs, step, patches, metrics, training_loop, growth, whole_chain, exploring)
+BENCHMARKS = {  # and the module of each; imported when it runs, so that nobody needs every peer
+    "metric_branch": "metric_loss",
+    "against_all_pairs": "metric_loss",
+    "step": "metric_loss",
+    "patches": "against_peers",
+    "metrics": "against_peers",
+    "training_loop": "training",
+    "loader": "training",
+    "repeating": "training",
+    "growth": "growth",
+    "whole_chain": "whole_chain",
+    "exploring": "exploring",
 }
+ON_A_GPU = ("metric_branch", "step", "training_loop", "loader")
 TWO_THREADS = ("whole_chain",)  # minutes on one
 COLUMNS = {
     "benchmark": "the function of tests/benchmarks that measured it; its first line says what and by which bar",
@@ -67,20 +76,26 @@ def as_markdown(table: pd.DataFrame, command: str, device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=list(BENCHMARKS), help=f"of {', '.join(BENCHMARKS)}; all of them")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all of them")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help=f"of PyTorch; {', '.join(TWO_THREADS)}: at least 2")
     parser.add_argument("--quick", action="store_true", help="small versions, to see that they run; nothing is kept")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the benchmark `step`")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help=f"of {', '.join(ON_A_GPU)}")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(BENCHMARKS):
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    cuda = arguments.device == "cuda"
+    arguments.names = arguments.names or list(ON_A_GPU if cuda else BENCHMARKS)
+    if cuda and (elsewhere := set(arguments.names) - set(ON_A_GPU)):
+        parser.error(f"{', '.join(sorted(elsewhere))}: not on a GPU, where there are {', '.join(ON_A_GPU)}")
+    os.environ["ACCELERATE_USE_CPU"] = str(not cuda).lower()  # else a training would take the GPU by itself
     rows = []
     for name in arguments.names:
         started = time.perf_counter()
         torch.set_num_threads(max(2, arguments.threads) if name in TWO_THREADS else arguments.threads)
-        options = {"device": arguments.device} if name == "step" else {}
-        found = BENCHMARKS[name](arguments.repeats, arguments.quick, **options)
+        options = {"device": arguments.device} if name in ON_A_GPU else {}
+        benchmark = getattr(importlib.import_module(BENCHMARKS[name]), name)
+        found = benchmark(arguments.repeats, arguments.quick, **options)
         rows += [{"benchmark": name, **row} for row in found]
         print(in_words(rows).tail(len(found)).dropna(axis=1, how="all").round(4).to_string(index=False))
         print(f"{name}: {time.perf_counter() - started:.0f} s\n", flush=True)
@@ -93,7 +108,7 @@ def keep(rows: list[dict], arguments: argparse.Namespace) -> None:
     processor = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU"
     threads = f"{arguments.threads} thread(s), in {', '.join(TWO_THREADS)} {max(2, arguments.threads)}"
     device = f"{processor}, {threads}, {platform.system()}, PyTorch {torch.__version__}"
-    whole = list(arguments.names) == list(BENCHMARKS)
+    whole = arguments.names == list(ON_A_GPU if arguments.device == "cuda" else BENCHMARKS)
     stem = "-".join([arguments.device, platform.machine(), f"{arguments.threads}thread", f"{date.today():%Y-%m-%d}"])
     stem += "" if whole else "-" + "-".join(arguments.names)
     with whole_file(RESULTS / f"{stem}.csv") as temporary:

@@ -14,6 +14,7 @@ from mupkg.models import SegmentationOutput
 from mupkg.samplers import RandomSampler
 
 CAP_GB, LIMIT_S = 8, 60.0
+BATCH = {"cpu": 4, "cuda": 120}  # 120 are the paper's 4 x 30
 PEERS = {
     "all triplets": "pytorch-metric-learning, TripletMarginLoss",
     "mined": "pytorch-metric-learning, BatchHardMiner + TripletMarginLoss",
@@ -50,15 +51,16 @@ def training_step(
     return step
 
 
-def metric_branch(repeats: int, quick: bool = False) -> list[dict]:
-    """A full-width training step of HC and HCP against the plain UNet; aim 2 %, bar 5 % more on a CPU."""
-    images, labels = labelled_patches(1 if quick else 4, 64)
+def metric_branch(repeats: int, quick: bool = False, device: str = "cpu") -> list[dict]:
+    """A full-width training step of HC and HCP against the plain UNet; aim 2 % more, bar 5 % on a CPU."""
+    batch, bf16 = BATCH[device] if not quick else 1, device == "cuda"
+    images, labels = (tensor.to(device) for tensor in labelled_patches(batch, 64))
     images = images.to(memory_format=torch.channels_last)
-    plain = training_step("UNet", images, labels)
+    plain = training_step("UNet", images, labels, bf16=bf16)
     return [
         compare(
-            f"step of {name}, batch {len(images)}, full width",
-            training_step(name, images, labels),
+            f"step of {name}, batch {batch}, full width{', bf16' if bf16 else ''}",
+            training_step(name, images, labels, bf16=bf16),
             plain,
             repeats,
             "UNet's step",
@@ -119,7 +121,7 @@ def against_all_pairs(repeats: int, quick: bool = False) -> list[dict]:
 
 def step(repeats: int, quick: bool = False, device: str = "cpu") -> list[dict]:
     """A full-width HCP step in other memory formats and precisions, and compiled, against plain float32."""
-    batch = 120 if device == "cuda" else 1 if quick else 4
+    batch = BATCH[device] if not quick else 1
     plain, labels = (tensor.to(device) for tensor in labelled_patches(batch, 64))
     last = plain.to(memory_format=torch.channels_last)
     options = {

@@ -2,15 +2,20 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from bench import ON_A_GPU
 from demo_by_notebook import breakdown, side_by_side
 from growth import of_a_cohort, write_study
 from measuring import exponent, interleaved, isolated, memory_mb, row
+
+HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("true", [-0.5, 0.0, 1.0, 2.7])
@@ -139,3 +144,20 @@ def test_studies_side_by_side(study, tmp_path):
 def test_a_folder_without_executed_notebooks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no executed notebook; run `make study"):
         breakdown(tmp_path)
+
+
+def test_what_a_gpu_is_measured_with_runs_here_too_and_needs_no_peer_and_no_scans():
+    """In small; nothing is kept. With a GPU the same runs with --device cuda."""
+    script = f"""
+import runpy, sys
+sys.modules |= dict.fromkeys({["SimpleITK", "monai", "torchio", "pytorch_metric_learning", "pydantic"]!r})
+sys.path.insert(0, {str(HERE)!r})
+sys.argv = ["bench.py", *{[*ON_A_GPU, "repeating"]!r}, "--quick", "--repeats", "2"]
+runpy.run_path({str(HERE / "bench.py")!r}, run_name="__main__")
+"""
+    kept = sorted(path.name for path in (HERE / "results").iterdir())
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(f"{name}: " in done.stdout for name in (*ON_A_GPU, "repeating"))
+    assert done.stdout.count("the same bits") == 4  # once more, resumed, one worker, two workers
+    assert sorted(path.name for path in (HERE / "results").iterdir()) == kept
