@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_rel, wilcoxon
 
 from mupkg.configurations import TABLE_II
 from mupkg.report.results import (
@@ -166,18 +166,58 @@ def test_the_paired_test_by_hand():
     assert found == pytest.approx(p)
 
 
-def test_pairs_that_are_not_finite_are_left_out_and_the_rest_counted():
-    metrics = metrics_of(A=[0.1, 0.2, nan, 0.4, 0.5], B=[0.3, inf, 0.5, 0.5, 0.9], C=[nan, nan, nan, nan, 0.1])
+def test_pairs_that_are_undefined_are_left_out_and_counted():
+    metrics = metrics_of(A=[0.1, 0.2, nan, 0.4, 0.5], B=[0.3, nan, nan, 0.5, 0.9], C=[nan, nan, nan, nan, 0.1])
     table = paired_tests(metrics, ["DSC"]).set_index("configuration")
     assert table["n"].to_dict() == {"B": 3, "C": 1}
+    assert table["failed"].to_dict() == {"B": 2, "C": 4} and set(table["failed_against"]) == {1}
     assert table["p"]["B"] == pytest.approx(ttest_rel([0.3, 0.5, 0.9], [0.1, 0.4, 0.5]).pvalue)
     assert table["mean_difference"]["B"] == pytest.approx(0.7 / 3)
-    assert np.isnan(table["p"]["C"])
+    assert np.isnan(table["p"]["C"]) and np.isnan(table["p_rank"]["C"])
+
+
+def test_a_failure_does_not_make_a_configuration_better():
+    """B is a little nearer in nine cases and fails in the tenth."""
+    a = [float(distance) for distance in range(2, 12)]
+    b = [distance - 0.1 * number for number, distance in enumerate(a, 1)]
+    (row,) = paired_tests(metrics_of(A=a, B=[*b[:9], inf]), ["DSC"]).to_dict("records")
+    assert row["mean_difference"] == inf and np.isnan(row["p"])
+    assert (row["failed"], row["failed_against"], row["n"]) == (1, 0, 10)
+    # nine differences of one sign, and the greatest of the other: as if B were farther off by any large distance
+    assert row["p_rank"] == pytest.approx(wilcoxon([*np.subtract(b, a)[:9], 1e6]).pvalue)
+    assert row["p_rank"] > paired_tests(metrics_of(A=a, B=b), ["DSC"])["p_rank"][0]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "mean", "failed"),
+    [
+        ([inf, 2.0, 3.0], [1.0, 1.5, 2.0], -inf, (0, 1)),
+        ([inf, 2.0, 3.0], [inf, 1.5, 2.0], nan, (1, 1)),  # by how much a failure is worse than another nobody knows
+        ([inf, 2.0, 3.0], [1.0, inf, 2.0], nan, (1, 1)),
+        ([inf, inf, inf], [1.0, 2.0, 3.0], -inf, (0, 3)),
+    ],
+)
+def test_whichever_side_failed_is_told(a, b, mean, failed):
+    (row,) = paired_tests(metrics_of(A=a, B=b), ["DSC"]).to_dict("records")
+    np.testing.assert_equal(row["mean_difference"], mean)
+    assert np.isnan(row["p"]) and 0 < row["p_rank"] <= 1
+    assert (row["failed"], row["failed_against"], row["n"]) == (*failed, 3)
+
+
+def test_who_fails_on_the_same_cases_does_not_differ():
+    (row,) = paired_tests(metrics_of(A=[inf, 2.0, inf], B=[inf, 2.0, inf]), ["DSC"]).to_dict("records")
+    assert np.isnan(row["p_rank"]) and (row["failed"], row["failed_against"]) == (2, 2)
+
+
+def test_the_rank_test_by_hand():
+    """Four differences of one sign: as rare as four heads or four tails, 2 / 16."""
+    found = paired_tests(metrics_of(A=[0.0, 5.0, 1.0, 2.0], B=[1.0, 7.0, 4.0, 9.0]), ["DSC"])["p_rank"][0]
+    assert found == pytest.approx(2 / 16)
 
 
 def test_configurations_that_do_not_differ_have_no_p():
     table = paired_tests(metrics_of(A=[0.1, 0.2], B=[0.1, 0.2]), ["DSC"])
-    assert np.isnan(table["p"][0]) and table["mean_difference"][0] == 0
+    assert np.isnan(table["p"][0]) and np.isnan(table["p_rank"][0]) and table["mean_difference"][0] == 0
 
 
 def test_every_configuration_is_tested_against_the_first_on_every_metric():
