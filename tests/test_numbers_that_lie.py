@@ -10,8 +10,10 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -79,6 +81,9 @@ class Study:
 
     root: Path
     blank: str = ""  # the case in which the oracle sees nothing
+    island: bool = False  # whether the oracle sees something far from the prostate, too
+    said: list[sitk.Image] = field(default_factory=list)  # the oracle's probabilities
+    loaded: list[str] = field(default_factory=list)  # names of the weights that were asked for
     between: Callable[[Study], None] = lambda study: None  # what happens between two trainings
     source: dict[str, str] = field(default_factory=dict)  # what is replaced in a notebook's cells
 
@@ -92,10 +97,13 @@ class Study:
 
     def test(self, run: str = "UNet-seed0") -> pd.DataFrame:
         """The oracle tested as a run."""
-        return inference.test_run(self.root / "study" / run, self.cohort, self.regions)
+        folder = self.root / "study" / run
+        if not (folder / "run.json").exists():
+            write_run(folder, {}, data_fingerprint=self.regions.fingerprint())
+        return inference.test_run(folder, self.cohort, self.regions)
 
-    def notebook(self, name: str, stop: str | None = None, **parameters: object) -> None:
-        """A notebook's cells run here, up to the first one that holds `stop`."""
+    def notebook(self, name: str, stop: str | None = None, **parameters: object) -> dict[str, Any]:
+        """A notebook's cells run here, up to the first one that holds `stop`; the names they leave."""
         (path,) = (ROOT / "notebooks").glob(f"{name}_*.ipynb")
         cells = ["".join(c["source"]) for c in json.loads(path.read_bytes())["cells"] if c["cell_type"] == "code"]
         parameters |= {"study": "study", "cohort": "cohort", "size": "smoke", "data_folder": str(self.root)}
@@ -109,6 +117,7 @@ class Study:
             for old, new in self.source.items():
                 cell = cell.replace(old, new)
             exec(cell, namespace)
+        return namespace
 
 
 @pytest.fixture
@@ -120,9 +129,12 @@ def study(built, tmp_path, monkeypatch) -> Study:
     def oracle(network: object, region: sitk.Image) -> sitk.Image:
         left[:] = left or study.regions.ids("test")
         seen = sitk.Cast(region > BRIGHT, sitk.sitkFloat32)
-        return seen * 0 if left.pop(0) == study.blank else seen
+        if study.island:
+            seen[17:19, 7:9, 6:8] = 1  # the region is centred on the prostate, which ends before x = 16
+        study.said.append(seen * 0 if left.pop(0) == study.blank else seen)
+        return study.said[-1]
 
-    monkeypatch.setattr(inference, "load_network", lambda path: (None, {}))
+    monkeypatch.setattr(inference, "load_network", lambda path: (study.loaded.append(Path(path).name), {}))
     monkeypatch.setattr(inference, "region_probability", oracle)
     monkeypatch.setattr(figures, "save", lambda figure, *_, **__: plt.close(figure))
     plt.switch_backend("Agg")
@@ -181,6 +193,61 @@ def check_patches(study: Study) -> None:
     bright = images[:, 1] * 255 > BRIGHT
     assert labels.any()
     assert 2 * (bright & (labels > 0)).sum() / (bright.sum() + labels.sum()) > 0.85
+
+
+def check_best_weights(study: Study) -> None:
+    """What is tested are the weights of the best validation, not the last ones (reading R15)."""
+    study.test()
+    assert study.loaded == ["weights.safetensors"]
+
+
+def check_best_localizer(study: Study, monkeypatch) -> None:
+    """Regions are cut with the weights of stage 1's best validation, and every run gets these."""
+    located_with, best = [], object()
+    write_regions = localization.write_regions
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "load_localizer", lambda path: (study.loaded.append(Path(path).name) or best, {}))
+        patch.setattr(localization, "write_regions", lambda cohort, network, *_, **__: located_with.append(network))
+        notebook, _, parameters = STAGE_1
+        study.notebook(notebook, "report = regions.table", steps=2, batch_size=2, **parameters)
+    assert localization.write_regions is write_regions
+    assert study.loaded == ["weights.safetensors"] and located_with == [best]
+    stage1 = study.root / "study" / "stage1"
+    (stage1 / "last.safetensors").write_bytes(b"other weights")
+    inference.copy_localizer(stage1, study.root / "study" / "UNet-seed0")
+    copied = study.root / "study" / "UNet-seed0" / "localizer.safetensors"
+    assert copied.read_bytes() == (stage1 / "weights.safetensors").read_bytes()
+
+
+def check_headline(study: Study) -> None:
+    """Notebook 04's table is of the largest component, its second one of all that the network says."""
+    study.island = True
+    rows = study.test().set_index("case_id")
+    truths = {case_id: read(study.root / "cohort" / "labels" / f"{case_id}.nii.gz") for case_id in rows.index}
+    folder, kept, everything = study.root / "study" / "UNet-seed0", [], []
+    for (case_id, truth), said in zip(truths.items(), study.said, strict=True):
+        largest = read(folder / "predictions" / f"{case_id}.nii.gz")
+        whole = sitk.GetArrayFromImage(true_to_scan_grid(said, study.cohort.case(case_id).image))
+        kept.append(by_hand(largest, truth, SPACING)["DSC"])
+        everything.append(by_hand(whole, truth, SPACING)["DSC"])
+    assert np.mean(kept) > np.mean(everything) + 0.01
+    study.notebook("04", "baselines.mean_shape(regions)")
+    for name, column, expected in (("table", "DSC", kept), ("table_all_components", "DSC_all", everything)):
+        table = pd.read_csv(study.root / "study" / "report" / f"{name}.csv", header=[0, 1], index_col=0)
+        assert table.loc["UNet", (column, "mean")] == pytest.approx(np.mean(expected))
+        assert table.loc["UNet", (column, "median")] == pytest.approx(np.median(expected))
+
+
+def check_coarse_labels(study: Study) -> None:
+    """Stage 1 learns from labels resampled to the nearest voxel (section 1)."""
+    _, labels = localization.coarse_volumes(study.cohort, "train", 7.0)
+    for case_id, found in zip(study.cohort.ids("train"), labels, strict=True):
+        prepared = study.cohort.prepared(case_id)
+        grid, truth = localization.coarse(prepared.image, 7.0), sitk.GetArrayFromImage(prepared.label)
+        for index in np.ndindex(found.shape):
+            point = grid.TransformIndexToPhysicalPoint([int(i) for i in index[::-1]])
+            nearest = np.floor(np.array(prepared.label.TransformPhysicalPointToContinuousIndex(point))[::-1] + 0.5)
+            assert found[index] == truth[tuple(np.clip(nearest, 0, np.array(truth.shape) - 1).astype(int))]
 
 
 def watched(study: Study, monkeypatch, notebook: str, stop: str, **parameters: object) -> SimpleNamespace:
@@ -270,6 +337,58 @@ def check_study_is_refused(study: Study) -> None:
         assert "not trained on the same regions" in str(error)
     else:
         raise AssertionError("different regions went into one table")
+
+
+def refused(study: Study, notebook: str, fault: str) -> None:
+    """A notebook of results stops before it shows any, and says why."""
+    try:
+        study.notebook(notebook, {"04": "summary = ", "05": "hardest, truth ="}[notebook])
+    except ValueError as error:
+        assert fault in str(error)
+    else:
+        raise AssertionError("the study was evaluated all the same")
+
+
+def two_runs(study: Study) -> None:
+    """Trained for two steps each, tested by the oracle."""
+    notebook, stop, parameters = STAGE_2
+    for name in ("UNet", "MetricUNet-R"):
+        study.notebook(notebook, stop, **parameters | {"configuration": name, "steps": 2, "batch_size": 2})
+        study.test(f"{name}-seed0")
+
+
+def check_best_shown(study: Study) -> None:
+    """Notebook 05 shows the networks that were tested."""
+    two_runs(study)
+    study.loaded.clear()
+    study.notebook("05", "hardest, truth =")
+    assert study.loaded == ["weights.safetensors"] * 2
+
+
+def check_missing_case(study: Study, notebook: str = "04") -> None:
+    """A test case that is missing from every run is missed."""
+    two_runs(study)
+    for path in (study.root / "study").glob("*-seed0/metrics.csv"):
+        table = pd.read_csv(path)
+        table[table["case_id"] != "e"].to_csv(path, index=False)
+    refused(study, notebook, "lacks the test case(s) e;")
+
+
+def check_new_stage_1(study: Study, notebook: str = "04") -> None:
+    """Stage 1 run again after all trainings is seen: results and regions no longer belong together."""
+    two_runs(study)
+    new_stage_1(study)
+    refused(study, notebook, "its regions are not those that the runs were trained on")
+
+
+def check_settings(study: Study, notebook: str = "04") -> None:
+    """Runs trained with other settings are not put into one table."""
+    two_runs(study)
+    path = study.root / "study" / "MetricUNet-R-seed0" / "run.json"
+    record = json.loads(path.read_bytes())
+    record["parameters"]["steps"] = 3
+    path.write_text(json.dumps(record))
+    refused(study, notebook, "steps is 2 in UNet-seed0, 3 in MetricUNet-R-seed0")
 
 
 def check_paper_apart(study: Study) -> None:
@@ -411,7 +530,65 @@ def all_ids(self: Regions, split: str) -> list[str]:
 
 true_ids = Regions.ids
 
+true_coarse = localization.coarse
+TO_ALL = ".rename(columns=lambda c: c.removesuffix('_all'))"
+
 TRAPS = {
+    "the last weights tested": (check_best_weights, attribute(inference, "BEST", "last.safetensors")),
+    "regions cut with stage 1's last weights": (
+        check_best_localizer,
+        in_the_notebook(
+            "load_localizer(settings.stage1_path / training.BEST)",
+            "load_localizer(settings.stage1_path / training.LAST)",
+        ),
+    ),
+    "regions cut with an untrained stage 1": (
+        check_best_localizer,
+        in_the_notebook("network, _ = load_localizer", "_, _ = load_localizer"),
+    ),
+    "stage 1's last weights given to the runs": (
+        check_best_localizer,
+        attribute(inference, "BEST", "last.safetensors"),
+    ),
+    "pictures of the last weights": (check_best_shown, in_the_notebook("training.BEST", "training.LAST")),
+    "all components in the headline": (
+        check_headline,
+        in_the_notebook(
+            "results.summary(metrics)", f"results.summary(metrics.drop(columns=[*results.HEADLINE]){TO_ALL})"
+        ),
+    ),
+    "the largest component in the second table": (
+        check_headline,
+        in_the_notebook(
+            "results.summary(metrics, [",
+            "results.summary(metrics.assign(**{f'{n}_all': metrics[n] for n in results.HEADLINE}), [",
+        ),
+    ),
+    "coarse labels interpolated": (
+        check_coarse_labels,
+        attribute(localization, "coarse", lambda image, coarse_mm, label=False: true_coarse(image, coarse_mm)),
+    ),
+    "a test case missing from all runs": (
+        check_missing_case,
+        in_the_notebook("case_metrics(runs, regions)", "case_metrics(runs)"),
+    ),
+    "a test case missing from all runs, in the pictures": (
+        partial(check_missing_case, notebook="05"),
+        in_the_notebook("case_metrics(runs, regions)", "case_metrics(runs)"),
+    ),
+    "stage 1 run again after all trainings": (
+        check_new_stage_1,
+        in_the_notebook("case_metrics(runs, regions)", "case_metrics(runs)"),
+    ),
+    "stage 1 run again after all trainings, in the pictures": (
+        partial(check_new_stage_1, notebook="05"),
+        in_the_notebook("case_metrics(runs, regions)", "case_metrics(runs)"),
+    ),
+    "other settings in one table": (check_settings, attribute(results, "_check_settings", lambda parameters: None)),
+    "other settings in one picture": (
+        partial(check_settings, notebook="05"),
+        attribute(results, "_check_settings", lambda parameters: None),
+    ),
     "spacing ignored": (check_rows, attribute(inference, "array_spacing", lambda image: (1.0, 1.0, 1.0))),
     "spacing transposed": (check_rows, attribute(inference, "array_spacing", lambda image: image.GetSpacing())),
     "measured on the resampled grid": (check_rows, attribute(inference, "measure", on_the_working_grid)),
@@ -450,7 +627,7 @@ TRAPS = {
     ),
     "fingerprints not looked at": (
         check_study_is_refused,
-        attribute(results, "json", SimpleNamespace(loads=lambda text: {})),
+        attribute(results, "json", SimpleNamespace(loads=lambda text: {"data_fingerprint": "0"}, dumps=json.dumps)),
     ),
     "the paper's figures in our table": (check_paper_apart, paper_in_our_table),
     "seeds counted as cases": (check_seeds, attribute(results, "per_case", pooled_over_seeds)),
@@ -460,13 +637,16 @@ TRAPS = {
 @pytest.mark.parametrize("name", TRAPS)
 def test_all_is_well_and_the_trap_would_be_noticed(name, study, monkeypatch, built):
     check, install = TRAPS[name]
-    arguments = (monkeypatch,) if check in (check_stage_1_splits, check_stage_2_splits) else ()
+    patching = (check_stage_1_splits, check_stage_2_splits, check_best_localizer)
+    arguments = (monkeypatch,) if check in patching else ()
     if check is check_paper_apart:
         poisoned_paper(study, monkeypatch)
     torch.manual_seed(0)
     check(study, *arguments)
     shutil.rmtree(study.root)
     shutil.copytree(built, study.root)
+    study.said.clear()
+    study.loaded.clear()
     install(study, monkeypatch)
     with pytest.raises(AssertionError):
         check(study, *arguments)

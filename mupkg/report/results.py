@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,68 +13,123 @@ import pandas as pd
 
 from mupkg.configurations import TABLE_II
 from mupkg.data.writing import whole_file
+from mupkg.stages.localization import Regions
 
+# Runs that are compared may differ in who they are, where they lie and how fast they went,
+MAY_DIFFER = ("configuration", "seed", "study", "data_folder", "outputs_folder")
+MAY_DIFFER += ("workers", "channels_last", "compile", "deterministic", "film")
+# and a baseline in what never reaches it.
+OF_METRIC_LOSS = ("anchors", "pairs", "threshold", "margin", "normalize")
+OF_METRIC_LOSS += ("metric_weight", "pair_weight", "pair_distance")
 HEADLINE = ("DSC", "ASD", "SEN", "PPV", "HD95", "aRVD")
 
 
-def runs(study: str | Path, configurations: Sequence[str] = ()) -> pd.DataFrame:
+def runs(study: str | Path, configurations: Sequence[str] = (), seed: int | None = None) -> pd.DataFrame:
     """The finished runs of a study: configuration, seed, folder; in the order asked for, or Table II's.
+
+    Args:
+        seed: of this seed alone; None: of all.
 
     Raises:
         ValueError: if there is none, or one that was asked for is missing.
     """
     rows = []
     for path in sorted(Path(study).glob("*-seed*/metrics.csv")):
-        name, _, seed = path.parent.name.rpartition("-seed")
-        if not seed.isdecimal():
+        name, _, number = path.parent.name.rpartition("-seed")
+        if not number.isdecimal():
             raise ValueError(f"{path.parent}: is not named <configuration>-seed<number>; rename or move it")
-        rows.append({"configuration": name, "seed": int(seed), "folder": path.parent})
+        rows.append({"configuration": name, "seed": int(number), "folder": path.parent})
     table = pd.DataFrame(rows, columns=["configuration", "seed", "folder"])
+    of_seed, way_out = "", "run notebook 03"
+    if seed is not None:
+        table = table[table["seed"] == seed]
+        of_seed, way_out = f" with seed {seed}", f"{way_out}, or choose another seed"
     order = list(configurations) or [*TABLE_II, *sorted(set(table["configuration"]) - set(TABLE_II))]
     missing = [name for name in configurations if name not in set(table["configuration"])]
     if table.empty or missing:
-        raise ValueError(f"{study}: no finished run of {', '.join(missing) or 'any configuration'}; run notebook 03")
+        what = ", ".join(missing) or "any configuration"
+        raise ValueError(f"{study}: no finished run of {what}{of_seed}; {way_out}")
     table = table[table["configuration"].isin(order)]
     return table.sort_values(["configuration", "seed"], key=lambda c: c.map(order.index) if c.name != "seed" else c)
 
 
-def case_metrics(table: pd.DataFrame) -> pd.DataFrame:
+def case_metrics(table: pd.DataFrame, regions: Regions | None = None) -> pd.DataFrame:
     """metrics.csv of all these runs in one table: configuration, seed, case_id and the metrics.
 
+    Args:
+        regions: the study's as they are now: what every run must have been trained on, and whose test cases it must
+            have been tested on, all of them.
+
     Raises:
-        ValueError: if runs differ in their test cases or regions, or a file is broken or lists a case twice.
+        ValueError: if runs differ in their test cases, regions or settings, lack a test case, or a file is missing or
+            broken or lists a case twice.
     """
     parts = [
-        _run_metrics(row.folder / "metrics.csv").assign(configuration=row.configuration, seed=row.seed)
+        _run_metrics(row.folder / "metrics.csv", regions).assign(configuration=row.configuration, seed=row.seed)
         for row in table.itertuples()
     ]
     metrics = pd.concat(parts, ignore_index=True)
     cases = metrics.groupby(["configuration", "seed"])["case_id"].agg(frozenset)
     if len(set(cases)) > 1:
         raise ValueError("the runs were not tested on the same cases; evaluate runs of one study only")
-    records = [folder / "run.json" for folder in table["folder"]]
-    if len({_trained_on(record) for record in records if record.is_file()}) > 1:
+    records = {folder: _record(folder / "run.json") for folder in table["folder"]}
+    trained_on = {folder: fingerprint for folder, (fingerprint, _) in records.items()}
+    if len(set(trained_on.values())) > 1:
         raise ValueError(
             "the runs were not trained on the same regions (data_fingerprint in run.json); "
             "after a new stage 1, train every run of the study again"
         )
+    if regions is not None and regions.fingerprint() not in trained_on.values():
+        raise ValueError(
+            f"{regions.folder / 'regions.csv'}: its regions are not those that the runs were trained on "
+            "(data_fingerprint in run.json); after a new stage 1, train every run of the study again"
+        )
+    _check_settings({folder.name: parameters for folder, (_, parameters) in records.items()})
     return metrics
 
 
-def _trained_on(record: Path) -> str | None:
+def _record(path: Path) -> tuple[str, dict[str, Any]]:
+    """What a run was trained on, and with which parameters."""
     try:
-        return json.loads(record.read_bytes()).get("data_fingerprint")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{record}: is no record of a run ({error}); run notebook 03 again") from error
+        record = json.loads(path.read_bytes())
+        return record["data_fingerprint"], dict(record.get("parameters", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: does not tell how the run was made ({error!r}); run notebook 03 again") from error
 
 
-def _run_metrics(path: Path) -> pd.DataFrame:
+def _check_settings(parameters: Mapping[str, Mapping[str, Any]]) -> None:
+    """ValueError if runs, by name, were not trained alike in all that reaches their training."""
+    values: dict[str, dict[str, str]] = {}  # of each parameter: value -> the first run that has it
+    for run, given in parameters.items():
+        unused = OF_METRIC_LOSS if not run.startswith("Metric") else ()
+        for name in given.keys() - {*MAY_DIFFER, *unused}:
+            values.setdefault(name, {}).setdefault(json.dumps(given[name]), run)
+    differ = [
+        f"{name} is " + ", ".join(f"{value} in {run}" for value, run in found.items())
+        for name, found in sorted(values.items())
+        if len(found) > 1
+    ]
+    if differ:
+        raise ValueError(
+            f"the runs were not trained with the same settings (parameters in run.json): {'; '.join(differ)}; "
+            "train them alike, or put those trained otherwise into a study of their own"
+        )
+
+
+def _run_metrics(path: Path, regions: Regions | None) -> pd.DataFrame:
     try:
         metrics = pd.read_csv(path, dtype={"case_id": str})
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: is not a CSV table ({error}); test the run again with notebook 03") from error
     if "case_id" not in metrics or metrics["case_id"].duplicated().any():
         raise ValueError(f"{path}: must have a case_id for every row, each once; test the run again with notebook 03")
+    if regions is not None:
+        wanted, found = regions.ids("test"), set(metrics["case_id"])
+        missing, others = [i for i in wanted if i not in found], sorted(found - set(wanted))
+        if missing or others:
+            faults = [f"lacks the test case(s) {', '.join(missing)}"] if missing else []
+            faults += [f"has {', '.join(others)}, which the study does not test"] if others else []
+            raise ValueError(f"{path}: {' and '.join(faults)}; test the run again with notebook 03")
     return metrics
 
 
@@ -110,8 +165,8 @@ def summary(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFr
 
 
 def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
-    """A summary as text: "mean ± std (median), n" and what was undefined."""
-    text = {}
+    """A summary as text: the number of seeds, "mean ± std (median), n" and what was undefined."""
+    text: dict[str, Any] = {"seeds": table["", "seeds"]}
     for name in dict.fromkeys(table.columns.get_level_values(0).drop("")):
         part = table[name]
         text[name] = [

@@ -1,5 +1,8 @@
 """Numbers are gathered from like runs, averaged by case, and nothing undefined is dropped in silence."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,9 +25,11 @@ NAMES = ("DSC", "ASD")
 nan, inf = float("nan"), float("inf")
 
 
-def write_run(study, name, dsc, asd=None, cases=None):
-    folder = study / name
+def write_run(root, name, dsc, asd=None, cases=None, trained_on="1234", **parameters):
+    folder = root / name
     folder.mkdir(parents=True)
+    record = {"data_fingerprint": trained_on, "parameters": {"configuration": name, "anchors": 20} | parameters}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     asd = [1.0] * len(dsc) if asd is None else asd
     cases = [f"{i:03d}" for i in range(len(dsc))] if cases is None else cases
     pd.DataFrame({"case_id": cases, "DSC": dsc, "ASD": asd}).to_csv(folder / "metrics.csv", index=False)
@@ -74,6 +79,17 @@ def test_a_run_that_is_not_there_is_missed(tmp_path):
         runs(tmp_path, ["UNet", "MetricUNet-R", "VNet"])
 
 
+def test_runs_of_one_seed_are_those_alone(tmp_path):
+    for name in ("UNet-seed0", "UNet-seed1", "MetricUNet-R-seed0"):
+        write_run(tmp_path, name, [0.5])
+    assert list(runs(tmp_path, seed=0)["configuration"]) == ["UNet", "MetricUNet-R"]
+    assert list(runs(tmp_path, seed=1)["configuration"]) == ["UNet"]
+    with pytest.raises(ValueError, match="no finished run of MetricUNet-R with seed 1; run notebook 03, or choose"):
+        runs(tmp_path, ["UNet", "MetricUNet-R"], seed=1)
+    with pytest.raises(ValueError, match="no finished run of any configuration with seed 7; run notebook 03"):
+        runs(tmp_path, seed=7)
+
+
 def test_metrics_are_gathered_with_names_as_text(tmp_path):
     write_run(tmp_path, "UNet-seed0", [0.5, 0.7])
     write_run(tmp_path, "UNet-seed1", [0.6, 0.8])
@@ -89,6 +105,69 @@ def test_runs_on_other_cases_are_not_compared(tmp_path, other):
     write_run(tmp_path, "MetricUNet-R-seed0", [0.5] * len(other), cases=other)
     with pytest.raises(ValueError, match="not tested on the same cases"):
         case_metrics(runs(tmp_path))
+
+
+def regions_of(tmp_path, *cases, fingerprint="1234"):
+    return SimpleNamespace(folder=tmp_path / "stage1", ids=lambda split: list(cases), fingerprint=lambda: fingerprint)
+
+
+def test_a_test_case_that_every_run_lacks_is_missed(tmp_path):
+    for name in ("UNet-seed0", "MetricUNet-R-seed0"):
+        write_run(tmp_path, name, [0.5, 0.7])
+    assert len(case_metrics(runs(tmp_path), regions_of(tmp_path, "000", "001"))) == 4
+    with pytest.raises(ValueError, match=r"UNet-seed0.metrics\.csv: lacks the test case\(s\) 002, 003; test the run"):
+        case_metrics(runs(tmp_path), regions_of(tmp_path, "000", "002", "001", "003"))
+    with pytest.raises(ValueError, match=r"lacks the test case\(s\) 002 and has 001, which the study does not test"):
+        case_metrics(runs(tmp_path), regions_of(tmp_path, "000", "002"))
+
+
+def test_regions_cut_anew_after_all_trainings_are_seen(tmp_path):
+    for name in ("UNet-seed0", "MetricUNet-R-seed0"):
+        write_run(tmp_path, name, [0.5])
+    with pytest.raises(ValueError, match=r"regions\.csv: its regions are not those .* train every run of the study"):
+        case_metrics(runs(tmp_path), regions_of(tmp_path, "000", fingerprint="5678"))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_text("{"),
+        lambda path: path.write_text("[1]"),
+        lambda path: path.write_text('{"parameters": {}}'),
+        lambda path: path.write_text('{"data_fingerprint": "1234", "parameters": 3}'),
+    ],
+)
+def test_a_run_without_a_record_is_named(tmp_path, spoil):
+    for name in ("UNet-seed0", "MetricUNet-R-seed0"):
+        write_run(tmp_path, name, [0.5])
+    spoil(tmp_path / "MetricUNet-R-seed0" / "run.json")
+    with pytest.raises(ValueError, match=r"MetricUNet-R-seed0.run\.json: does not tell .*run notebook 03 again"):
+        case_metrics(runs(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["anchors", "steps", "learning_rate", "margin", "batch_size", "precision", "cohort"])
+def test_runs_trained_otherwise_are_not_compared(tmp_path, name):
+    for run, value in {"UNet-seed0": 1, "MetricUNet-R-seed0": 1, "MetricUNet-R-seed1": 2}.items():
+        write_run(tmp_path, run, [0.5], **{name: value})
+    found = rf"same settings .*: {name} is 1 in \S+-seed0, 2 in MetricUNet-R-seed1; train them alike"
+    with pytest.raises(ValueError, match=found):
+        case_metrics(runs(tmp_path))
+
+
+def test_every_setting_that_differs_is_told(tmp_path):
+    write_run(tmp_path, "UNet-seed0", [0.5], steps=600, momentum=0.9)
+    write_run(tmp_path, "UNet++-seed0", [0.5], steps=900, momentum=0.8)
+    with pytest.raises(
+        ValueError, match=r"momentum is 0\.9 in UNet-seed0, 0\.8 in UNet.*; steps is 600 in UNet-seed0"
+    ):
+        case_metrics(runs(tmp_path))
+
+
+def test_speed_place_and_what_never_reaches_a_baseline_may_differ(tmp_path):
+    write_run(tmp_path, "UNet-seed0", [0.5], study="a", data_folder="x", workers=0, channels_last=True, film=True)
+    write_run(tmp_path, "MetricUNet-R-seed3", [0.5], seed=3, study="b", data_folder="y", workers=4, anchors=50)
+    assert len(case_metrics(runs(tmp_path))) == 2
 
 
 # Averages
@@ -137,11 +216,17 @@ def test_a_case_undefined_everywhere_is_still_a_case():
     assert summary(metrics_of(A=[nan, 0.7], B=[nan, 0.2]), ["DSC"])[("DSC", "undefined")].tolist() == [1, 1]
 
 
+def test_a_summary_as_text_tells_the_number_of_seeds():
+    text = readable(summary(metrics_of(A=[[0.5, 0.7], [0.6, 0.8], [0.7, 0.9]], B=[0.1, 0.2]), ["DSC"]))
+    assert text["seeds"].to_dict() == {"A": 3, "B": 1} and list(text) == ["seeds", "DSC"]
+
+
 def test_a_summary_as_text_says_it_too():
     table = summary(metrics_of(A=[0.5, nan, 0.9], B=[1.0, inf, 3.0], C=[0.25, 0.25, 0.25]), ["DSC"])
     text = readable(table)["DSC"]
     assert text["A"] == "0.700 ± 0.283 (0.700), n=2, 1 undefined"
     assert text["B"] == "inf ± nan (3.000), n=3"
+    assert readable(table)["seeds"].tolist() == [1, 1, 1]
     assert readable(table, 1)["DSC"]["C"] == "0.2 ± 0.0 (0.2), n=3"
 
 
