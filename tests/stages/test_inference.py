@@ -1,6 +1,7 @@
 """A trained run segments any scan on the scan's own grid, and needs nothing but its folder."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -242,6 +243,31 @@ def test_a_run_is_measured_on_the_scans_own_grid(cohort, regions, copied, bones)
     stored = pd.read_csv(copied / "metrics.csv")
     pd.testing.assert_frame_equal(stored, table)
     assert stored["case_id"].tolist() == [case_id]
+
+
+def test_the_largest_component_is_taken_before_the_scans_grid(tmp_path, monkeypatch):
+    """Section 3.5. Two pieces with a voxel of 0.5 between them, which only on the scan's finer grid become one."""
+    voxels = np.zeros((6, 8, 12), np.float32)
+    voxels[2:4, 2:6, 2:5], voxels[2:4, 2:6, 5], voxels[2:4, 2:6, 6:8] = 1, 0.5, 1
+    probability = sitk.GetImageFromArray(voxels)
+    probability.SetSpacing((2.0, 2.0, 2.0))
+    scan = sitk.GetImageFromArray(np.zeros((12, 16, 24), np.int16))
+    scan.SetOrigin((-0.5, -0.5, -0.5))  # both grids fill the same space
+    label = sitk.Cast(sitk.Resample(probability, scan) > 0.5, sitk.sitkUInt8)
+    assert sitk.GetArrayFromImage(sitk.ConnectedComponent(label)).max() == 1
+    cohort = SimpleNamespace(
+        case=lambda case_id: Case(case_id, scan, label), prepared=lambda case_id: SimpleNamespace(image=probability)
+    )
+    regions = SimpleNamespace(
+        ids=lambda split: ["a"], centre=lambda case_id: (11.0, 7.0, 5.0), region_mm=(12, 16, 24)
+    )
+    monkeypatch.setattr(inference, "load_network", lambda path: (None, {}))
+    monkeypatch.setattr(inference, "region_probability", lambda network, region: probability)
+    row = inference.test_run(tmp_path, cohort, regions).iloc[0]
+    mask = array(sitk.ReadImage(str(tmp_path / "predictions" / "a.nii.gz")))
+    columns = np.flatnonzero(mask.any(axis=(0, 1)))
+    assert columns.min() == 4 and columns.max() < 11  # of the larger piece alone, which ends at 10 mm
+    assert row["DSC_all"] == 1 and row["SEN"] < 0.8 and row["PPV"] == 1
 
 
 def test_metrics_are_in_mm_of_the_scan():
