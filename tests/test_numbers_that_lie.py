@@ -532,7 +532,7 @@ def all_ids(self: Regions, split: str) -> list[str]:
 
 true_ids = Regions.ids
 
-true_coarse = localization.coarse
+true_coarse, true_load_network = localization.coarse, inference.load_network
 TO_ALL = ".rename(columns=lambda c: c.removesuffix('_all'))"
 
 TRAPS = {
@@ -814,3 +814,36 @@ def test_what_notebook_2_is_told_reaches_grid_patches_training_and_regions(study
     assert made_by["data"] == study.cohort.fingerprint()
     record = json.loads((study.root / "study" / "stage1" / "run.json").read_bytes())
     assert {name: record["parameters"][name] for name in told} == told
+
+
+# What cannot be shown is said
+
+
+def test_a_test_region_without_prostate_has_an_empty_row_and_no_picture(study, monkeypatch, capsys):
+    path = study.regions.folder / "regions" / "d_label.npy"
+    np.save(path, np.zeros_like(np.load(path)))
+    two_runs(study)
+    monkeypatch.setattr(inference, "load_network", true_load_network)
+    names = study.notebook("05")
+    assert "test regions that hold no prostate: d\n" in capsys.readouterr().out
+    assert set(names["ranked"]) == {"e", "f"} and set(names["shown"]) == {"e", "f"}
+    table = pd.read_csv(study.root / "study" / "report" / "embedding_separation.csv", index_col="case_id")
+    assert len(table) == 6
+    assert table.loc["d", ["silhouette", "Fisher ratio"]].isna().all(axis=None)
+    assert table.loc[["e", "f"]].notna().all(axis=None)
+
+
+def test_pictures_without_any_prostate_are_refused(study):
+    for path in (study.regions.folder / "regions").glob("[def]_label.npy"):
+        np.save(path, np.zeros_like(np.load(path)))
+    two_runs(study)
+    with pytest.raises(ValueError, match="no test region holds any prostate; look at stage 1"):
+        study.notebook("05")
+
+
+def test_a_seed_without_a_run_is_named(study):
+    two_runs(study)
+    with pytest.raises(
+        ValueError, match="no finished run of any configuration with seed 4; run notebook 03, or choose"
+    ):
+        study.notebook("05", seed=4)
