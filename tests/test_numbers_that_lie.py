@@ -6,6 +6,7 @@ network, so every number is known beforehand. A check passes on the code as it i
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import json
 import shutil
@@ -847,3 +848,21 @@ def test_a_seed_without_a_run_is_named(study):
         ValueError, match="no finished run of any configuration with seed 4; run notebook 03, or choose"
     ):
         study.notebook("05", seed=4)
+
+
+@pytest.mark.parametrize("unlabelled", ["c", "abc", "abcdef"])
+def test_notebook_1_shows_cases_without_a_label(unlabelled, study, monkeypatch, capsys):
+    def source(case_id: str) -> Source:
+        case = bright_case(case_id)
+        return Source(case_id, lambda: replace(case, label=None) if case_id in unlabelled else case, {})
+
+    shutil.rmtree(study.root / "cohort")
+    write_cohort(study.root / "cohort", map(source, SPLITS), WORKING, split_seed=0)
+    monkeypatch.setattr(builtins, "display", lambda *_: None, raising=False)
+    names = study.notebook("01")
+    labelled = len(SPLITS) - len(unlabelled)
+    assert f"{labelled} of 6 cases have a label\n" in capsys.readouterr().out
+    assert set(names["scans"]) == {"a", "b", "c"}
+    assert set(names["curves"]) == {"a", "b", "c"} - set(unlabelled)
+    sizes = pd.read_csv(study.root / "study" / "report" / "prostate_ml.csv", index_col="split")
+    assert sizes["count"].sum() == labelled
