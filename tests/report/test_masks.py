@@ -1,0 +1,125 @@
+"""A mask never takes the place of another scan's, and a scan may be segmented again."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from matplotlib import pyplot as plt
+
+from mupkg.report.masks import claim, scan_name
+from mupkg.stages import Pipeline
+from mupkg.stages.localization import Location
+
+ROOT = Path(__file__).parents[2]
+
+
+def scan(seed):
+    return sitk.GetImageFromArray(np.random.default_rng(seed).integers(-1000, 500, (3, 4, 5)).astype(np.int16))
+
+
+def segmented(folder, seed, name="scans/P1/ct.nii.gz", run="runs/UNet-seed0"):
+    mask = folder / f"{scan_name(name)}_prostate.nii.gz"
+    claim(mask, scan(seed), scan=name, run=run)
+    mask.write_bytes(bytes([seed]))
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("scans/1.2.840.0.nii.gz", "1.2.840.0"),
+        ("scans/1.2.840.1.nii.gz", "1.2.840.1"),
+        ("scans/1.2.840.1", "1.2.840.1"),  # a DICOM series' folder
+        ("scans/P1/", "P1"),
+        ("ct.v2.MHA", "ct.v2"),
+        ("ct.NII", "ct"),
+        ("ct.gz", "ct.gz"),
+        ("ct.nrrd", "ct"),
+        (".nii.gz", "scan"),
+        (".", "scan"),
+    ],
+)
+def test_a_name_loses_known_endings_alone(path, name):
+    assert scan_name(path) == name
+
+
+def test_another_patients_result_is_not_written_over(tmp_path):
+    first = segmented(tmp_path, 1, "scans/P1/ct.nii.gz")
+    with pytest.raises(
+        ValueError, match=r"ct_prostate\.nii\.gz: is there already, of another scan, scans/P1/ct\.nii\.gz"
+    ):
+        segmented(tmp_path, 2, "scans/P2/ct.nii.gz")
+    with pytest.raises(ValueError, match="choose another output folder, or remove"):
+        segmented(tmp_path, 2, "scans/P1/ct.nii.gz")  # another scan put in the place of the first
+    assert first.read_bytes() == b"\1"
+    assert json.loads((tmp_path / "ct_prostate.json").read_bytes())["scan"] == "scans/P1/ct.nii.gz"
+    assert segmented(tmp_path / "P2", 2).read_bytes() == b"\2"
+
+
+def test_the_same_scan_may_be_segmented_again(tmp_path):
+    segmented(tmp_path, 1)
+    segmented(tmp_path, 1, "elsewhere/ct.nii.gz", "runs/UNet-seed1")
+    record = json.loads((tmp_path / "ct_prostate.json").read_bytes())
+    assert (record["scan"], record["run"]) == ("elsewhere/ct.nii.gz", "runs/UNet-seed1")
+
+
+@pytest.mark.parametrize("record", [None, "", "[1]", "{}", '{"scan": "ct.nii.gz"}'])
+def test_a_mask_of_an_unknown_scan_is_left_alone(tmp_path, record):
+    (tmp_path / "ct_prostate.nii.gz").write_bytes(b"a mask")
+    if record is not None:
+        (tmp_path / "ct_prostate.json").write_text(record)
+    with pytest.raises(ValueError, match=r"of a scan that ct_prostate\.json does not tell; choose another"):
+        segmented(tmp_path, 1)
+    assert (tmp_path / "ct_prostate.nii.gz").read_bytes() == b"a mask"
+
+
+def test_a_break_before_the_mask_is_written_leaves_the_name_free(tmp_path):
+    claim(tmp_path / "ct_prostate.nii.gz", scan(1), scan="ct.nii.gz", run="run")
+    assert segmented(tmp_path, 2).read_bytes() == b"\2"
+
+
+def notebook_9(**parameters):
+    """Its cells run here."""
+    (path,) = (ROOT / "notebooks").glob("09_*.ipynb")
+    cells = ["".join(c["source"]) for c in json.loads(path.read_bytes())["cells"] if c["cell_type"] == "code"]
+    cells.insert(1, "\n".join(f"{key} = {value!r}" for key, value in parameters.items()))
+    namespace = {"In": ["", *cells]}
+    for cell in cells:
+        exec(cell, namespace)
+
+
+class Bright:
+    """Instead of a trained run: what is above 400 HU."""
+
+    preparation = SimpleNamespace(modality="CT")
+
+    def __call__(self, image, **options):
+        location = Location((0.0, 0.0, 0.0), None, None, "")
+        return SimpleNamespace(mask=sitk.Cast(image > 400, sitk.sitkUInt8), location=location, volume_ml=1.0)
+
+
+def test_notebook_9_keeps_the_results_of_all_patients_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(Pipeline, "load", lambda folder: Bright())
+    plt.switch_backend("Agg")
+    names = ("1.2.840.0.nii.gz", "1.2.840.1.nii.gz", "P1/ct.nii.gz", "P2/ct.nii.gz")
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        sitk.WriteImage(scan(number), str(tmp_path / name))
+    output = tmp_path / "segmented"
+
+    def run(name):
+        notebook_9(run="runs/UNet-seed0", scan=str(tmp_path / name), output=str(output))
+
+    for name in [*names[:3], *names[:3]]:  # and all once more
+        run(name)
+    stems = ("1.2.840.0", "1.2.840.1", "ct")
+    files = {f"{stem}_prostate{ending}" for stem in stems for ending in (".nii.gz", ".json", ".png", ".svg")}
+    assert {path.name for path in output.iterdir()} == files
+    with pytest.raises(ValueError, match=r"another scan, .*P1"):
+        run(names[3])
+    for number, stem in enumerate(stems):
+        mask = sitk.GetArrayFromImage(sitk.ReadImage(str(output / f"{stem}_prostate.nii.gz")))
+        np.testing.assert_array_equal(mask, sitk.GetArrayFromImage(scan(number)) > 400)
