@@ -866,3 +866,14 @@ def test_notebook_1_shows_cases_without_a_label(unlabelled, study, monkeypatch, 
     assert set(names["curves"]) == {"a", "b", "c"} - set(unlabelled)
     sizes = pd.read_csv(study.root / "study" / "report" / "prostate_ml.csv", index_col="split")
     assert sizes["count"].sum() == labelled
+
+
+def test_notebook_4_says_when_configurations_differ_in_their_number_of_seeds(study, capsys):
+    said = "The number of seeds differs"
+    for run in ("UNet-seed0", "MetricUNet-R-seed0"):
+        study.test(run)
+    study.notebook("04", "everything = ")
+    assert said not in capsys.readouterr().out
+    study.test("UNet-seed1")
+    study.notebook("04", "everything = ")
+    assert said in capsys.readouterr().out
