@@ -33,8 +33,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mupkg.configurations import build, configuration
-from mupkg.data.cases import checked_case
-from mupkg.data.cohort import Cohort, write_cohort
+from mupkg.data.cases import Case, checked_case
+from mupkg.data.cohort import Cohort, Source, write_cohort
 from mupkg.data.files import read_scan
 from mupkg.data.patches import PatchSource
 from mupkg.data.preprocessing import Preparation, prepare, to_scan_grid
@@ -110,14 +110,17 @@ def stored(image: sitk.Image, path: Path, *, compress: bool = False) -> Path:
     return path
 
 
+GOOD = [Source(i, lambda i=i: Case(i, scan(), mask()), {"label": f"{i}.mha"}) for i in ("good-1", "good-2")]
+
+
 def into_a_cohort(folder: Path, ending: str, **options) -> Call:
-    """Notebook 00 on the scan P7 in this folder."""
+    """Notebook 00 on the scan P7 in this folder, among good ones."""
     label = "{case}_label" + next(p.name[len("P7_label") :] for p in folder.glob("P7_label.*"))
     options = {"modality": "CT"} | options
     preparation = Preparation(modality=options["modality"])
     return lambda: write_cohort(
         folder.parent / "data" / "cohort",
-        sources_from_pattern(folder, "{case}" + ending, label, **options),
+        [GOOD[0], *sources_from_pattern(folder, "{case}" + ending, label, **options), GOOD[1]],
         preparation,
         split_seed=0,
     )
@@ -168,6 +171,8 @@ IMAGES = [
         ending=".nii.gz",
     ),
     bad_image("CT without its intercept", lambda: scan(low=0), "apply its rescale intercept"),
+    bad_image("CT scaled to -1..1", lambda: sitk.Cast(scan(), sitk.sitkFloat32) / 1000, "undo the normalisation"),
+    bad_image("z-scores of a CT", lambda: sitk.Normalize(scan()), "undo the normalisation", ending=".nii.gz"),
     bad_image("tilted gantry", lambda: turned(scan(), SHEARED), "resample it first"),
     bad_image("voxels of a nanometre", lambda: turned(scan(), spacing=(1e-6, 2, 5)), "export the scan again"),
     bad_image("voxels of a metre", lambda: turned(scan(), spacing=(2, 1000, 5)), "export the scan again"),
@@ -468,6 +473,16 @@ TABLES = [
     bad_table("a name that is a path", entry("case_id", "../b"), "case ../b", "rename it"),
     bad_table("a misspelt split", entry("split", "tset"), "case b", "must be one of train, validation, test"),
     bad_table("a split left open", entry("split", None), "case b", "fill it"),
+    bad_table(
+        "no case to test on", lambda t, f: t.assign(split=["train", "train", "validation"]), "test", "empty the"
+    ),
+    bad_table(
+        "no case to validate on", lambda t, f: t.assign(split=["train", "train", "test"]), "validation", "empty"
+    ),
+    bad_table(
+        "no case to train on", lambda t, f: t.assign(split=["test", "validation", "test"]), "train", "empty the"
+    ),
+    bad_table("an image spelt in two ways", entry("image", "./a.nii.gz"), "cases a, b", "give each its own"),
     bad_table("a split without a label", entry("label", None), "case b", "name its label"),
     bad_table("no image", entry("image", None), "case b", "fill the column"),
     bad_table("an image that is not there", entry("image", "x.nii.gz"), "x.nii.gz", "check the name"),
@@ -674,7 +689,10 @@ RUNS = [
     bad_run(
         "a broken preparation", on_prepared(write("{}}"), "preparation.json"), "preparation.json", "run notebook"
     ),
-    bad_run("a prepared scan missing", on_prepared(Path.unlink, "*/*0_image.mha"), "0_image.mha", "check its name"),
+    bad_run(
+        "a prepared scan missing", on_prepared(Path.unlink, "*/*0_image.mha"), "0_image.mha", "run notebook 00 again"
+    ),
+    bad_run("a prepared label missing", on_prepared(Path.unlink, "*/*0_label.mha"), "0_label.mha", "run notebook 00"),
     bad_run("a prepared label cut", on_prepared(shorter, "*/*0_label.mha"), "0_label.mha", AGAIN),
 ]
 

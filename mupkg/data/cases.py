@@ -15,6 +15,7 @@ SAME_GRID = 0.1  # grids are the same if their corners agree to this share of a 
 RIGHT_ANGLE = 1e-3  # how far from 0 the cosine between two axes may be; NIfTI cannot hold more
 SPACING_MM = (0.01, 100.0)  # what a scan's voxels may measure
 FARTHEST_MM = 1e6  # from the scanner's origin; beyond, rounding moves voxels
+LEAST_HU = 100.0  # that the values of a CT span, the outermost 0.5 % left out: fat and air are in every scan
 WHOLE_NUMBER = 1e-3  # how far label values may be off (files that store them with a slope)
 
 
@@ -66,6 +67,12 @@ def binary_label(label: sitk.Image, values: Sequence[int] | None) -> sitk.Image:
     return binary
 
 
+def _spans_hu(voxels: np.ndarray) -> bool:
+    """Whether values differ as HU in a body do, and not as z-scores or shares of 1; seen from a million of them."""
+    low, high = np.percentile(voxels.ravel()[:: max(1, voxels.size // 10**6)], [0.5, 99.5])
+    return high - low >= LEAST_HU
+
+
 def _is_scalar_volume(image: sitk.Image) -> bool:
     real = not sitk.GetPixelIDValueAsString(image.GetPixelID()).startswith("complex")
     return image.GetDimension() == 3 and image.GetNumberOfComponentsPerPixel() == 1 and real and all(image.GetSize())
@@ -105,6 +112,8 @@ def checked_case(
         faults.append(f"{image_name}: is constant ({voxels.min():g} everywhere); export the scan again")
     elif known.get("modality", "CT") == "CT" and voxels.min() >= 0:
         faults.append(f"{image_name}: has no value below 0, so it is no CT in HU; apply its rescale intercept first")
+    elif known.get("modality", "CT") == "CT" and not _spans_hu(voxels):
+        faults.append(f"{image_name}: its values are no HU; undo the normalisation, or export the scan again")
     axes = np.reshape(image.GetDirection(), (3, 3))
     if not np.abs(axes.T @ axes - np.eye(3)).max() <= RIGHT_ANGLE:  # so that NaN is found too
         faults.append(f"{image_name}: its axes are not at right angles (a tilted gantry?); resample it first")

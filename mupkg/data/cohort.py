@@ -10,9 +10,11 @@ data/<cohort>/cohort.csv          case_id, image, label, split, modality and wha
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import pandas as pd
 import SimpleITK as sitk
 
 from mupkg.data.cases import Case, Point, checked_case
-from mupkg.data.files import read_scan, write_image
+from mupkg.data.files import closed, read_scan, readable, write_image
 from mupkg.data.preprocessing import Preparation, Prepared, prepare
 from mupkg.data.writing import fingerprint, whole_file, write_text
 
@@ -30,6 +32,8 @@ __all__ = ["Case", "Cohort", "CohortError", "Point", "Source", "split_cases", "w
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("case_id", "image", "label", "split")
 FINGERPRINT = "fingerprint.json"
+ASIDE = ".making."  # begins the names of a cohort's files until all of them are there
+VOLUMES = ("images", "labels", "prepared")
 LEAST_KEPT = 0.5  # of the prostate's volume; preparing a scan that loses more has gone wrong
 _HEADS = [f"head_{side}_{axis}" for side in ("left", "right") for axis in "xyz"]
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -77,10 +81,12 @@ class Cohort:
     def preparation(self) -> Preparation:
         """How the cohort's prepared volumes were made."""
         path = self.folder / "preparation.json"
-        if not path.is_file():
-            raise CohortError([f"{path}: missing; run notebook 00 on this cohort to prepare it"])
+        with readable(path):
+            if not path.is_file():
+                raise CohortError([f"{path}: missing; run notebook 00 on this cohort to prepare it"])
+            content = path.read_bytes()
         try:
-            return Preparation.model_validate_json(path.read_bytes())
+            return Preparation.model_validate_json(content)
         except ValueError as error:
             raise CohortError([f"{path}: is broken; run notebook 00 on this cohort again ({error})"]) from error
 
@@ -114,17 +120,21 @@ class Cohort:
 
     def fingerprint(self) -> str:
         """Of the table and of its cases' prepared volumes."""
-        volumes = (self._prepared(case_id) for case_id in self.table.index)
-        present = [path for pair in volumes for path in pair if path.name.endswith("_image.mha") or path.is_file()]
-        return fingerprint([self.folder / "cohort.csv", *present])
+        volumes = [path for case_id in self.table.index for path in self._prepared(case_id)]
+        return fingerprint([self.folder / "cohort.csv", *volumes])
 
-    def _prepared(self, case_id: str) -> tuple[Path, Path]:
-        return tuple(self.folder / "prepared" / f"{case_id}_{kind}.mha" for kind in ("image", "label"))
+    def _prepared(self, case_id: str) -> list[Path]:
+        """The case's prepared image, and its label if the table names one."""
+        kinds = ("image", "label") if isinstance(self.table["label"][case_id], str) else ("image",)
+        return [self.folder / "prepared" / f"{case_id}_{kind}.mha" for kind in kinds]
 
     def prepared(self, case_id: str) -> Prepared:
-        """One case on the working grid, as notebook 00 left it."""
-        image, label = self._prepared(case_id)
-        return Prepared(read_scan(image), read_scan(label) if label.is_file() else None)
+        """One case on the working grid, as notebook 00 left it; CohortError if a volume is missing."""
+        paths = self._prepared(case_id)
+        for path in paths:
+            if not path.exists():
+                raise CohortError([f"case {case_id}: {path}: missing; run notebook 00 again on this cohort"])
+        return Prepared(*map(read_scan, paths), *[None] * (2 - len(paths)))
 
 
 def recorded_cohort(folder: Path, notebook: int) -> str:
@@ -138,8 +148,11 @@ def recorded_cohort(folder: Path, notebook: int) -> str:
 
 def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
     """A table of cases and of the files beside it; CohortError with everything that is wrong with it."""
-    try:
-        table = pd.read_csv(path, dtype=dict.fromkeys([*COLUMNS, "patient", "modality"], str))
+    text = dict.fromkeys([*COLUMNS, "patient", "modality"], str)
+    try:  # a case may be called NA: only an empty entry is a missing one
+        table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+    except PermissionError as error:
+        raise CohortError([closed(path, error)]) from error
     except FileNotFoundError:
         raise CohortError([f"{path}: there is no such table; notebook 00 makes one"]) from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
@@ -169,7 +182,10 @@ def _name_faults(case_ids: Iterable[object]) -> Iterator[str]:
 
 
 def _split_faults(table: pd.DataFrame) -> Iterator[str]:
-    """A split may be missing altogether, or there for exactly the cases with a label, each patient in one."""
+    """A split may be missing altogether, or there for exactly the cases with a label, each patient in one.
+
+    None of the three may be empty then.
+    """
     split = table["split"] if "split" in table else pd.Series(None, table.index, dtype=object)
     for case_id, name in zip(table["case_id"], split, strict=True):
         if isinstance(name, str) and name not in SPLITS:
@@ -183,14 +199,24 @@ def _split_faults(table: pd.DataFrame) -> Iterator[str]:
             if len(set(names.dropna())) > 1:
                 cases = ", ".join(map(str, table["case_id"][names.index]))
                 yield f"cases {cases}: are of one patient ({patient}) but in several splits; put them into one"
+    given = set(split.dropna())
+    if (
+        given and given < set(SPLITS) and not split[table["label"].notna()].isna().any()
+    ):  # else that is to be mended first
+        missing = " and ".join(name for name in SPLITS if name not in given)
+        yield f"column split: no case is in {missing}; give each split a case, or empty the column to have it drawn"
 
 
 def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
     for column in ("image", "label"):
-        for name, rows in table.groupby(column):
-            if len(rows) > 1:
-                cases = ", ".join(map(str, rows["case_id"]))
-                yield f"cases {cases}: have one and the same {column} {name}; give each its own"
+        files: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for case_id, name in zip(table["case_id"], table[column], strict=True):
+            if isinstance(name, str):
+                files[os.path.realpath(folder / name.replace("\0", ""))].append((str(case_id), name))
+        for same in files.values():
+            if len(same) > 1:
+                cases, names = ", ".join(case_id for case_id, _ in same), " and ".join(dict(map(reversed, same)))
+                yield f"cases {cases}: have one and the same {column} {names}; give each its own"
     for row in table.itertuples():
         modality = getattr(row, "modality", None)
         if isinstance(modality, str) and modality not in ("CT", "MR"):
@@ -203,6 +229,9 @@ def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
             try:
                 inside = (folder / name).resolve().is_relative_to(folder.resolve())
                 there = (folder / name).exists()
+            except PermissionError as error:
+                yield f"case {row.case_id}: {closed(folder / name, error)}"
+                continue
             except (OSError, RuntimeError, ValueError) as error:  # a loop of links, too long, a zero byte
                 yield f"case {row.case_id}: {column} {name!r} is no path ({error}); mend it in cohort.csv"
                 continue
@@ -248,42 +277,80 @@ def write_cohort(
 ) -> Cohort:
     """Check, store and prepare every case; the table comes last, so that a broken-off build is not taken for whole.
 
+    All is written aside first: what fails leaves a cohort that was there as it was, and nothing of its own.
     A split that the sources bring along is kept; without any it is drawn by patient (`patient`, else the case).
     Cases without any label get no split.
 
     Raises:
-        CohortError: after all cases were tried, with every fault of every case. No table is written then.
+        CohortError: after all cases were tried, with every fault of every case; before, if the names or, as far as
+            the sources tell, the labels and splits are wrong already.
     """
     folder, sources = Path(folder), list(sources)
     faults = list(_name_faults(source.case_id for source in sources)) if sources else ["there are no cases"]
     if faults:
         raise CohortError(faults)
-    for name in ("cohort.csv", FINGERPRINT):  # from here on the folder is in the making
-        (folder / name).unlink(missing_ok=True)
-    rows = []
-    for source in progress(sources):
-        try:
-            row = _store(folder, source.read(), preparation)
-        except ValueError as error:
-            faults.append(str(error))
-            continue
-        rows.append(row | source.columns | row)  # what was found in the files counts
-    if faults:
-        raise CohortError(faults, f"{len(rows)} case(s) are fine. Mend or remove these and run again.")
-    table = pd.DataFrame(rows)
-    if "split" not in table or table["split"].isna().all():
-        drawn = _drawn_split(table, split_seed)
-        table = table.drop(columns="split", errors="ignore")
-        table.insert(3, "split", drawn)
-    faults = list(_split_faults(table))
-    if faults:
-        raise CohortError(faults)
-    write_text(folder / "preparation.json", preparation.model_dump_json(indent=2))
-    with whole_file(folder / "cohort.csv") as temporary:
-        table.to_csv(temporary, index=False)
+    if all("label" in source.columns for source in sources):  # so that too few patients are told before hours of work
+        told = [{"case_id": source.case_id, "image": None} | source.columns for source in sources]
+        _with_split(folder, pd.DataFrame(told), split_seed)
+    with _written_aside(folder):
+        rows = []
+        for source in progress(sources):
+            try:
+                row = _store(folder, source.read(), preparation)
+            except ValueError as error:
+                faults.append(str(error))
+                continue
+            rows.append(row | source.columns | row)  # what was found in the files counts
+        if faults:
+            raise CohortError(faults, f"{len(rows)} case(s) are fine. Mend or remove these and run again.")
+        table = _with_split(folder, pd.DataFrame(rows), split_seed)
+        write_text(folder / f"{ASIDE}preparation.json", preparation.model_dump_json(indent=2))
+        with whole_file(folder / f"{ASIDE}cohort.csv") as temporary:
+            table.to_csv(temporary, index=False)
+        for name in ("cohort.csv", FINGERPRINT):  # from here on the folder is in the making
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(_aside(folder), key=lambda path: path.name == f"{ASIDE}cohort.csv"):
+            os.replace(path, path.with_name(path.name.removeprefix(ASIDE)))
     cohort = Cohort.read(folder, check_voxels=False)
     write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint()}) + "\n")
     return cohort
+
+
+def _aside(folder: Path) -> list[Path]:
+    """What of a cohort in the making lies beside the one that counts."""
+    places = (folder, *(folder / name for name in VOLUMES))
+    return [path for place in places for path in place.glob(".*") if ASIDE in path.name]
+
+
+@contextmanager
+def _written_aside(folder: Path) -> Iterator[None]:
+    """Nothing stays of what the block wrote aside unless it ends well, nor of what a killed one left."""
+    new = [p for p in (*(folder / name for name in VOLUMES), folder, *folder.parents) if not p.exists()]
+    for path in _aside(folder):
+        path.unlink()
+    try:
+        yield
+    except BaseException:
+        for path in _aside(folder):
+            path.unlink(missing_ok=True)
+        for place in new:
+            with suppress(OSError):
+                place.rmdir()
+        raise
+
+
+def _with_split(folder: Path, table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The table with its split, drawn if there is none; CohortError if that cannot be."""
+    if "split" not in table or table["split"].isna().all():
+        try:
+            drawn = _drawn_split(table, seed)
+        except ValueError as error:
+            raise CohortError([f"{folder}: with a label, {error}. Add labelled scans of more patients"]) from error
+        table = table.drop(columns="split", errors="ignore")
+        table.insert(3, "split", drawn)
+    if faults := list(_split_faults(table)):
+        raise CohortError(faults)
+    return table
 
 
 def _drawn_split(table: pd.DataFrame, seed: int) -> pd.Series:
@@ -297,7 +364,7 @@ def _drawn_split(table: pd.DataFrame, seed: int) -> pd.Series:
 
 
 def _store(folder: Path, case: Case, preparation: Preparation) -> dict[str, object]:
-    """Write one case's scan, label and prepared volumes; its row of the table."""
+    """Write one case's scan, label and prepared volumes aside; its row of the table."""
     if case.modality != preparation.modality:
         raise ValueError(f"case {case.case_id}: is {case.modality}, not {preparation.modality}; set modality to it")
     row: dict[str, object] = {"case_id": case.case_id, "image": f"images/{case.case_id}.nii.gz", "label": None}
@@ -307,12 +374,12 @@ def _store(folder: Path, case: Case, preparation: Preparation) -> dict[str, obje
             f"case {case.case_id}: preparing it loses the prostate, because the working grid is too coarse or the "
             "body's outline wrong; choose a finer spacing_mm, or look at the scan"
         )
-    write_image(case.image, folder / row["image"])
-    write_image(prepared.image, folder / "prepared" / f"{case.case_id}_image.mha", compress=False)
+    write_image(case.image, folder / "images" / f"{ASIDE}{case.case_id}.nii.gz")
+    write_image(prepared.image, folder / "prepared" / f"{ASIDE}{case.case_id}_image.mha", compress=False)
     if case.label is not None:
         row["label"] = f"labels/{case.case_id}.nii.gz"
-        write_image(case.label, folder / row["label"])
-        write_image(prepared.label, folder / "prepared" / f"{case.case_id}_label.mha", compress=False)
+        write_image(case.label, folder / "labels" / f"{ASIDE}{case.case_id}.nii.gz")
+        write_image(prepared.label, folder / "prepared" / f"{ASIDE}{case.case_id}_label.mha", compress=False)
         row["prostate_ml"] = round(label_volume_ml(case.label), 3)
     row["modality"] = case.modality
     size, spacing = case.image.GetSize()[::-1], case.image.GetSpacing()[::-1]

@@ -91,15 +91,18 @@ def _reason(error: RuntimeError) -> str:
     return lines[-1].strip() if lines else str(error)
 
 
+def closed(path: str | Path, error: OSError) -> str:
+    """What to tell of a file or folder that may not be read."""
+    return f"{path}: cannot be read ({error.strerror or error}); give yourself read permission"
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """A missing permission inside the block becomes a ValueError that names the file and says so."""
     try:
         yield
     except PermissionError as error:
-        raise ValueError(
-            f"{error.filename or path}: cannot be read ({error.strerror or error}); give yourself read permission"
-        ) from error
+        raise ValueError(closed(error.filename or path, error)) from error
 
 
 def _check_file(path: Path) -> None:

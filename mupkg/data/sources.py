@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mupkg.data.cases import checked_case
 from mupkg.data.cohort import Case, CohortError, Source, read_table
-from mupkg.data.files import read_scan
+from mupkg.data.files import closed, read_scan
 from mupkg.data.phantom import make_phantom
 
 
@@ -33,16 +35,27 @@ def _file_source(
             case_id, scan, mask, image_name=str(image), label_name=str(label), label_values=values, modality=modality
         )
 
-    return Source(case_id, read, {"source": image.name})
+    return Source(case_id, read, {"source": image.name, "label": label.name if label else None})
 
 
 def check_pattern(pattern: str) -> str:
     """The pattern, if it can name a file in a folder for every case."""
-    if pattern.count("{case}") != 1 or not pattern.isprintable() or pattern.startswith("/"):
+    inside = not pattern.startswith("/") and ".." not in pattern.split("/")
+    if pattern.count("{case}") != 1 or not pattern.isprintable() or not inside:
         raise ValueError(
-            f"must hold {{case}} once, for example {{case}}_image.nii.gz, and lead from the folder; it is {pattern!r}"
+            "must hold {case} once, for example {case}_image.nii.gz, and must not lead out of the folder by / or ..; "
+            f"it is {pattern!r}"
         )
     return pattern
+
+
+def _files_below(folder: Path, faults: list[str]) -> Iterator[Path]:
+    """Every file below a folder, through links too; what may not be read is added to the faults."""
+    walk = os.walk(folder, followlinks=True, onerror=lambda error: faults.append(closed(error.filename, error)))
+    for place, folders, names in walk:
+        above = {os.path.realpath(path) for path in (Path(place), *Path(place).parents)}
+        folders[:] = [name for name in folders if os.path.realpath(Path(place, name)) not in above]  # no circles
+        yield from (Path(place, name) for name in names if not name.startswith("."))  # "._x": a Mac's leftovers
 
 
 def sources_from_pattern(
@@ -56,7 +69,10 @@ def sources_from_pattern(
 ) -> list[Source]:
     """Image / label pairs found by name, for example "{case}_image.nii.gz" and "{case}_label.nii.gz".
 
-    A file that matches both patterns is a label. Raises CohortError if nothing is found or labels are missing.
+    A file that matches both patterns is a label; folders may be links.
+
+    Raises:
+        CohortError: if nothing is found, labels are missing, folders may not be read, or cases share a file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -66,21 +82,27 @@ def sources_from_pattern(
             check_pattern(pattern)
         except ValueError as error:
             raise CohortError([f"{name} {error}"]) from error
+    if image_pattern == label_pattern:
+        raise CohortError([f"image_pattern and label_pattern are both {image_pattern!r}; give labels another one"])
     matcher = re.compile(re.escape(image_pattern).replace(re.escape("{case}"), "(?P<case>[^/]+)"))
     label_matcher = re.compile(re.escape(label_pattern).replace(re.escape("{case}"), "[^/]+"))
-    found, faults = [], []
-    for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):  # "._x": a Mac's leftovers in archives
+    found, faults, files = [], [], defaultdict(list)
+    for path in sorted(_files_below(folder, faults)):
         name = path.relative_to(folder).as_posix()
         match = matcher.fullmatch(name)
         if match is None or label_matcher.fullmatch(name):
             continue
         case_id = match["case"]
         label = folder / label_pattern.replace("{case}", case_id)
-        if not label.is_file():
+        if not os.path.isfile(label):
             faults.append(
                 f"case {case_id}: no label {label.relative_to(folder)} beside {name}; add it or move the image"
             )
         found.append(_file_source(case_id, path, label, modality, label_values, channel))
+        files[os.path.realpath(path)].append(case_id)
+    for path, cases in files.items():
+        if len(cases) > 1:
+            faults.append(f"cases {', '.join(cases)}: have one and the same image {path}; remove the links to it")
     if not found:
         faults.append(f"{folder}: no file there matches {image_pattern!r}")
     if faults:
@@ -97,11 +119,16 @@ def sources_from_table(
         path: the table, or the folder in which it is called cohort.csv.
     """
     path = Path(path) / "cohort.csv" if Path(path).is_dir() else Path(path)
-    sources = []
+    sources, faults = [], []
     for row in read_table(path, ("case_id", "image", "label")).to_dict("records"):
+        told = row.get("modality")
+        if isinstance(told, str) and told != modality:
+            faults.append(f"case {row['case_id']}: is {told} in {path}, not {modality}; set modality to it")
         label = path.parent / row["label"] if isinstance(row["label"], str) else None
         source = _file_source(row["case_id"], path.parent / row["image"], label, modality, label_values, channel)
         sources.append(Source(source.case_id, source.read, source.columns | row))
+    if faults:
+        raise CohortError(faults)
     return sources
 
 

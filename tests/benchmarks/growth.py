@@ -39,7 +39,7 @@ def median_ms(call: Callable[[], object], repeats: int = 5) -> float:
 def write_study(folder: Path, cases: int) -> None:
     """A cohort's table (its scans are empty files: only notebook 00 reads them) and stage 1's regions."""
     ids = [f"case-{number:05d}" for number in range(cases)]
-    table = {"case_id": ids, "split": "train"}
+    table = {"case_id": ids, "split": ["validation", "test", *["train"] * (cases - 2)]}
     for kind in ("image", "label"):
         table[kind] = [f"{kind}s/{i}.nii.gz" for i in ids]
         (folder / f"{kind}s").mkdir()

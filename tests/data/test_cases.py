@@ -59,6 +59,8 @@ def test_a_good_case_passes_and_keeps_what_is_known():
         (sitk.Image(10, 8, 6, sitk.sitkInt16), "is constant (0 everywhere); export"),
         (scan(shape=(1, 8, 10)), "1 slice(s), at least 3 are needed; leave it out"),
         (sitk.Cast(scan() + 1024, sitk.sitkUInt16), "no CT in HU; apply its rescale intercept"),
+        (sitk.Cast(scan(), sitk.sitkFloat32) / 1000, "are no HU; undo the normalisation"),
+        (painted(sitk.Cast(scan(), sitk.sitkFloat32) / 500, 3000.0), "are no HU; undo the normalisation"),
         (sheared(), "not at right angles (a tilted gantry?); resample"),
         (sitk.JoinSeries([scan(), scan()]), "no 3D volume of single values; choose one"),
         (sitk.Compose(scan(), scan()), "no 3D volume of single values; choose one"),

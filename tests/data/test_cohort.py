@@ -206,14 +206,97 @@ def test_the_same_seed_gives_the_same_cohort(tmp_path):
     assert tables[0] == tables[1]
 
 
-def test_after_a_failure_there_is_no_table_and_the_good_cases_are_kept(tmp_path):
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def test_a_failure_leaves_the_former_cohort_as_it_was_and_nothing_of_the_new(tmp_path):
     write_cohort(tmp_path, [source(i) for i in "abc"], PREPARATION, split_seed=0)
+    before = contents(tmp_path)
+    bad = [source("a", seed=1), broken("b"), broken("c"), source("d")]
     with pytest.raises(CohortError) as error:
-        write_cohort(tmp_path, [source("a"), broken("b"), broken("c"), source("d")], PREPARATION, split_seed=0)
+        write_cohort(tmp_path, bad, PREPARATION.model_copy(update={"spacing_mm": (5.0, 5.0, 5.0)}), split_seed=1)
     assert error.value.faults == [f"case {i}: {i}.nii.gz: is torn; mend it" for i in "bc"]
     assert "2 case(s) are fine" in str(error.value)
-    assert not (tmp_path / "cohort.csv").exists()
-    assert (tmp_path / "images" / "d.nii.gz").is_file() and (tmp_path / "prepared" / "d_label.mha").is_file()
+    assert contents(tmp_path) == before
+    assert Cohort.read(tmp_path).fingerprint() == recorded_cohort(tmp_path, 0)
+
+
+def test_a_failure_leaves_nothing_in_a_fresh_folder(tmp_path):
+    with pytest.raises(CohortError):
+        write_cohort(tmp_path / "data" / "new", [source("a"), broken("b"), source("c")], PREPARATION, split_seed=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_build_left_aside_is_cleared_away(tmp_path):
+    litter = [tmp_path / "images" / name for name in (".making.z.nii.gz", ".99.part..making.y.nii.gz")]
+    litter[0].parent.mkdir()
+    for path in litter:
+        path.write_text("half")
+    write_cohort(tmp_path, [source(i) for i in "abc"], PREPARATION, split_seed=0)
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+
+
+def test_too_few_patients_are_told_before_any_scan_is_read(tmp_path):
+    def untouched():
+        raise AssertionError("read")
+
+    told = [
+        Source(i, untouched, {"label": f"{i}.mha", "patient": patient})
+        for i, patient in zip("abc", "112", strict=True)
+    ]
+    with pytest.raises(
+        CohortError, match=r"new: with a label, 2 patient\(s\) cannot be split .*\. Add labelled scans"
+    ):
+        write_cohort(tmp_path / "new", told, PREPARATION, split_seed=0)
+    with pytest.raises(CohortError, match="no case is in validation and test; give each split a case, or empty"):
+        write_cohort(
+            tmp_path / "new",
+            [Source(i, untouched, {"label": i, "split": "train"}) for i in "abc"],
+            PREPARATION,
+            split_seed=0,
+        )
+    with pytest.raises(CohortError, match=r"2 patient\(s\) cannot be split"):  # only reading tells who has a label
+        write_cohort(tmp_path / "new", [source("a"), source("b")], PREPARATION, split_seed=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_case_may_be_called_na(tmp_path):
+    """It was read back as a case without a name."""
+    cohort = write_cohort(tmp_path, [source(i) for i in ("NA", "null", "nan")], PREPARATION, split_seed=0)
+    assert Cohort.read(tmp_path).ids() == cohort.ids() == ["NA", "null", "nan"]
+
+
+def test_a_label_of_a_former_cohort_is_not_taken_for_the_cases(tmp_path):
+    write_cohort(tmp_path, [source(i) for i in "abcx"], PREPARATION, split_seed=0)
+    bare = Source("x", lambda: Case("x", scan()), {})
+    cohort = write_cohort(tmp_path, [bare, *(source(i) for i in "abc")], PREPARATION, split_seed=0)
+    assert (tmp_path / "prepared" / "x_label.mha").is_file() and cohort.prepared("x").label is None
+
+
+@pytest.mark.parametrize("kind", ["image", "label"])
+def test_a_missing_prepared_volume_is_named_with_the_notebook_that_makes_it(tmp_path, kind):
+    cohort = write_cohort(tmp_path, [source(i) for i in "abc"], PREPARATION, split_seed=0)
+    (tmp_path / "prepared" / f"b_{kind}.mha").unlink()
+    with pytest.raises(CohortError, match=rf"case b: .*b_{kind}\.mha: missing; run notebook 00 again"):
+        cohort.prepared("b")
+    with pytest.raises(ValueError, match=rf"b_{kind}\.mha: cannot be read"):
+        cohort.fingerprint()
+
+
+def test_a_table_that_may_not_be_read_says_so(folder, monkeypatch):
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pd, "read_csv", closed)
+    (fault,) = faults_of(folder)
+    assert fault.endswith("cohort.csv: cannot be read (Permission denied); give yourself read permission")
+
+
+def test_a_file_told_in_two_spellings_is_one_file(folder):
+    table_of("abc", image=["a.nii.gz", "./a.nii.gz", "c.nii.gz"]).to_csv(folder / "cohort.csv", index=False)
+    (fault,) = faults_of(folder, check_voxels=False)
+    assert fault == "cases a, b: have one and the same image a.nii.gz and ./a.nii.gz; give each its own"
 
 
 @pytest.mark.parametrize("names", [["a", "a", "b"], ["Case 1", "b", "c"], ["../a", "b", "c"], [".a", "b", "c"], []])
@@ -276,9 +359,20 @@ def test_the_fingerprint_is_of_the_table_and_its_cases_volumes(tmp_path):
         Cohort.read(tmp_path / "first").fingerprint()
 
 
-def test_a_cohort_in_the_making_has_no_fingerprint(tmp_path):
+def test_a_cohort_in_the_making_has_neither_table_nor_fingerprint(tmp_path, monkeypatch):
+    """It ends while the new volumes take the place of the old: no table may claim the mixture."""
     write_cohort(tmp_path, [source(i) for i in "abc"], PREPARATION, split_seed=0)
-    with pytest.raises(CohortError):
-        write_cohort(tmp_path, [source("a"), broken("b"), source("c")], PREPARATION, split_seed=0)
+    replace = os.replace
+
+    def killed(old, new):
+        if Path(new).name == "b_image.mha" and Path(old).name.startswith(".making."):
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_cohort(tmp_path, [source(i) for i in "abc"], PREPARATION, split_seed=0)
+    with pytest.raises(CohortError, match="notebook 00 makes one"):
+        Cohort.read(tmp_path)
     with pytest.raises(ValueError, match=r"fingerprint\.json: does not tell the cohort .*; run notebook 00 again"):
         recorded_cohort(tmp_path, 0)

@@ -91,6 +91,45 @@ def test_a_cut_off_file_is_refused(tmp_path):
         read_scan(path)
 
 
+@pytest.mark.parametrize("place", ["file", "folder", "series"])
+def test_what_may_not_be_read_says_so(tmp_path, place, monkeypatch):
+    """Read as nobody, for root may read all; a closed file was told to be exported again."""
+    (folder := tmp_path / "in").mkdir()
+    write_image(volume(), folder / "scan.mha") if place != "series" else write_series(folder, volume())
+    path = folder if place == "series" else folder / "scan.mha"
+    shut = {"file": path, "folder": folder, "series": next(folder.iterdir())}[place]
+    shut.chmod(0)
+    if os.geteuid() == 0:
+        opened, stat = Path.open, Path.stat
+
+        def refuse(self, what, *args, **options):
+            if self == shut or (shut in self.parents and place == "folder"):
+                raise PermissionError(13, "Permission denied", str(self))
+            return what(self, *args, **options)
+
+        monkeypatch.setattr(Path, "open", lambda self, *args, **options: refuse(self, opened, *args, **options))
+        if place == "folder":
+            monkeypatch.setattr(Path, "stat", lambda self, **options: refuse(self, stat, **options))
+    with pytest.raises(
+        ValueError, match=r"in.*: cannot be read \(Permission denied\); give yourself read permission"
+    ):
+        read_scan(path)
+    shut.chmod(0o700)
+
+
+def test_one_slice_of_a_series_asks_for_its_folder(tmp_path):
+    write_series(tmp_path, volume())
+    with pytest.raises(ValueError, match=r"\.dcm: is one slice of a DICOM series; give the folder of the series"):
+        read_scan(next(tmp_path.iterdir()))
+
+
+def test_an_mhd_is_read_with_the_voxels_beside_it(tmp_path):
+    for compress in (False, True):  # as PROMISE12 has them
+        sitk.WriteImage(volume(), str(tmp_path / "scan.mhd"), useCompression=compress)
+        again = read_scan(tmp_path / "scan.mhd")
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(again), sitk.GetArrayFromImage(volume()))
+
+
 def test_a_dicom_series_is_put_in_order_of_position(tmp_path):
     write_series(tmp_path, volume())
     image = read_scan(tmp_path)

@@ -1,5 +1,8 @@
 """Where cohorts come from: every source gives the cases that lie there, or says what is missing."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -131,6 +134,55 @@ def test_a_pattern_that_cannot_be_or_finds_nothing(tmp_path):
         assert fault in str(error.value)
 
 
+def test_patterns_that_are_the_same_or_lead_out_are_refused(tmp_path):
+    write(scan(), tmp_path / "in" / "a.mha")
+    write(mask(), tmp_path / "labs" / "a.mha")
+    with pytest.raises(CohortError, match=r"are both '\{case\}\.mha'; give labels another one"):
+        sources_from_pattern(tmp_path / "in", "{case}.mha", "{case}.mha", modality="MR")
+    with pytest.raises(CohortError, match=r"label_pattern must hold .* must not lead out of the folder by / or \.\."):
+        sources_from_pattern(tmp_path / "in", "{case}.mha", "../labs/{case}.mha", modality="MR")
+
+
+def test_case_folders_may_be_links_and_circles_end(tmp_path):
+    """They were passed over without a word."""
+    for name in "ab":
+        write(scan(), tmp_path / "elsewhere" / name / "t2.mha")
+        write(mask(), tmp_path / "elsewhere" / name / "roi.mha")
+    (folder := tmp_path / "in").mkdir()
+    for name in "ab":
+        (folder / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere" / "a" / "back").symlink_to(folder)
+    (folder / "self").symlink_to(folder)
+    found = sources_from_pattern(folder, "{case}/t2.mha", "{case}/roi.mha", modality="MR")
+    assert [source.case_id for source in found] == ["a", "b"]
+    (folder / "c").symlink_to(tmp_path / "elsewhere" / "a")
+    with pytest.raises(CohortError, match=r"cases a, c: have one and the same image .*t2\.mha; remove the links"):
+        sources_from_pattern(folder, "{case}/t2.mha", "{case}/roi.mha", modality="MR")
+    (folder / "c").unlink()
+    (folder / "d").mkdir()
+    (folder / "d" / "t2.mha").symlink_to(tmp_path / "absent.mha")
+    write(mask(), folder / "d" / "roi.mha")
+    lost = sources_from_pattern(folder, "{case}/t2.mha", "{case}/roi.mha", modality="MR")[-1]
+    with pytest.raises(ValueError, match=r"case d: .*d/t2\.mha: .*there is no such file"):
+        lost.read()
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    for name in "ab":
+        write(scan(), tmp_path / name / "t2.mha")
+        write(mask(), tmp_path / name / "roi.mha")
+    scandir = os.scandir
+
+    def closed(place):
+        if Path(place).name == "b":
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(CohortError, match=r"/b: cannot be read \(Permission denied\); give yourself read permission"):
+        sources_from_pattern(tmp_path, "{case}/t2.mha", "{case}/roi.mha", modality="MR")
+
+
 def test_a_broken_file_is_found_when_it_is_read(tmp_path):
     write(scan(), tmp_path / "a.mha")
     (tmp_path / "a_label.mha").write_text("torn")
@@ -153,13 +205,22 @@ def test_a_table_without_a_split_has_it_drawn(table_folder, split):
 
 
 def test_a_table_keeps_its_split_and_what_else_it_knows(table_folder):
-    columns = {"split": ["test", "validation", "train"], "PSA (ng/ml)": [4.5, 7.0, None], "modality": "CT"}
+    columns = {"split": ["test", "validation", "train"], "PSA (ng/ml)": [4.5, 7.0, None], "modality": "MR"}
     write_table(table_folder, **columns)
     cohort = write_cohort(table_folder / "out", sources_from_table(table_folder, modality="MR"), MR, split_seed=0)
     assert list(cohort.table["split"]) == columns["split"]
     assert cohort.table["PSA (ng/ml)"]["b"] == 7.0
-    assert set(cohort.table["modality"]) == {"MR"}  # as told and prepared, not as the old table said
+    assert set(cohort.table["modality"]) == {"MR"}
     assert cohort.table["image"]["b"] == "images/b.nii.gz"
+
+
+def test_a_table_that_tells_another_modality_is_refused(table_folder):
+    """It was overwritten without a word."""
+    write_table(table_folder, modality=["MR", "CT", None])
+    with pytest.raises(CohortError) as error:
+        sources_from_table(table_folder, modality="MR")
+    (fault,) = error.value.faults
+    assert fault.startswith("case b: is CT in ") and fault.endswith("cohort.csv, not MR; set modality to it")
 
 
 def test_a_split_filled_in_part_names_the_cases(table_folder):
