@@ -132,7 +132,9 @@ class Cohort:
         """One case on the working grid, as notebook 00 left it; CohortError if a volume is missing."""
         paths = self._prepared(case_id)
         for path in paths:
-            if not path.exists():
+            with readable(path):
+                there = path.exists()
+            if not there:
                 raise CohortError([f"case {case_id}: {path}: missing; run notebook 00 again on this cohort"])
         return Prepared(*map(read_scan, paths), *[None] * (2 - len(paths)))
 
@@ -142,6 +144,8 @@ def recorded_cohort(folder: Path, notebook: int) -> str:
     path = folder / FINGERPRINT
     try:
         return json.loads(path.read_bytes())["cohort"]
+    except PermissionError as error:
+        raise ValueError(closed(path, error)) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: does not tell the cohort ({error!r}); run notebook 0{notebook} again") from error
 

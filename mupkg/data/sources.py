@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mupkg.data.cases import checked_case
 from mupkg.data.cohort import Case, CohortError, Source, read_table
-from mupkg.data.files import closed, read_scan
+from mupkg.data.files import closed, read_scan, readable
 from mupkg.data.phantom import make_phantom
 
 
@@ -75,7 +75,9 @@ def sources_from_pattern(
         CohortError: if nothing is found, labels are missing, folders may not be read, or cases share a file.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    with readable(folder):
+        there = folder.is_dir()
+    if not there:
         raise CohortError([f"{folder}: there is no such folder"])
     for name, pattern in (("image_pattern", image_pattern), ("label_pattern", label_pattern)):
         try:
@@ -118,7 +120,9 @@ def sources_from_table(
     Args:
         path: the table, or the folder in which it is called cohort.csv.
     """
-    path = Path(path) / "cohort.csv" if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    with readable(path):
+        path = path / "cohort.csv" if path.is_dir() else path
     sources, faults = [], []
     for row in read_table(path, ("case_id", "image", "label")).to_dict("records"):
         told = row.get("modality")
