@@ -323,7 +323,7 @@ def write_cohort(
 def _aside(folder: Path) -> list[Path]:
     """What of a cohort in the making lies beside the one that counts."""
     places = (folder, *(folder / name for name in VOLUMES))
-    return [path for place in places for path in place.glob(".*") if ASIDE in path.name]
+    return [path for place in places for path in place.glob(f"{ASIDE}*")]
 
 
 @contextmanager
