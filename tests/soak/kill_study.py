@@ -3,8 +3,8 @@
     python tests/soak/kill_study.py FOLDER [--kills 20] [--seed 0]      in an empty folder, or one that is not there
 
 A kill takes Snakemake, papermill and the kernels at once, as a power cut would. Its moment is told by a file: a
-notebook begins, a training has left its checkpoint, or a file is being written (its writer is then stopped first,
-so that the kill surely falls into the writing). After each kill every file that bears a final name must be whole;
+notebook begins, a training has left its checkpoint, or a file is being written (its writer goes in steps then, so
+that the kill surely falls into the writing). After each kill every file that bears a final name must be whole;
 at the end weights, tables and predictions must be those of the undisturbed study, to the bit. Times are left out.
 The kills are listed in FOLDER/kills.csv.
 """
@@ -40,6 +40,10 @@ from mupkg.stages.runs import load_tensors
 ROOT = Path(__file__).parents[2]
 MARK = "MUPKG_SOAK"
 OUT = "outputs/smoke"
+STEP_S, STEPS = (
+    5e-5,
+    500,
+)  # a kernel's steps while a file is waited for, and how many before it is looked who is at work
 
 
 @dataclass(frozen=True)
@@ -159,15 +163,35 @@ def stamps(folder: Path, pattern: str) -> dict[Path, int]:
     return found
 
 
-def stopped_while_writing(path: Path) -> bool:
-    """Stop the process that writes this temporary file; False if the file is done by then, and it goes on."""
-    writer = int(path.name.split(".")[1])
-    with suppress(ProcessLookupError):
-        os.kill(writer, signal.SIGSTOP)
-        if path.exists():
-            return True
-        os.kill(writer, signal.SIGCONT)
-    return False
+def kernels(folder: Path) -> list[psutil.Process]:
+    """The kernels of the notebooks at work."""
+    return [process for process in alive(folder) if any("ipykernel" in word for word in process.cmdline())]
+
+
+def stand_still(processes: Sequence[psutil.Process]) -> None:
+    """Stop them, and wait until they have stopped: a signal arrives a little later."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
+            while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                pass
+
+
+def caught_writing(folder: Path, new: Callable[[], list[Path]]) -> Path | None:
+    """A new temporary file with its writer standing still; the kernels go on if there is none.
+
+    Some files live for 0.2 ms, and whoever sees one comes too late: so the kernels go in steps that are shorter.
+    """
+    at_work = kernels(folder)
+    for _ in range(STEPS):
+        stand_still(at_work)
+        if found := new():
+            return found[0]
+        for process in at_work:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+        time.sleep(STEP_S)
+    return None
 
 
 def wait_for(folder: Path, moment: Moment, start_study: Callable[[], subprocess.Popen]) -> Path | None:
@@ -177,13 +201,15 @@ def wait_for(folder: Path, moment: Moment, start_study: Callable[[], subprocess.
     process = start_study()
     new = lambda pattern: [p for p, stamp in stamps(folder, pattern).items() if before.get(p) != stamp]  # noqa: E731
     while process.poll() is None:
-        for path in new(told_by):
-            if not moment.in_a_file or stopped_while_writing(path):
-                time.sleep(moment.delay)
-                return path
-        if [path for path in new(ends) if ".running." not in path.name]:
+        ended = [path for path in new(ends) if ".running." not in path.name]
+        if not moment.in_a_file and (found := new(told_by)):
+            time.sleep(moment.delay)
+            return found[0]
+        if moment.in_a_file and new(ends) and (found := caught_writing(folder, lambda: new(told_by))):
+            return found
+        if ended:
             return None
-        time.sleep(0 if moment.in_a_file else 0.02)
+        time.sleep(0.02)
     return None
 
 
