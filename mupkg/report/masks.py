@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import SimpleITK as sitk
 
+from mupkg.data.files import write_image
 from mupkg.stages.runs import write_json
 
 ENDINGS = re.compile(r"\.(nii(\.gz)?|mha|mhd|nrrd|nhdr|hdr|img)$", re.IGNORECASE)
@@ -18,23 +20,33 @@ def scan_name(path: str | Path) -> str:
     return ENDINGS.sub("", Path(path).name) or "scan"
 
 
-def claim(mask: Path, image: sitk.Image, *, scan: str, run: str) -> None:
-    """Say, in a JSON file beside a mask to be, of which scan and run it is; before it is written.
+def record_of(mask: Path, image: sitk.Image, *, scan: str, run: str) -> dict[str, str]:
+    """What to write beside a mask to be, so that one sees of which scan and run it is.
 
     The scan is known by its voxels, so that the same one may be segmented again, wherever it lies.
 
     Raises:
         ValueError: naming the mask, if there is one already that is another scan's, or nobody knows whose.
     """
-    record, digest = mask.with_name(mask.name.removesuffix(".nii.gz") + ".json"), sitk.Hash(image)
+    digest = sitk.Hash(image)
     if mask.exists():
         try:
-            before = json.loads(record.read_bytes())
+            before = json.loads(_beside(mask).read_bytes())
             theirs, whose = before["voxels_sha1"], f"of another scan, {before['scan']}"
         except (OSError, ValueError, KeyError, TypeError):
-            theirs, whose = None, f"of a scan that {record.name} does not tell"
+            theirs, whose = None, f"of a scan that {_beside(mask).name} does not tell"
         if theirs != digest:
             raise ValueError(
                 f"{mask}: is there already, {whose}; choose another output folder, or remove that result"
             )
-    write_json(record, {"scan": scan, "run": run, "voxels_sha1": digest})
+    return {"scan": scan, "run": run, "voxels_sha1": digest}
+
+
+def write_mask(image: sitk.Image, mask: Path, record: Mapping[str, str]) -> None:
+    """Write a mask with its record; the record first, for a mask without one is nobody's."""
+    write_json(_beside(mask), record)
+    write_image(image, mask)
+
+
+def _beside(mask: Path) -> Path:
+    return mask.with_name(mask.name.removesuffix(".nii.gz") + ".json")

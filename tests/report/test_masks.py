@@ -9,7 +9,8 @@ import pytest
 import SimpleITK as sitk
 from matplotlib import pyplot as plt
 
-from mupkg.report.masks import claim, scan_name
+from mupkg.report import masks
+from mupkg.report.masks import record_of, scan_name, write_mask
 from mupkg.stages import Pipeline
 from mupkg.stages.localization import Location
 
@@ -22,9 +23,12 @@ def scan(seed):
 
 def segmented(folder, seed, name="scans/P1/ct.nii.gz", run="runs/UNet-seed0"):
     mask = folder / f"{scan_name(name)}_prostate.nii.gz"
-    claim(mask, scan(seed), scan=name, run=run)
-    mask.write_bytes(bytes([seed]))
+    write_mask(scan(seed), mask, record_of(mask, scan(seed), scan=name, run=run))
     return mask
+
+
+def same(mask, seed):
+    return sitk.Hash(sitk.ReadImage(str(mask))) == sitk.Hash(scan(seed))
 
 
 @pytest.mark.parametrize(
@@ -54,9 +58,9 @@ def test_another_patients_result_is_not_written_over(tmp_path):
         segmented(tmp_path, 2, "scans/P2/ct.nii.gz")
     with pytest.raises(ValueError, match="choose another output folder, or remove"):
         segmented(tmp_path, 2, "scans/P1/ct.nii.gz")  # another scan put in the place of the first
-    assert first.read_bytes() == b"\1"
+    assert same(first, 1)
     assert json.loads((tmp_path / "ct_prostate.json").read_bytes())["scan"] == "scans/P1/ct.nii.gz"
-    assert segmented(tmp_path / "P2", 2).read_bytes() == b"\2"
+    assert same(segmented(tmp_path / "P2", 2), 2)
 
 
 def test_the_same_scan_may_be_segmented_again(tmp_path):
@@ -76,9 +80,13 @@ def test_a_mask_of_an_unknown_scan_is_left_alone(tmp_path, record):
     assert (tmp_path / "ct_prostate.nii.gz").read_bytes() == b"a mask"
 
 
-def test_a_break_before_the_mask_is_written_leaves_the_name_free(tmp_path):
-    claim(tmp_path / "ct_prostate.nii.gz", scan(1), scan="ct.nii.gz", run="run")
-    assert segmented(tmp_path, 2).read_bytes() == b"\2"
+def test_a_break_before_the_mask_is_written_leaves_the_name_free(tmp_path, monkeypatch):
+    record_of(tmp_path / "ct_prostate.nii.gz", scan(1), scan="ct.nii.gz", run="run")
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(masks, "write_image", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        segmented(tmp_path, 1)
+    assert same(segmented(tmp_path, 2), 2)
 
 
 def notebook_9(**parameters):
