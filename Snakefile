@@ -5,6 +5,7 @@
 # and the training goes on from them.
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,10 @@ RUN = "{PYTHON:q} -m mupkg.report.batch {input[0]:q} {output.notebook:q} {params
 TRAIN = RUN + " --one-gpu"
 EXPLORE = {"configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.explore}
 REPORT = {**COMMON, "configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.report}
+
+GPUS = workflow.global_resources.get("gpu")
+if GPUS is not None and GPUS.value > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+    raise WorkflowError(f"gpu={GPUS.value}: which? set CUDA_VISIBLE_DEVICES, to 0,1 for the first two; else all share one")
 
 
 wildcard_constraints:

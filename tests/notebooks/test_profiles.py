@@ -121,6 +121,15 @@ def test_a_notebook_that_does_not_train_takes_no_gpu_from_those_that_do(tmp_path
     assert got == ["0,1"] and not list(tmp_path.glob("*.lock"))
 
 
+def test_several_gpus_must_be_named(tmp_path, monkeypatch):
+    options = ("--dry-run", "--resources", "gpu=2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(AssertionError, match=r"gpu=2: which\? set CUDA_VISIBLE_DEVICES"):
+        plan(tmp_path, "workstation", *options)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert "rule stage2" in plan(tmp_path, "workstation", *options)
+
+
 def test_both_trainings_ask_for_a_gpu_of_their_own(tmp_path):
     text = plan(tmp_path, "workstation", "--dry-run", "--printshellcmds")
     asking = [line.split("notebooks/")[1].split()[0] for line in text.splitlines() if "--one-gpu" in line]
