@@ -33,8 +33,9 @@ EXPLORE = {"configurations": list(STUDY.configurations), "seed": STUDY.seeds[0],
 REPORT = {**COMMON, "configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.report}
 
 GPUS = workflow.global_resources.get("gpu")
-if GPUS is not None and GPUS.value > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
-    raise WorkflowError(f"gpu={GPUS.value}: which? set CUDA_VISIBLE_DEVICES, to 0,1 for the first two; else all share one")
+GPUS = (GPUS.value if GPUS is not None else None) or 1
+if GPUS > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+    raise WorkflowError(f"gpu={GPUS}: which? set CUDA_VISIBLE_DEVICES, to 0,1 for the first two; else all share one")
 
 
 wildcard_constraints:

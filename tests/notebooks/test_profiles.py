@@ -20,7 +20,7 @@ def plan(folder, profile, *options):
     command += ["--configfile", "notebooks/studies/smoke.yaml", "--nolock", "--quiet", "host", *options]
     command += ["--config", f"data_folder={folder / 'data'}", f"outputs_folder={folder / 'outputs'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     return done.stdout + done.stderr
 
 
