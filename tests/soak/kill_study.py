@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gzip
+import itertools
 import json
 import os
 import random
@@ -177,39 +178,38 @@ def stand_still(processes: Sequence[psutil.Process]) -> None:
                 pass
 
 
-def caught_writing(folder: Path, new: Callable[[], list[Path]]) -> Path | None:
-    """A new temporary file with its writer standing still; the kernels go on if there is none.
-
-    Some files live for 0.2 ms, and whoever sees one comes too late: so the kernels go in steps that are shorter.
-    """
-    at_work = kernels(folder)
-    for _ in range(STEPS):
-        stand_still(at_work)
-        if found := new():
-            return found[0]
-        for process in at_work:
-            with suppress(psutil.NoSuchProcess):
-                process.resume()
-        time.sleep(STEP_S)
-    return None
+def go_on(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def wait_for(folder: Path, moment: Moment, start_study: Callable[[], subprocess.Popen]) -> Path | None:
-    """Start the study; the new file that tells the moment. None if its notebook, or the study, ended without it."""
+    """Start the study; the new file that tells the moment. None if its notebook, or the study, ended without it.
+
+    Some files live for 0.2 ms while they are written, and whoever sees one comes too late. So the kernels that may
+    write one go in steps that are shorter, and stand still when it is found.
+    """
     told_by, ends = f"{moment.folder}/{moment.file}", f"{moment.folder}/{moment.notebook}_*.ipynb"
     before = stamps(folder, told_by) | stamps(folder, ends)
     process = start_study()
     new = lambda pattern: [p for p, stamp in stamps(folder, pattern).items() if before.get(p) != stamp]  # noqa: E731
-    while process.poll() is None:
-        ended = [path for path in new(ends) if ".running." not in path.name]
-        if not moment.in_a_file and (found := new(told_by)):
-            time.sleep(moment.delay)
-            return found[0]
-        if moment.in_a_file and new(ends) and (found := caught_writing(folder, lambda: new(told_by))):
-            return found
-        if ended:
-            return None
-        time.sleep(0.02)
+    at_work: list[psutil.Process] = []
+    for turn in itertools.count():
+        stand_still(at_work)
+        standing = {str(kernel.pid) for kernel in at_work}
+        for path in new(told_by):
+            if not moment.in_a_file or path.name.split(".")[1] in standing:
+                time.sleep(moment.delay)
+                return path
+        if turn % STEPS == 0 or not at_work:  # while those that are known stand still
+            if process.poll() is not None or [path for path in new(ends) if ".running." not in path.name]:
+                break
+            if moment.in_a_file and new(ends):
+                at_work = kernels(folder)
+        go_on(at_work)
+        time.sleep(STEP_S if at_work else 0.02)
+    go_on(at_work)
     return None
 
 
