@@ -3,8 +3,8 @@
     python tests/soak/kill_study.py FOLDER [--kills 20] [--seed 0]      in an empty folder, or one that is not there
 
 A kill takes Snakemake, papermill and the kernels at once, as a power cut would. Its moment is told by a file: a
-notebook begins, a training has left its checkpoint, or a file is being written (its writer goes in steps then, so
-that the kill surely falls into the writing). After each kill every file that bears a final name must be whole;
+notebook begins, a training has left its checkpoint, or a file is being written (its writer is then stopped first,
+so that the kill surely falls into the writing). After each kill every file that bears a final name must be whole;
 at the end weights, tables and predictions must be those of the undisturbed study, to the bit. Times are left out.
 The kills are listed in FOLDER/kills.csv.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gzip
-import itertools
 import json
 import os
 import random
@@ -41,10 +40,7 @@ from mupkg.stages.runs import load_tensors
 ROOT = Path(__file__).parents[2]
 MARK = "MUPKG_SOAK"
 OUT = "outputs/smoke"
-STEP_S, STEPS = (
-    5e-5,
-    500,
-)  # a kernel's steps while a file is waited for, and how many before it is looked who is at work
+RENAMED = "        os.replace(temporary, path)\n"  # of `whole_file`: what was written takes its name
 
 
 @dataclass(frozen=True)
@@ -98,13 +94,17 @@ MOMENTS = (  # in the order of a study; every notebook at least once
 
 
 def workplace(folder: Path) -> Path:
-    """A copy of what a study runs, so that data, outputs and Snakemake's notes are its own."""
+    """A copy of what a study runs, so that data, outputs and Snakemake's notes are its own; it writes slowly."""
     folder.mkdir(parents=True)
     shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
     for name in ("notebooks", "mupkg"):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         )
+    writing = folder / "mupkg" / "data" / "writing.py"
+    before, after = writing.read_text(encoding="utf-8").split(RENAMED)
+    slowly = "        __import__('time').sleep(0.02)\n"  # some would live for 0.2 ms, too short to stop their writer
+    writing.write_text(before + slowly + RENAMED + after, encoding="utf-8")
     return folder
 
 
@@ -164,52 +164,33 @@ def stamps(folder: Path, pattern: str) -> dict[Path, int]:
     return found
 
 
-def kernels(folder: Path) -> list[psutil.Process]:
-    """The kernels of the notebooks at work."""
-    return [process for process in alive(folder) if any("ipykernel" in word for word in process.cmdline())]
-
-
-def stand_still(processes: Sequence[psutil.Process]) -> None:
-    """Stop them, and wait until they have stopped: a signal arrives a little later."""
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.suspend()
-            while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
-                pass
-
-
-def go_on(processes: Sequence[psutil.Process]) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.resume()
+def stopped_while_writing(path: Path) -> bool:
+    """Stop the process that writes this temporary file; False if the file is done by then, and it goes on."""
+    with suppress(psutil.NoSuchProcess):
+        writer = psutil.Process(int(path.name.split(".")[1]))
+        writer.suspend()
+        while writer.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            pass  # it takes the signal a little later
+        if path.exists():
+            return True
+        writer.resume()
+    return False
 
 
 def wait_for(folder: Path, moment: Moment, start_study: Callable[[], subprocess.Popen]) -> Path | None:
-    """Start the study; the new file that tells the moment. None if its notebook, or the study, ended without it.
-
-    Some files live for 0.2 ms while they are written, and whoever sees one comes too late. So the kernels that may
-    write one go in steps that are shorter, and stand still when it is found.
-    """
+    """Start the study; the new file that tells the moment. None if its notebook, or the study, ended without it."""
     told_by, ends = f"{moment.folder}/{moment.file}", f"{moment.folder}/{moment.notebook}_*.ipynb"
     before = stamps(folder, told_by) | stamps(folder, ends)
     process = start_study()
     new = lambda pattern: [p for p, stamp in stamps(folder, pattern).items() if before.get(p) != stamp]  # noqa: E731
-    at_work: list[psutil.Process] = []
-    for turn in itertools.count():
-        stand_still(at_work)
-        standing = {str(kernel.pid) for kernel in at_work}
+    while process.poll() is None:
         for path in new(told_by):
-            if not moment.in_a_file or path.name.split(".")[1] in standing:
+            if not moment.in_a_file or stopped_while_writing(path):
                 time.sleep(moment.delay)
                 return path
-        if turn % STEPS == 0 or not at_work:  # while those that are known stand still
-            if process.poll() is not None or [path for path in new(ends) if ".running." not in path.name]:
-                break
-            if moment.in_a_file and new(ends):
-                at_work = kernels(folder)
-        go_on(at_work)
-        time.sleep(STEP_S if at_work else 0.02)
-    go_on(at_work)
+        if [path for path in new(ends) if ".running." not in path.name]:
+            return None
+        time.sleep(0.001 if moment.in_a_file else 0.02)
     return None
 
 
