@@ -11,7 +11,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from mupkg.stages.settings import Study
+from mupkg.parameters import Study
 
 try:
     STUDY = Study.checked(config)
@@ -27,7 +27,7 @@ for place in (folder for name in (DATA, OUT) for folder in (Path(name), *Path(na
     if place.exists() and not place.is_dir():
         raise WorkflowError(f"{place}: is a file in a folder's place; move it, or set data_folder or outputs_folder")
 PYTHON = sys.executable
-RUN = "{PYTHON:q} -m mupkg.report.batch {input[0]:q} {output.notebook:q} {params.notebook:q} --threads {threads}"
+RUN = "{PYTHON:q} -m mupkg.batch {input[0]:q} {output.notebook:q} {params.notebook:q} --threads {threads}"
 TRAIN = RUN + " --one-gpu"
 EXPLORE = {"configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.explore}
 REPORT = {**COMMON, "configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.report}

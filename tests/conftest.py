@@ -45,9 +45,8 @@ def unchecked() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory: pytest.TempPathFactory):
     """Three coarse phantoms, prepared: one to train on, one to validate on, one to test on."""
-    from mupkg.data.cohort import write_cohort
+    from mupkg.data.build import sources_from_phantoms, write_cohort
     from mupkg.data.preprocessing import Preparation
-    from mupkg.data.sources import sources_from_phantoms
 
     sources = sources_from_phantoms(range(3), (7.0, 6.0, 6.0))
     return write_cohort(
@@ -59,7 +58,8 @@ def cohort(tmp_path_factory: pytest.TempPathFactory):
 def regions(cohort, tmp_path_factory: pytest.TempPathFactory):
     """Stage 1 of that cohort with an untrained light UNet of two channels: its folder is complete."""
     from mupkg.models import light_unet
-    from mupkg.stages.localization import COARSE_CHANNELS, write_regions
+    from mupkg.stages.localization import COARSE_CHANNELS
+    from mupkg.stages.regions import write_regions
     from mupkg.stages.runs import save_tensors, write_run
     from mupkg.stages.training import BEST
 
@@ -78,7 +78,7 @@ def run_folder(regions):
     from mupkg.configurations import build, configuration
     from mupkg.data.patches import PatchSource
     from mupkg.stages.inference import copy_localizer
-    from mupkg.stages.slices import mean_dice
+    from mupkg.stages.prediction import mean_dice
     from mupkg.stages.training import train
 
     folder, sizes = regions.folder.parent / "MetricUNet-HCP-seed0", {"base_filters": 2, "embedding_dim": 4}

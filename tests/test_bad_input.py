@@ -34,17 +34,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mupkg.configurations import build, configuration
+from mupkg.data.build import Source, source_from_dicom, sources_from_pattern, write_cohort
 from mupkg.data.cases import Case, checked_case
-from mupkg.data.cohort import Cohort, Source, write_cohort
+from mupkg.data.cohort import Cohort
 from mupkg.data.files import read_scan
 from mupkg.data.patches import PatchSource
 from mupkg.data.preprocessing import Preparation, prepare, to_scan_grid
-from mupkg.data.sources import source_from_dicom, sources_from_pattern
-from mupkg.report.results import case_metrics, runs
-from mupkg.stages.inference import LOCALIZER, Pipeline
-from mupkg.stages.localization import Regions
-from mupkg.stages.runs import load_tensors, save_tensors
-from mupkg.stages.settings import (
+from mupkg.parameters import (
     CohortSettings,
     ExploreSettings,
     ReportSettings,
@@ -54,6 +50,10 @@ from mupkg.stages.settings import (
     Stage2Settings,
     Study,
 )
+from mupkg.report.results import case_metrics, runs
+from mupkg.stages.inference import LOCALIZER, Pipeline
+from mupkg.stages.regions import Regions
+from mupkg.stages.runs import load_tensors, save_tensors
 from mupkg.stages.training import BEST, CHECKPOINT, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1004,7 +1004,7 @@ def test_no_parameter_is_left_out_of_the_corpus():
 def test_a_wrong_parameter_is_named_with_what_is_allowed_and_nothing_is_written(
     model, name, value, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("mupkg.stages.settings.repository", lambda: tmp_path)  # where relative paths lead
+    monkeypatch.setattr("mupkg.parameters.repository", lambda: tmp_path)  # where relative paths lead
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
         from_notebook(model, **{name: value})
@@ -1137,7 +1137,7 @@ def test_any_header_is_refused_by_name_or_comes_back_to_the_voxel(
 
 
 def batch(notebook: Path, target: Path, **parameters: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mupkg.report.batch", str(notebook), str(target), json.dumps(parameters)]
+    command = [sys.executable, "-m", "mupkg.batch", str(notebook), str(target), json.dumps(parameters)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 

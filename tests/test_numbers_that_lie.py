@@ -28,15 +28,17 @@ from scipy.spatial.distance import cdist
 
 import mupkg.data
 from mupkg.configurations import build, configuration
+from mupkg.data.build import Source, write_cohort
 from mupkg.data.cases import Case
-from mupkg.data.cohort import Cohort, Source, write_cohort
+from mupkg.data.cohort import Cohort
 from mupkg.data.patches import PatchSource
 from mupkg.data.preprocessing import Preparation, centroid, resample
 from mupkg.metrics import segmentation_metrics
 from mupkg.models import light_unet
 from mupkg.report import figures, results
-from mupkg.stages import inference, localization, slices, training
-from mupkg.stages.localization import COARSE_CHANNELS, Location, Regions
+from mupkg.stages import inference, localization, prediction, training
+from mupkg.stages.localization import COARSE_CHANNELS, Location
+from mupkg.stages.regions import Regions
 from mupkg.stages.runs import load_tensors, save_tensors, write_run
 from mupkg.stages.training import BEST
 
@@ -277,10 +279,10 @@ def watched(study: Study, monkeypatch, notebook: str, stop: str, **parameters: o
         volumes = true_coarse(cohort, split, coarse_mm)
         return [[named(i, v) for i, v in zip(cohort.ids(split), part, strict=True)] for part in volumes]
 
-    true_dice, true_coarse, true_volume = slices.mean_dice, localization.coarse_volumes, Regions.volume
+    true_dice, true_coarse, true_volume = prediction.mean_dice, localization.coarse_volumes, Regions.volume
     with monkeypatch.context() as patch:
         patch.setattr(mupkg.data, "PatchSource", Watched)
-        patch.setattr(slices, "mean_dice", mean_dice)
+        patch.setattr(prediction, "mean_dice", mean_dice)
         patch.setattr(localization, "coarse_volumes", coarse_volumes)
         patch.setattr(Regions, "volume", lambda self, i, kind="image": named(i, true_volume(self, i, kind)))
         study.notebook(notebook, stop, steps=2, batch_size=2, **parameters)

@@ -138,3 +138,8 @@ def checked_case(
     if label is not None:
         label.CopyInformation(image)  # the same up to rounding; SimpleITK wants it to the last digit
     return Case(case_id, image, label, **known)
+
+
+def label_volume_ml(label: sitk.Image) -> float:
+    """The foreground's volume in millilitres."""
+    return float(np.count_nonzero(sitk.GetArrayFromImage(label)) * np.prod(label.GetSpacing()) / 1000)

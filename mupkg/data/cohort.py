@@ -1,4 +1,4 @@
-"""Cohorts: a folder with `cohort.csv` and the volumes it names, and where cohorts come from.
+"""Cohorts: a folder with `cohort.csv` and the volumes it names, read and checked.
 
 data/<cohort>/cohort.csv          case_id, image, label, split, modality and whatever else is known
               images/, labels/    the scans on their own grids
@@ -13,29 +13,22 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import SimpleITK as sitk
 
-from mupkg.data.cases import Case, Point, checked_case
-from mupkg.data.files import closed, read_scan, readable, write_image
-from mupkg.data.preprocessing import Preparation, Prepared, prepare
-from mupkg.data.writing import fingerprint, whole_file, write_text
-
-__all__ = ["Case", "Cohort", "CohortError", "Point", "Source", "split_cases", "write_cohort"]
+from mupkg.data.cases import Case, checked_case
+from mupkg.data.files import closed, read_scan, readable
+from mupkg.data.preprocessing import Preparation, Prepared
+from mupkg.data.writing import fingerprint
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("case_id", "image", "label", "split")
 FINGERPRINT = "fingerprint.json"
-ASIDE = ".making."  # begins the names of a cohort's files until all of them are there
-VOLUMES = ("images", "labels", "prepared")
-LEAST_KEPT = 0.5  # of the prostate's volume; preparing a scan that loses more has gone wrong
-_HEADS = [f"head_{side}_{axis}" for side in ("left", "right") for axis in "xyz"]
+HEADS = [f"head_{side}_{axis}" for side in ("left", "right") for axis in "xyz"]
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -109,8 +102,8 @@ class Cohort:
         known: dict[str, object] = {"split": row["split"] if isinstance(row["split"], str) else None}
         if isinstance(row.get("modality"), str):
             known["modality"] = row["modality"]
-        if all(column in row and np.isfinite(row[column]) for column in _HEADS):
-            heads = [float(row[column]) for column in _HEADS]
+        if all(column in row and np.isfinite(row[column]) for column in HEADS):
+            heads = [float(row[column]) for column in HEADS]
             known["femoral_heads"] = (tuple(heads[:3]), tuple(heads[3:]))
         return checked_case(case_id, image, label, image_name=row["image"], label_name=str(row["label"]), **known)
 
@@ -165,8 +158,8 @@ def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
     if missing:
         found = f"it has {', '.join(map(str, table))}"
         raise CohortError([f"{path}: lacks the column(s) {', '.join(missing)}; {found}. Add them, set off by commas"])
-    faults = [*_name_faults(table["case_id"]), *_file_faults(path.parent, table), *_split_faults(table)]
-    for column in _HEADS:
+    faults = [*name_faults(table["case_id"]), *_file_faults(path.parent, table), *split_faults(table)]
+    for column in HEADS:
         if column in table and not pd.api.types.is_numeric_dtype(table[column]):
             faults.append(f"{path}: column {column} holds more than numbers; mend it, or leave the column out")
     if faults or table.empty:
@@ -174,7 +167,7 @@ def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
     return table
 
 
-def _name_faults(case_ids: Iterable[object]) -> Iterator[str]:
+def name_faults(case_ids: Iterable[object]) -> Iterator[str]:
     for number, (case_id, times) in enumerate(Counter(case_ids).items(), start=1):
         if times > 1:
             yield f"case {case_id}: is listed {times} times; give every scan a name of its own"
@@ -185,7 +178,7 @@ def _name_faults(case_ids: Iterable[object]) -> Iterator[str]:
             )
 
 
-def _split_faults(table: pd.DataFrame) -> Iterator[str]:
+def split_faults(table: pd.DataFrame) -> Iterator[str]:
     """A split may be missing altogether, or there for exactly the cases with a label, each patient in one.
 
     None of the three may be empty then.
@@ -243,156 +236,3 @@ def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
                 yield f"case {row.case_id}: {column} {name} leads out of {folder}; copy the file into the folder"
             elif not there:
                 yield f"case {row.case_id}: {column} {name} is not there; check the name in cohort.csv"
-
-
-@dataclass(frozen=True)
-class Source:
-    """One case to be: its name, how to read it, and further columns for the table."""
-
-    case_id: str
-    read: Callable[[], Case]
-    columns: dict[str, object]
-
-
-def split_cases(patients: Iterable[str], seed: int, shares: tuple[float, float] = (0.7, 0.1)) -> dict[str, str]:
-    """Patients to train / validation / test (70 / 10 / 20), drawn once from a seed; each split gets at least one.
-
-    Raises:
-        ValueError: with fewer than three patients.
-    """
-    patients = sorted(set(patients))
-    n = len(patients)
-    if n < 3:
-        raise ValueError(f"{n} patient(s) cannot be split into train, validation and test; at least three are needed")
-    n_validation = max(1, round(shares[1] * n))
-    n_train = min(max(1, round(shares[0] * n)), n - n_validation - 1)
-    names = np.repeat(SPLITS, [n_train, n_validation, n - n_train - n_validation])
-    order = np.random.default_rng(seed).permutation(n)
-    return {patients[i]: str(name) for i, name in zip(order, names, strict=True)}
-
-
-def write_cohort(
-    folder: str | Path,
-    sources: Iterable[Source],
-    preparation: Preparation,
-    *,
-    split_seed: int,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> Cohort:
-    """Check, store and prepare every case; the table comes last, so that a broken-off build is not taken for whole.
-
-    All is written aside first: what fails leaves a cohort that was there as it was, and nothing of its own.
-    A split that the sources bring along is kept; without any it is drawn by patient (`patient`, else the case).
-    Cases without any label get no split.
-
-    Raises:
-        CohortError: after all cases were tried, with every fault of every case; before, if the names or, as far as
-            the sources tell, the labels and splits are wrong already.
-    """
-    folder, sources = Path(folder), list(sources)
-    faults = list(_name_faults(source.case_id for source in sources)) if sources else ["there are no cases"]
-    if faults:
-        raise CohortError(faults)
-    if all("label" in source.columns for source in sources):  # so that too few patients are told before hours of work
-        told = [{"case_id": source.case_id, "image": None} | source.columns for source in sources]
-        _with_split(folder, pd.DataFrame(told), split_seed)
-    with _written_aside(folder):
-        rows = []
-        for source in progress(sources):
-            try:
-                row = _store(folder, source.read(), preparation)
-            except ValueError as error:
-                faults.append(str(error))
-                continue
-            rows.append(row | source.columns | row)  # what was found in the files counts
-        if faults:
-            raise CohortError(faults, f"{len(rows)} case(s) are fine. Mend or remove these and run again.")
-        table = _with_split(folder, pd.DataFrame(rows), split_seed)
-        write_text(folder / f"{ASIDE}preparation.json", preparation.model_dump_json(indent=2))
-        with whole_file(folder / f"{ASIDE}cohort.csv") as temporary:
-            table.to_csv(temporary, index=False)
-        for name in ("cohort.csv", FINGERPRINT):  # from here on the folder is in the making
-            (folder / name).unlink(missing_ok=True)
-        for path in sorted(_aside(folder), key=lambda path: path.name == f"{ASIDE}cohort.csv"):
-            os.replace(path, path.with_name(path.name.removeprefix(ASIDE)))
-    cohort = Cohort.read(folder, check_voxels=False)
-    write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint()}) + "\n")
-    return cohort
-
-
-def _aside(folder: Path) -> list[Path]:
-    """What of a cohort in the making lies beside the one that counts."""
-    places = (folder, *(folder / name for name in VOLUMES))
-    return [path for place in places for path in place.glob(f"{ASIDE}*")]
-
-
-@contextmanager
-def _written_aside(folder: Path) -> Iterator[None]:
-    """Nothing stays of what the block wrote aside unless it ends well, nor of what a killed one left."""
-    new = [p for p in (*(folder / name for name in VOLUMES), folder, *folder.parents) if not p.exists()]
-    for path in _aside(folder):
-        path.unlink()
-    try:
-        yield
-    except BaseException:
-        for path in _aside(folder):
-            path.unlink(missing_ok=True)
-        for place in new:
-            with suppress(OSError):
-                place.rmdir()
-        raise
-
-
-def _with_split(folder: Path, table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The table with its split, drawn if there is none; CohortError if that cannot be."""
-    if "split" not in table or table["split"].isna().all():
-        try:
-            drawn = _drawn_split(table, seed)
-        except ValueError as error:
-            raise CohortError([f"{folder}: with a label, {error}. Add labelled scans of more patients"]) from error
-        table = table.drop(columns="split", errors="ignore")
-        table.insert(3, "split", drawn)
-    if faults := list(_split_faults(table)):
-        raise CohortError(faults)
-    return table
-
-
-def _drawn_split(table: pd.DataFrame, seed: int) -> pd.Series:
-    """A split for every case with a label, by patient where it is known."""
-    patient = table["case_id"]
-    if "patient" in table:
-        patient = table["patient"].astype(object).where(table["patient"].notna(), patient).astype(str)
-    patient = patient[table["label"].notna()]
-    drawn = split_cases(patient, seed) if len(patient) else {}
-    return patient.map(drawn).reindex(table.index)
-
-
-def _store(folder: Path, case: Case, preparation: Preparation) -> dict[str, object]:
-    """Write one case's scan, label and prepared volumes aside; its row of the table."""
-    if case.modality != preparation.modality:
-        raise ValueError(f"case {case.case_id}: is {case.modality}, not {preparation.modality}; set modality to it")
-    row: dict[str, object] = {"case_id": case.case_id, "image": f"images/{case.case_id}.nii.gz", "label": None}
-    prepared = prepare(case, preparation)
-    if case.label is not None and label_volume_ml(prepared.label) < LEAST_KEPT * label_volume_ml(case.label):
-        raise ValueError(
-            f"case {case.case_id}: preparing it loses the prostate, because the working grid is too coarse or the "
-            "body's outline wrong; choose a finer spacing_mm, or look at the scan"
-        )
-    write_image(case.image, folder / "images" / f"{ASIDE}{case.case_id}.nii.gz")
-    write_image(prepared.image, folder / "prepared" / f"{ASIDE}{case.case_id}_image.mha", compress=False)
-    if case.label is not None:
-        row["label"] = f"labels/{case.case_id}.nii.gz"
-        write_image(case.label, folder / "labels" / f"{ASIDE}{case.case_id}.nii.gz")
-        write_image(prepared.label, folder / "prepared" / f"{ASIDE}{case.case_id}_label.mha", compress=False)
-        row["prostate_ml"] = round(label_volume_ml(case.label), 3)
-    row["modality"] = case.modality
-    size, spacing = case.image.GetSize()[::-1], case.image.GetSpacing()[::-1]
-    row |= {"size_zyx": json.dumps(size), "spacing_zyx_mm": json.dumps([round(s, 5) for s in spacing])}
-    if case.femoral_heads is not None:
-        row |= dict(zip(_HEADS, np.round(np.concatenate(case.femoral_heads), 3).tolist(), strict=True))
-    return row
-
-
-def label_volume_ml(label: sitk.Image) -> float:
-    """The foreground's volume in millilitres."""
-    return float(np.count_nonzero(sitk.GetArrayFromImage(label)) * np.prod(label.GetSpacing()) / 1000)

@@ -32,6 +32,9 @@ def _is_interval(window: tuple[float, float]) -> tuple[float, float]:
 Window = Annotated[tuple[float, float], AfterValidator(_is_interval)]
 
 
+Extent = Annotated[float, Field(strict=True, gt=0, le=1000)]  # mm; strict: True is no length
+
+
 class Preparation(BaseModel):
     """How scans are prepared; stored with a cohort and with every trained run."""
 
@@ -42,6 +45,15 @@ class Preparation(BaseModel):
         (1.0, 1.0, 1.0), description="working grid (z, y, x)"
     )
     window_hu: Window = Field((-160.0, 240.0), description="CT window that becomes 0..255 (reading R1)")
+
+
+class Grid(BaseModel):
+    """Stage 1's voxel size and the region it hands to stage 2, both in mm."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    coarse_mm: Extent = 4.0
+    region_mm: tuple[Extent, Extent, Extent] = (128.0, 128.0, 128.0)  # edge lengths (z, y, x)
 
 
 class Prepared(NamedTuple):

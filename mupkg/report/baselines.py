@@ -14,8 +14,8 @@ from scipy import ndimage
 from mupkg.data.cohort import Cohort
 from mupkg.data.preprocessing import crop_region, to_scan_grid
 from mupkg.stages.inference import measure
-from mupkg.stages.localization import Regions
-from mupkg.stages.slices import dice
+from mupkg.stages.prediction import dice
+from mupkg.stages.regions import Regions
 
 Volume = UInt8[np.ndarray, "z y x"]
 THRESHOLDS = range(8, 256, 8)

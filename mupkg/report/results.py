@@ -13,7 +13,7 @@ import pandas as pd
 
 from mupkg.configurations import TABLE_II
 from mupkg.data.writing import whole_file
-from mupkg.stages.localization import Regions
+from mupkg.stages.regions import Regions
 
 # Runs that are compared may differ in who they are, where they lie and how fast they went,
 MAY_DIFFER = ("configuration", "seed", "study", "data_folder", "outputs_folder")

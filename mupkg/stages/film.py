@@ -11,9 +11,9 @@ from jaxtyping import Float, Int, UInt8
 
 from mupkg.models import SegmentationNetwork
 from mupkg.stages.inference import CHANNELS
-from mupkg.stages.localization import Regions
+from mupkg.stages.prediction import run_slices
+from mupkg.stages.regions import Regions
 from mupkg.stages.runs import load_tensors, require, save_tensors
-from mupkg.stages.slices import run_slices
 from mupkg.stages.voxels import embed_voxels, sample_voxels
 
 FOLDER = "film"

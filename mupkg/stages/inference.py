@@ -12,11 +12,13 @@ import pandas as pd
 import SimpleITK as sitk
 import torch
 
+from mupkg import progress
 from mupkg.configurations import build, configuration
-from mupkg.data.cases import Case, checked_case, grid_difference
-from mupkg.data.cohort import Cohort, label_volume_ml
+from mupkg.data.cases import Case, checked_case, grid_difference, label_volume_ml
+from mupkg.data.cohort import Cohort
 from mupkg.data.files import write_image
 from mupkg.data.preprocessing import (
+    Grid,
     Preparation,
     array_spacing,
     crop_region,
@@ -27,11 +29,11 @@ from mupkg.data.preprocessing import (
 from mupkg.data.writing import whole_file
 from mupkg.metrics import segmentation_metrics
 from mupkg.models import SegmentationNetwork, UNet, light_unet
-from mupkg.stages.localization import COARSE_CHANNELS, Location, Regions, locate
+from mupkg.stages.localization import COARSE_CHANNELS, Location, locate
+from mupkg.stages.prediction import predict_volume
+from mupkg.stages.regions import Regions
 from mupkg.stages.runs import load_tensors, load_weights, require
-from mupkg.stages.settings import Stage1Settings
-from mupkg.stages.slices import predict_volume
-from mupkg.stages.training import BEST, progress
+from mupkg.stages.training import BEST
 
 CHANNELS = 3  # neighbouring slices into stage 2
 LOCALIZER = "localizer.safetensors"  # stage 1's weights, copied into every run
@@ -151,7 +153,7 @@ class Pipeline:
         network, _ = load_network(Path(run_folder) / BEST)
         try:
             preparation = Preparation.model_validate(stage1["preparation"])
-            grid = Stage1Settings.checked({name: stage1[name] for name in ("coarse_mm", "region_mm")})
+            grid = Grid.model_validate({name: stage1[name] for name in Grid.model_fields})
         except ValueError as error:
             raise ValueError(f"{Path(run_folder) / LOCALIZER}: is broken ({error}); copy the file again") from error
         return cls(localizer, network, preparation, grid.coarse_mm, grid.region_mm)

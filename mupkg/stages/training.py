@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ from filelock import Timeout
 from torch import Tensor, nn
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-from tqdm.auto import tqdm as notebook_tqdm
 
+from mupkg import progress
 from mupkg.data.patches import PatchSource
 from mupkg.data.writing import machine_lock, whole_file
 from mupkg.losses import SegmentationMetricLoss
@@ -40,13 +39,6 @@ MOST_OF_GPU = 0.5  # of its free memory, for the cohort; network, gradients and 
 def poly_learning_rate(initial: float, step: int, steps: int, power: float = 0.9) -> float:
     """The learning rate of step number `step` (from 0) of `steps`: initial * (1 - step / steps) ** power (R8)."""
     return initial * (1 - step / steps) ** power
-
-
-def progress(items: Iterable, **options: Any) -> tqdm:
-    """A progress bar with time left: a widget in JupyterLab, few plain lines in a batch run."""
-    if os.environ.get("JPY_SESSION_NAME"):  # set in JupyterLab, not under papermill
-        return notebook_tqdm(items, **options)
-    return tqdm(items, file=sys.stdout, mininterval=10, ascii=True, ncols=100, **options)
 
 
 def train(

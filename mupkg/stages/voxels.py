@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from mupkg.models import SegmentationNetwork
 from mupkg.stages.inference import CHANNELS
-from mupkg.stages.slices import run_slices
+from mupkg.stages.prediction import run_slices
 
 KINDS = ("prostate", "contour", "near background", "far background")
 ELSEWHERE = 255  # in slices without prostate

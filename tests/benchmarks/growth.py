@@ -23,8 +23,8 @@ from mupkg.losses import SegmentationMetricLoss, VoxelMetricLoss
 from mupkg.models import SegmentationOutput, UNet
 from mupkg.report import figures
 from mupkg.samplers import RandomSampler
-from mupkg.stages.localization import Regions
-from mupkg.stages.slices import predict_volume
+from mupkg.stages.prediction import predict_volume
+from mupkg.stages.regions import Regions
 
 RESULTS = Path(__file__).parent / "results"
 REGION = (32, 51, 51)  # voxels of the quick study's regions

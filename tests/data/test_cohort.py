@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
+from mupkg.data.build import Source, split_cases, write_cohort
 from mupkg.data.cases import Case
-from mupkg.data.cohort import Cohort, CohortError, Source, recorded_cohort, split_cases, write_cohort
+from mupkg.data.cohort import Cohort, CohortError, recorded_cohort
 from mupkg.data.preprocessing import Preparation
 
 SHAPE = (6, 12, 14)

@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from mupkg.data.phantom import make_phantom
-from mupkg.data.tissue import fat_and_muscle, tissue_statistics
+from mupkg.report.tissue import fat_and_muscle, tissue_statistics
 
 COARSE = (6.0, 4.0, 4.0)
 SEEDS = range(12)

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
+from mupkg.batch import run_notebook
 from mupkg.data.cases import grid_difference
-from mupkg.report.batch import run_notebook
 from mupkg.report.gallery import executed_notebooks, make_gallery
 from mupkg.stages import segment
 

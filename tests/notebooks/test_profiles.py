@@ -78,7 +78,7 @@ def holders(folder, number, devices, *options):
         path = told[-1].with_suffix(".ipynb")
         cell = nbformat.v4.new_code_cell(CELL.format(seen=str(told[-1]), go=str(folder / "go")))
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
-        command = [sys.executable, "-m", "mupkg.report.batch", str(path), str(path.with_suffix(".done.ipynb")), "{}"]
+        command = [sys.executable, "-m", "mupkg.batch", str(path), str(path.with_suffix(".done.ipynb")), "{}"]
         started.append(subprocess.Popen([*command, *(options or ["--one-gpu"])], env=environment, cwd=ROOT))
     until = time.monotonic() + 60
     while not all(path.exists() and path.read_text() for path in told):

@@ -9,12 +9,12 @@ import pytest
 import SimpleITK as sitk
 
 from mupkg.data.phantom import make_phantom
-from mupkg.report.explore import SeenCase
+from mupkg.explore.samplers_and_film import read_films
+from mupkg.explore.seen import SeenCase
+from mupkg.parameters import SIZES, Study
 from mupkg.report.ship import ship
-from mupkg.report.watch import read_films
 from mupkg.stages.film import Film
 from mupkg.stages.inference import Pipeline, measure
-from mupkg.stages.settings import SIZES, Study
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "data" / "demo"

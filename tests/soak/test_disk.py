@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from mupkg.configurations import build, configuration
-from mupkg.data.cohort import Cohort, write_cohort
+from mupkg.data.build import sources_from_phantoms, write_cohort
+from mupkg.data.cohort import Cohort
 from mupkg.data.files import read_scan, write_image
 from mupkg.data.patches import PatchSource
 from mupkg.data.preprocessing import Preparation
-from mupkg.data.sources import sources_from_phantoms
 from mupkg.data.writing import whole_file, write_text
 from mupkg.report import figures
 from mupkg.stages.runs import load_tensors, save_tensors
@@ -215,7 +215,7 @@ def test_a_notebook_on_a_read_only_disk_says_so(read_only):
 
 def batch(target, room=None):
     limit = None if room is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    command = [sys.executable, "-m", "mupkg.report.batch", "notebooks/04_evaluation.ipynb", str(target), "{}"]
+    command = [sys.executable, "-m", "mupkg.batch", "notebooks/04_evaluation.ipynb", str(target), "{}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, preexec_fn=limit)
 
 

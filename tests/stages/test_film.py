@@ -6,8 +6,8 @@ import torch
 
 from mupkg.models import UNet
 from mupkg.stages.film import FOLDER, Film, read_film
+from mupkg.stages.prediction import run_slices
 from mupkg.stages.runs import load_tensors, save_tensors
-from mupkg.stages.slices import run_slices
 
 LABEL = np.zeros((6, 30, 44), np.uint8)
 LABEL[1:5, 12:22, 30:42] = 1

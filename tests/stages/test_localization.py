@@ -17,7 +17,8 @@ from mupkg.data.writing import write_text
 from mupkg.models import SegmentationOutput
 from mupkg.stages import localization
 from mupkg.stages.landmarks import FemoralHeads
-from mupkg.stages.localization import Regions, coarse, coarse_centre, coverage, locate, write_regions
+from mupkg.stages.localization import coarse, coarse_centre, locate
+from mupkg.stages.regions import Regions, coverage, write_regions
 
 
 class Bright(nn.Module):

@@ -12,16 +12,15 @@ import torch
 
 from mupkg.configurations import build, configuration
 from mupkg.data import Cohort, PatchSource, Preparation
+from mupkg.data.build import source_from_dicom, sources_from_pattern, write_cohort
 from mupkg.data.cases import grid_difference
-from mupkg.data.cohort import write_cohort
 from mupkg.data.files import read_scan
 from mupkg.data.preprocessing import prepare, resample
-from mupkg.data.sources import source_from_dicom, sources_from_pattern
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import light_unet
 from mupkg.stages import localization, runs, segment, training
 from mupkg.stages.inference import copy_localizer, load_localizer, test_run
-from mupkg.stages.slices import mean_dice
+from mupkg.stages.prediction import mean_dice
 
 REAL = Path(os.environ.get("MUPKG_REALDATA") or "missing")
 MR = REAL / "promise12_128"

@@ -27,9 +27,10 @@ from mupkg.models import light_unet
 from mupkg.stages import training
 from mupkg.stages.film import Film, read_film
 from mupkg.stages.inference import load_network
-from mupkg.stages.localization import Regions, coarse_volumes
+from mupkg.stages.localization import coarse_volumes
+from mupkg.stages.prediction import predict_volume
+from mupkg.stages.regions import Regions
 from mupkg.stages.runs import load_tensors, save_tensors
-from mupkg.stages.slices import predict_volume
 from mupkg.stages.training import BEST, CHECKPOINT, HISTORY, LAST, poly_learning_rate, train
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ from scipy import ndimage
 from torch import nn
 
 from mupkg.models import SegmentationOutput, UNet
-from mupkg.stages.slices import run_slices
+from mupkg.stages.prediction import run_slices
 from mupkg.stages.voxels import KINDS, embed_slice, embed_voxels, sample_voxels
 
 LABEL = np.zeros((5, 32, 40), np.uint8)

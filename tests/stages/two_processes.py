@@ -14,8 +14,8 @@ from accelerate import Accelerator, debug_launcher
 from mupkg.configurations import build, configuration
 from mupkg.data.patches import PatchSource
 from mupkg.stages import training
+from mupkg.stages.prediction import predict_volume
 from mupkg.stages.runs import save_tensors
-from mupkg.stages.slices import predict_volume
 
 RNG = np.random.default_rng(0)
 LABEL = np.zeros((6, 24, 24), np.uint8)

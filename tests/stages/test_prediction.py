@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from mupkg.models import SegmentationOutput, UNet, light_unet
-from mupkg.stages import slices
-from mupkg.stages.slices import dice, mean_dice, neighbouring_slices, predict_volume, run_slices
+from mupkg.stages import prediction
+from mupkg.stages.prediction import dice, mean_dice, neighbouring_slices, predict_volume, run_slices
 
 
 def volume(shape=(7, 13, 18)):
@@ -76,14 +76,14 @@ def test_memory_is_bounded_and_does_not_change_the_answer(monkeypatch):
     network, scan = Watching(), volume()
     whole = predict_volume(network, scan)
     assert [len(images) for images in network.seen] == [7]
-    monkeypatch.setattr(slices, "VOXELS_AT_ONCE", 3 * 13 * 18)
+    monkeypatch.setattr(prediction, "VOXELS_AT_ONCE", 3 * 13 * 18)
     network.seen.clear()
     np.testing.assert_allclose(predict_volume(network, scan), whole, atol=1e-6)
     assert [len(images) for images in network.seen] == [3, 3, 1]
 
 
 def test_slices_larger_than_the_bound_are_run_one_by_one(monkeypatch):
-    monkeypatch.setattr(slices, "VOXELS_AT_ONCE", 10)
+    monkeypatch.setattr(prediction, "VOXELS_AT_ONCE", 10)
     network = Watching()
     assert predict_volume(network, volume()).shape == (7, 13, 18)
     assert len(network.seen) == 7

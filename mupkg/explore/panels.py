@@ -9,7 +9,6 @@ ipympl canvas does that too, but took more than twice as long from a slider to t
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from mupkg import in_lab
 from mupkg.report.figures import PREDICTION, TRUTH, draw_contour
 
 LIT = "cyan"
@@ -39,11 +39,6 @@ class View(HasFigure, Protocol):
 
     @property
     def widget(self) -> ipywidgets.Widget: ...
-
-
-def in_lab() -> bool:
-    """Whether somebody can move a slider: set in JupyterLab and Notebook, not under papermill."""
-    return bool(os.environ.get("JPY_SESSION_NAME"))
 
 
 def show(view: View) -> None:

@@ -8,8 +8,7 @@ import pytest
 
 from mupkg import repository
 from mupkg.data.preprocessing import Preparation
-from mupkg.stages.runs import MOST, require
-from mupkg.stages.settings import (
+from mupkg.parameters import (
     SIZES,
     CohortSettings,
     ReportSettings,
@@ -19,6 +18,7 @@ from mupkg.stages.settings import (
     Study,
     check_name,
 )
+from mupkg.stages.runs import MOST, require
 
 PARAMETERS = """configuration: str = "MetricUNet-HCP"  # a row of Table II
 seed: int = 0  # of weights
@@ -216,7 +216,7 @@ def test_folders_hang_together(tmp_path):
 
 
 def test_the_repository_is_found_wherever_the_kernel_was_started(monkeypatch, tmp_path):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     for folder in (root, root / "notebooks", tmp_path):
         monkeypatch.chdir(folder)
         assert repository() == root
@@ -247,9 +247,7 @@ def test_a_source_of_the_other_modality_is_seen_at_once(tmp_path):
 def test_the_chosen_source_is_asked(monkeypatch, tmp_path):
     asked = {}
     for name in ("sources_from_pattern", "sources_from_table", "sources_from_decathlon", "source_from_dicom"):
-        monkeypatch.setattr(
-            f"mupkg.stages.settings.{name}", lambda *a, name=name, **k: asked.update({name: (a, k)}) or []
-        )
+        monkeypatch.setattr(f"mupkg.parameters.{name}", lambda *a, name=name, **k: asked.update({name: (a, k)}) or [])
     common = {"source_folder": str(tmp_path), "modality": "MR"}
     CohortSettings(source="pattern", label_values=[1, 2], channel=0, **common).sources()
     patterns, options = asked["sources_from_pattern"]

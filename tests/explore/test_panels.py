@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mupkg.report.panels import SlicePanel, in_lab, mean, png, show
+from mupkg import in_lab
+from mupkg.explore.panels import SlicePanel, mean, png, show
 
 SHAPE = (12, 20)
 

@@ -8,16 +8,17 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from mupkg.data.cohort import CohortError, write_cohort
-from mupkg.data.preprocessing import Preparation
-from mupkg.data.sources import (
+from mupkg.data.build import (
     source_from_dicom,
     sources_from_decathlon,
     sources_from_pattern,
     sources_from_phantoms,
     sources_from_promise12,
     sources_from_table,
+    write_cohort,
 )
+from mupkg.data.cohort import CohortError
+from mupkg.data.preprocessing import Preparation
 
 SHAPE = (6, 12, 14)
 MR = Preparation(modality="MR", spacing_mm=(5.0, 4.0, 4.0))

@@ -8,9 +8,11 @@ import torch
 from scipy import ndimage
 from torch import nn
 
+from mupkg.explore.case import CaseViewer
+from mupkg.explore.linked import DistanceMap, EmbeddingExplorer
+from mupkg.explore.panels import png
+from mupkg.explore.seen import SeenCase
 from mupkg.models import SegmentationOutput
-from mupkg.report.explore import CaseViewer, DistanceMap, EmbeddingExplorer, SeenCase
-from mupkg.report.panels import png
 from mupkg.stages.voxels import KINDS, kinds
 
 SPACING = (3.0, 2.0, 1.0)
@@ -185,7 +187,7 @@ def test_a_projection_that_is_not_installed_is_said_and_the_old_one_stays(seen, 
             raise ModuleNotFoundError("UMAP is not installed: do this")
         return before
 
-    monkeypatch.setattr("mupkg.report.explore.project", missing)
+    monkeypatch.setattr("mupkg.explore.linked.project", missing)
     explorer.projection.value = "UMAP"
     assert explorer.projection.value == "PCA" and "UMAP is not installed: do this" in explorer.found.value
     assert explorer.points["UNet"] is before

@@ -26,9 +26,8 @@ from pydantic import (
 
 from mupkg import repository
 from mupkg.configurations import configuration
-from mupkg.data.cohort import Source
-from mupkg.data.preprocessing import Preparation, Window
-from mupkg.data.sources import (
+from mupkg.data.build import (
+    Source,
     check_pattern,
     source_from_dicom,
     sources_from_decathlon,
@@ -37,13 +36,13 @@ from mupkg.data.sources import (
     sources_from_promise12,
     sources_from_table,
 )
+from mupkg.data.preprocessing import Grid, Preparation, Window
 from mupkg.models import MULTIPLE
 from mupkg.stages.runs import MOST
 
 Size = Literal["smoke", "quick", "paper"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 PatchSize = Annotated[int, Field(ge=8, le=1024, multiple_of=8)]
-Extent = Annotated[float, Field(gt=0, le=1000)]  # mm
 # Upper bounds are far above all use: a slip of the keyboard is told here, not by an allocation that fails.
 Steps = Annotated[PositiveInt, Field(le=10**7)]
 BatchSize = Annotated[PositiveInt, Field(le=4096)]
@@ -305,13 +304,11 @@ class TrainingSettings(StudySettings):
         return self
 
 
-class Stage1Settings(TrainingSettings):
+class Stage1Settings(TrainingSettings, Grid):
     """Notebook 02: the localizer and the region."""
 
     stage: ClassVar[str] = "stage1"
     filters: Annotated[PositiveInt, Field(le=MOST["filters"])] | None = None
-    coarse_mm: Extent = 4.0
-    region_mm: tuple[Extent, Extent, Extent] = (128.0, 128.0, 128.0)
 
 
 class Stage2Settings(TrainingSettings):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mupkg.report import viewers
-from mupkg.report.explore import CaseViewer, SeenCase
+from mupkg.explore import volumes
+from mupkg.explore.case import CaseViewer
+from mupkg.explore.seen import SeenCase
 
 TRUTH = np.zeros((6, 8, 10), np.uint8)
 TRUTH[2:4, 2:6, 3:8] = 1
@@ -29,7 +30,7 @@ def read_back(content: bytes, tmp_path) -> sitk.Image:
 
 def test_volumes_keep_voxels_and_spacing(tmp_path):
     volume = np.random.default_rng(0).integers(0, 256, (4, 5, 6)).astype(np.uint8)
-    image = read_back(viewers.nifti(volume, (3.0, 2.0, 1.0)), tmp_path)
+    image = read_back(volumes.nifti(volume, (3.0, 2.0, 1.0)), tmp_path)
     assert image.GetSpacing() == (1.0, 2.0, 3.0)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image), volume)
 
@@ -56,8 +57,8 @@ def test_every_run_has_a_view_with_four_layers_and_the_sliders_reach_them(seen, 
 
 
 def test_a_place_in_mm_is_a_slice(seen):
-    volumes = viewers.NiivueViewer(seen, moved=lambda z: None)
-    assert [volumes.slice_of([0, 0, mm, 1]) for mm in (-4.0, 0.0, 1.4, 1.6, 15.0, 99.0)] == [0, 0, 0, 1, 5, 5]
+    viewer = volumes.NiivueViewer(seen, moved=lambda z: None)
+    assert [viewer.slice_of([0, 0, mm, 1]) for mm in (-4.0, 0.0, 1.4, 1.6, 15.0, 99.0)] == [0, 0, 0, 1, 5, 5]
 
 
 def test_a_click_keeps_its_place_in_the_plane_and_reaches_all_runs(seen):
@@ -72,18 +73,18 @@ def test_a_click_keeps_its_place_in_the_plane_and_reaches_all_runs(seen):
 
 def test_a_host_that_answers_with_an_error_is_no_host(monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "x")
-    monkeypatch.setattr(viewers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(volumes.importlib.util, "find_spec", lambda name: object())
 
     def refuses(url, timeout):
         raise urllib.error.HTTPError(url, 504, "gateway timeout", None, None)
 
     monkeypatch.setattr(urllib.request, "urlopen", refuses)
-    assert "504" in viewers.why_no_itkwidgets()
+    assert "504" in volumes.why_no_itkwidgets()
 
 
 def test_itkwidgets_outside_jupyterlab_is_refused_without_importing_it(seen, monkeypatch, capsys):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    viewers.show_itkwidgets(seen)
+    volumes.show_itkwidgets(seen)
     line = capsys.readouterr().out
     assert "itkwidgets works in JupyterLab only" in line and line.count("\n") == 1
     assert "itkwidgets" not in sys.modules
@@ -91,25 +92,25 @@ def test_itkwidgets_outside_jupyterlab_is_refused_without_importing_it(seen, mon
 
 def test_itkwidgets_that_is_not_installed_is_named_with_the_cure(monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "x")
-    monkeypatch.setattr(viewers.importlib.util, "find_spec", lambda name: None)
-    assert 'pip install -c constraints.txt -e ".[itkwidgets]"' in viewers.why_no_itkwidgets()
+    monkeypatch.setattr(volumes.importlib.util, "find_spec", lambda name: None)
+    assert 'pip install -c constraints.txt -e ".[itkwidgets]"' in volumes.why_no_itkwidgets()
 
 
 def test_itkwidgets_without_internet_is_refused_by_the_host_that_is_silent(monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "x")
-    monkeypatch.setattr(viewers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(volumes.importlib.util, "find_spec", lambda name: object())
 
     def silent(url, timeout):
         assert timeout < 10
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(urllib.request, "urlopen", silent)
-    assert f"{viewers.ITK_HOSTS[0]} does not answer" in viewers.why_no_itkwidgets()
+    assert f"{volumes.ITK_HOSTS[0]} does not answer" in volumes.why_no_itkwidgets()
 
 
 def test_itkwidgets_is_used_where_all_of_it_is_there(monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "x")
-    monkeypatch.setattr(viewers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(volumes.importlib.util, "find_spec", lambda name: object())
 
     class Answer:
         def close(self):
@@ -117,11 +118,11 @@ def test_itkwidgets_is_used_where_all_of_it_is_there(monkeypatch):
 
     asked = []
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Answer())
-    assert viewers.why_no_itkwidgets() == "" and asked == list(viewers.ITK_HOSTS)
+    assert volumes.why_no_itkwidgets() == "" and asked == list(volumes.ITK_HOSTS)
 
 
 def test_nothing_of_the_package_imports_a_viewer_before_it_is_asked_for():
-    code = "import sys; import mupkg.report.explore, mupkg.report.viewers, mupkg.report.watch; "
+    code = "import sys; import mupkg.explore.linked, mupkg.explore.volumes, mupkg.explore.samplers_and_film; "
     code += "slow = ('itkwidgets', 'ipyniivue', 'jscatter', 'ipyevents', 'umap', 'openTSNE'); "
     code += "print([name for name in slow if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
+from mupkg.explore.panels import png
+from mupkg.explore.samplers_and_film import FilmPlayer, SamplersAtWork, SeenFilm
+from mupkg.explore.seen import SeenCase
 from mupkg.losses import VoxelMetricLoss
 from mupkg.models import UNet
-from mupkg.report.explore import SeenCase
-from mupkg.report.panels import png
-from mupkg.report.watch import FilmPlayer, SamplersAtWork, SeenFilm
 from mupkg.samplers import VoxelTuples, contour
 from mupkg.stages.film import Film, read_film
 from mupkg.stages.voxels import embed_slice

@@ -1,184 +1,30 @@
 """A case and its embeddings to explore, alive in JupyterLab (notebook 08): viewer, embeddings, distance map.
 
-`mupkg.report.panels` says how views are built. The scatter is jupyter-scatter's, volumes are ipyniivue's
-(`mupkg.report.viewers`).
+`mupkg.explore.panels` says how views are built. The scatter is jupyter-scatter's, volumes are ipyniivue's
+(`mupkg.explore.volumes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 
 import ipywidgets
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
-from scipy import ndimage
-from torch import Tensor, nn
-from torch.nn import functional as F
 
+from mupkg.explore.panels import DPI, LIT, SlicePanel, mean, slider, wrapped
+from mupkg.explore.seen import SeenCase
 from mupkg.losses import VoxelMetricLoss, squared_distance
-from mupkg.metrics import segmentation_metrics
-from mupkg.models import SegmentationNetwork, SegmentationOutput
-from mupkg.report import results
 from mupkg.report.embeddings import EmbeddedVoxels, Projection, project, separation, triplets
 from mupkg.report.figures import KIND_COLOURS, PREDICTION, TRUTH, draw_contour
-from mupkg.report.panels import DPI, LIT, SlicePanel, mean, slider, wrapped
-from mupkg.stages.inference import LOCALIZER, load_localizer, load_network
-from mupkg.stages.localization import Regions
-from mupkg.stages.slices import predict_volume
-from mupkg.stages.training import BEST
 from mupkg.stages.voxels import ELSEWHERE, KINDS, draw, embed_slice, embed_voxels, kinds, sample_voxels
 
 MARGIN = VoxelMetricLoss().margin
 SCATTER_EDGE = 1.05  # a little room around points that lie from -1 to 1
-
-
-@dataclass(frozen=True)
-class SeenCase:
-    """One case of a study as its runs see it, on the region's working grid."""
-
-    case_id: str
-    region: UInt8[np.ndarray, "z y x"]
-    truth: Bool[np.ndarray, "z y x"]
-    spacing_mm: tuple[float, float, float]
-    networks: Mapping[str, SegmentationNetwork]  # by configuration
-    heat: Mapping[str, Float[np.ndarray, "z y x"]]  # foreground probabilities
-
-    @classmethod
-    def read(
-        cls, study: str | Path, case_id: str | None = None, configurations: Sequence[str] = (), seed: int = 0
-    ) -> SeenCase:
-        """A case (the first test case if none is named) and the runs of a study folder, `outputs/<study>` say.
-
-        Raises:
-            ValueError: naming what is missing: the runs, the case, or a file of a run.
-        """
-        runs = results.runs(study, configurations)
-        runs = runs[runs["seed"] == seed].set_index("configuration")["folder"]
-        missing = [name for name in configurations if name not in runs.index]
-        if runs.empty or missing:
-            what = ", ".join(missing) or "any configuration"
-            raise ValueError(f"{study}: has no run of {what} with seed {seed}; train it or choose another seed")
-        regions = Regions.read(Path(study) / "stage1")
-        if not case_id and not regions.ids("test"):
-            raise ValueError(f"{study}: has no test case; give case_id one of {', '.join(regions.table.index)}")
-        case_id = case_id or regions.ids("test")[0]
-        if case_id not in regions.table.index:
-            raise ValueError(f"case {case_id!r} is not in {study}; there are {', '.join(regions.table.index)}")
-        region, label = (np.array(regions.volume(case_id, kind)) for kind in ("image", "label"))
-        networks = {name: _as_the_loss_sees_it(*load_network(folder / BEST)) for name, folder in runs.items()}
-        heat = {name: predict_volume(network, region) for name, network in networks.items()}
-        _, about = load_localizer(runs.iloc[0] / LOCALIZER)
-        return cls(case_id, region, label == 1, tuple(about["preparation"]["spacing_mm"]), networks, heat)
-
-    @property
-    def widest(self) -> int:
-        """The slice with most prostate."""
-        return int(np.argmax(self.truth.sum(axis=(1, 2))))
-
-    def scores(self, threshold: float = 0.5) -> pd.DataFrame:
-        """DSC and HD95 (mm) of each run cut at a threshold, on the region's working grid; a row a run."""
-        rows = {
-            name: segmentation_metrics(heat > threshold, self.truth, spacing_mm=self.spacing_mm)
-            for name, heat in self.heat.items()
-        }
-        return pd.DataFrame.from_dict(rows, orient="index")[["DSC", "HD95"]]
-
-    def worst_slice(self, threshold: float = 0.5) -> int:
-        """The slice with the most wrongly labelled voxels, all runs counted."""
-        wrong = sum(((heat > threshold) != self.truth).sum(axis=(1, 2)) for heat in self.heat.values())
-        return int(np.argmax(wrong))
-
-    def signed_distance_mm(self) -> Float[np.ndarray, "z y x"]:
-        """Distance of every voxel's centre to the nearest voxel of the other label in mm; negative inside."""
-        outside, inside = (
-            ndimage.distance_transform_edt(m, sampling=self.spacing_mm) for m in (~self.truth, self.truth)
-        )
-        return (outside - inside).astype(np.float32)
-
-
-class UnitLength(nn.Module):
-    """A network whose embeddings are brought to unit length, as `normalize` does in the loss."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Float[Tensor, "n c h w"]) -> SegmentationOutput:
-        output = self.network(images)
-        return output._replace(embeddings=F.normalize(output.embeddings, dim=1))
-
-
-def _as_the_loss_sees_it(network: SegmentationNetwork, about: Mapping) -> SegmentationNetwork:
-    return UnitLength(network) if about.get("loss", {}).get("normalize") else network
-
-
-class CaseViewer:
-    """A volume with truth, prediction and foreground probability, for one run or several side by side.
-
-    Slice, opacity and the threshold at which the probability is cut move together; DSC and HD95 follow.
-
-    Args:
-        viewer: "niivue" (three planes, WebGL), "slices" (pictures) or "itkwidgets" (asks the internet; if that
-            cannot work a line says why, and the default viewer is there all the same).
-    """
-
-    def __init__(self, seen: SeenCase, viewer: str = "niivue"):
-        if viewer not in ("niivue", "slices", "itkwidgets"):
-            raise ValueError(f"viewer must be niivue, slices or itkwidgets, not {viewer!r}")
-        self.seen, self.viewer = seen, viewer
-        self.panel = SlicePanel(list(seen.heat), seen.region.shape[1:], seen.spacing_mm)
-        self.slice = slider("slice", seen.widest, 0, len(seen.region) - 1)
-        self.opacity = slider("opacity", 0.4, 0, 1, 0.05)
-        self.threshold = slider("threshold", 0.5, 0.02, 0.98, 0.02)
-        self.worst = ipywidgets.Button(description="worst slice", tooltip="the one with most wrong voxels")
-        self.worst.on_click(lambda _: self.jump_to_worst())
-        self.volumes = None  # niivue's, once the widget is made
-        self._cut()
-        for control in (self.slice, self.opacity):
-            control.observe(lambda _: self.draw(), "value")
-        self.threshold.observe(lambda _: self._cut(), "value")
-
-    @property
-    def figure(self) -> Figure:
-        return self.panel.figure
-
-    def jump_to_worst(self) -> None:
-        self.slice.value = self.seen.worst_slice(self.threshold.value)
-
-    def _cut(self) -> None:
-        self.scores = self.seen.scores(self.threshold.value)
-        self.draw()
-
-    def draw(self) -> None:
-        z, heats = self.slice.value, self.seen.heat.values()
-        self.panel.draw(
-            self.seen.region[z],
-            [heat[z] for heat in heats],
-            opacity=self.opacity.value,
-            truth=self.seen.truth[z],
-            predictions=[heat[z] > self.threshold.value for heat in heats],
-            titles=[f"{n}\nDSC {r.DSC:.3f}, HD95 {r.HD95:.1f} mm" for n, r in self.scores.iterrows()],
-        )
-        if self.volumes is not None:
-            self.volumes.show(z, self.opacity.value, self.threshold.value)
-
-    @cached_property
-    def widget(self) -> ipywidgets.Widget:
-        controls = wrapped(self.slice, self.opacity, self.threshold, self.worst)
-        parts = [controls, self.panel.widget]
-        if self.viewer != "slices":
-            from mupkg.report.viewers import NiivueViewer
-
-            self.volumes = NiivueViewer(self.seen, moved=lambda z: setattr(self.slice, "value", z))
-            parts.append(self.volumes.widget)
-            self.draw()
-        return ipywidgets.VBox(parts)
 
 
 class EmbeddingExplorer:

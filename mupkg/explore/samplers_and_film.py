@@ -17,16 +17,17 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from mupkg.explore.linked import MARGIN
+from mupkg.explore.panels import DPI, mean, picture, png, slider, wrapped
+from mupkg.explore.seen import SeenCase
 from mupkg.losses import gather_embeddings, squared_distance
 from mupkg.report import results
 from mupkg.report.embeddings import EmbeddedVoxels, separation
-from mupkg.report.explore import MARGIN, SeenCase
 from mupkg.report.figures import KIND_COLOURS, TRUTH, draw_contour
-from mupkg.report.panels import DPI, mean, picture, png, slider, wrapped
 from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler, Sampler
 from mupkg.stages.film import FOLDER as FILM
 from mupkg.stages.film import Frames, read_film
-from mupkg.stages.localization import Regions
+from mupkg.stages.regions import Regions
 from mupkg.stages.voxels import embed_slice
 
 

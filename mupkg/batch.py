@@ -1,6 +1,6 @@
 """Running one notebook of a batch: the target is there only if the notebook ran to its end.
 
-    python -m mupkg.report.batch NOTEBOOK TARGET '{"parameter": value}' [--threads N] [--one-gpu]
+    python -m mupkg.batch NOTEBOOK TARGET '{"parameter": value}' [--threads N] [--one-gpu]
 
 Nothing heavy is imported here: the notebook's kernel does that once more anyway.
 """

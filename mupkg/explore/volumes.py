@@ -7,18 +7,15 @@ import tempfile
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ipywidgets
 import numpy as np
 import SimpleITK as sitk
 import torch
 
-from mupkg.report.panels import in_lab
+from mupkg import in_lab
+from mupkg.explore.seen import SeenCase
 from mupkg.samplers import contour
-
-if TYPE_CHECKING:
-    from mupkg.report.explore import SeenCase
 
 # itkwidgets 1.0a55 loads its viewer from these; where one fails, its view() waits for ever
 ITK_HOSTS = (

@@ -1,0 +1,159 @@
+"""The regions of a study: cut around located prostates, written once, read by everything that follows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+from torch import nn
+
+from mupkg import progress
+from mupkg.data.cases import Point
+from mupkg.data.cohort import FINGERPRINT, Cohort, recorded_cohort
+from mupkg.data.preprocessing import (
+    Prepared,
+    centroid,
+    crop_region,
+    whole_label,
+)
+from mupkg.data.writing import fingerprint, whole_file, write_text
+from mupkg.stages.localization import locate
+
+
+def coverage(label: sitk.Image, centre: Point, region_mm: Sequence[float], whole: sitk.Image | None = None) -> float:
+    """Share of the voxels of `whole`, the label if None, that the label's region around `centre` holds.
+
+    Args:
+        label: prepared. whole: the label before the body crop, of which the region cannot hold more than is left.
+
+    Returns:
+        The share, rounded down to five digits, so that 1 means every voxel; NaN for an empty label.
+    """
+    regions = crop_region(label, centre, region_mm), whole if whole is not None else label
+    inside, there = (int(np.count_nonzero(sitk.GetArrayFromImage(region))) for region in regions)
+    return inside * 10**5 // there / 10**5 if there else float("nan")
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The regions of a study, as stage 1 left them: `regions.csv` and the cropped volumes.
+
+    The same for every configuration of a study; training, validation and test alike centred without a label.
+    """
+
+    folder: Path
+    table: pd.DataFrame
+
+    @classmethod
+    def read(cls, stage1_folder: str | Path, cohort: Cohort | None = None) -> Regions:
+        """The regions in a stage 1's folder.
+
+        Args:
+            cohort: the one they must have been cut from, as notebook 00 left it.
+
+        Raises:
+            ValueError: naming the file, if it is missing or broken, or the regions are of another cohort.
+        """
+        path = Path(stage1_folder) / "regions.csv"
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such table; run notebook 02 for this study first")
+        try:
+            table = pd.read_csv(path, dtype={"case_id": str, "fallback": str}).fillna({"fallback": ""})
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: is not a CSV table ({error}); run notebook 02 again") from error
+        missing = [c for c in ("case_id", "split", "centre_x", "centre_y", "centre_z") if c not in table]
+        if missing:
+            raise ValueError(f"{path}: lacks the column(s) {', '.join(missing)}; run notebook 02 again")
+        regions = cls(path.parent, table.set_index("case_id", drop=False).rename_axis(None))
+        if cohort is not None and recorded_cohort(path.parent, 2) != recorded_cohort(cohort.folder, 0):
+            raise ValueError(
+                f"{path}: its regions were not cut from {cohort.folder} as it is now (another cohort, or prepared "
+                "anew since); run notebook 02 again"
+            )
+        return regions
+
+    def fingerprint(self) -> str:
+        """Of the table and of its cases' volumes."""
+        names = [f"{case_id}_{kind}.npy" for case_id in self.table.index for kind in Prepared._fields]
+        return fingerprint([self.folder / "regions.csv", *(self.folder / "regions" / name for name in names)])
+
+    @property
+    def region_mm(self) -> tuple[float, float, float]:
+        """Edge lengths (z, y, x) that stage 1 was run with."""
+        path = self.folder / "run.json"
+        try:
+            return tuple(json.loads(path.read_bytes())["parameters"]["region_mm"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: does not tell the region's size ({error!r}); run notebook 02 again") from error
+
+    def ids(self, split: str) -> list[str]:
+        return list(self.table.index[self.table["split"] == split])
+
+    def centre(self, case_id: str) -> Point:
+        return tuple(float(self.table.loc[case_id, f"centre_{axis}"]) for axis in "xyz")
+
+    def volume(self, case_id: str, kind: str = "image") -> np.ndarray:
+        """A region's voxels (z, y, x), memory-mapped; kind "image" or "label"."""
+        path = self.folder / "regions" / f"{case_id}_{kind}.npy"
+        try:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); run notebook 02 again") from error
+
+    def volumes(self, split: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Images and labels of one split."""
+        ids = self.ids(split)
+        _allow_open_files(2 * len(ids))
+        return [self.volume(i) for i in ids], [self.volume(i, "label") for i in ids]
+
+
+def _allow_open_files(more: int) -> None:
+    """Every memory-mapped volume keeps a file open, of which a process may often have but 1024 unless it asks."""
+    try:
+        import resource
+    except ImportError:  # Windows, where files are not counted so
+        return
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now != resource.RLIM_INFINITY:
+        wanted = now + more if most == resource.RLIM_INFINITY else min(now + more, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+def write_regions(
+    cohort: Cohort, network: nn.Module, folder: str | Path, *, coarse_mm: float, region_mm: Sequence[float]
+) -> Regions:
+    """Locate every labelled case of a cohort, crop its region, and report how well that went.
+
+    Columns of regions.csv: the centre and its two parts, what fell back to what, the distance of the centre and
+    of the coarse centre from the true centroid in mm, and the share of the whole prostate the region covers.
+    """
+    folder, rows = Path(folder), []
+    for name in ("regions.csv", FINGERPRINT):  # from here on the regions are in the making
+        (folder / name).unlink(missing_ok=True)
+    ids = [case_id for split in ("train", "validation", "test") for case_id in cohort.ids(split)]
+    for case_id in progress(ids, desc="locating", unit="case"):
+        case, prepared = cohort.case(case_id), cohort.prepared(case_id)
+        location = locate(case, prepared.image, network, coarse_mm=coarse_mm)
+        for kind, volume in zip(Prepared._fields, prepared, strict=True):
+            with whole_file(folder / "regions" / f"{case_id}_{kind}.npy") as temporary:
+                np.save(temporary, sitk.GetArrayFromImage(crop_region(volume, location.centre, region_mm)))
+        truth = np.array(centroid(case.label))
+        row: dict[str, object] = {"case_id": case_id, "split": case.split, "fallback": location.fallback}
+        for name, point in zip(("centre", "coarse", "heads"), location[:3], strict=True):
+            known = (None,) * 3 if point is None else np.round(point, 4)
+            row |= {f"{name}_{axis}": value for axis, value in zip("xyz", known, strict=True)}
+            row[f"{name}_distance_mm"] = None if point is None else round(float(np.linalg.norm(truth - point)), 3)
+        whole = whole_label(case, cohort.preparation)
+        row["covered"] = coverage(prepared.label, location.centre, region_mm, whole)
+        rows.append(row)
+    with whole_file(folder / "regions.csv") as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+    regions = Regions.read(folder)
+    content = {"cohort": recorded_cohort(cohort.folder, 0), "regions": regions.fingerprint()}
+    write_text(folder / FINGERPRINT, json.dumps(content) + "\n")
+    return regions
