@@ -41,6 +41,28 @@ def contour(labels: Labels) -> Bool[Tensor, "n *spatial"]:
     return beside_background
 
 
+def near_contour(labels: Labels) -> Bool[Tensor, "n *spatial"]:
+    """Voxels within 2 voxels (Euclidean, centre to centre) of a contour voxel, on both sides; for N, near negatives.
+
+    Not in the paper. Of 2D labels the distance is in plane.
+    """
+    edge = contour(labels)
+    near, block = edge.clone(), edge  # offsets within 2 voxels: two steps along one axis, or the block of 3 x 3 (x 3)
+    for axis in range(1, labels.ndim):
+        near |= _beside(edge, axis, 2)
+        block = _beside(block, axis, 1)
+    return near | block
+
+
+def _beside(mask: Bool[Tensor, "n *spatial"], axis: int, steps: int) -> Bool[Tensor, "n *spatial"]:
+    """`mask`, and the voxels that are `steps` voxels from it along an axis."""
+    found, length = mask.clone(), max(0, mask.shape[axis] - steps)
+    if length:
+        found.narrow(axis, 0, length).logical_or_(mask.narrow(axis, steps, length))
+        found.narrow(axis, steps, length).logical_or_(mask.narrow(axis, 0, length))
+    return found
+
+
 def draw_with_replacement(
     candidates: Bool[Tensor, "n voxels"], count: int, generator: torch.Generator | None
 ) -> Int[Tensor, "n count"]:
@@ -75,20 +97,21 @@ class Sampler:
     Args:
         anchors: k, anchors per image (20 in the paper).
         pairs: m, positives and negatives per anchor (1 in the paper; reading R13).
+        near_negatives: N, negatives within 2 voxels of the contour only (not in the paper).
     """
 
     letter: str
 
-    def __init__(self, anchors: int = 20, pairs: int = 1):
+    def __init__(self, anchors: int = 20, pairs: int = 1, *, near_negatives: bool = False):
         for name, value in {"anchors": anchors, "pairs": pairs}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        self.anchors, self.pairs = anchors, pairs
+        self.anchors, self.pairs, self.near_negatives = anchors, pairs, near_negatives
 
     def candidates(
         self, labels: Labels, foreground_probability: Float[Tensor, "n *spatial"] | None
     ) -> tuple[Bool[Tensor, "n *spatial"], Bool[Tensor, "n *spatial"], Bool[Tensor, "n *spatial"]]:
-        """The voxels that may be anchor, positive and negative."""
+        """The voxels that may be anchor, positive and negative; `draw` narrows the last for near negatives."""
         raise NotImplementedError(f"{type(self).__name__} must implement candidates(labels, probability)")
 
     @torch.no_grad()
@@ -109,7 +132,10 @@ class Sampler:
             raise ValueError(
                 f"labels are {tuple(labels.shape)} but the probabilities {tuple(foreground_probability.shape)}"
             )
-        sets = [mask.flatten(1) for mask in self.candidates(labels, foreground_probability)]
+        anchor, positive, negative = self.candidates(labels, foreground_probability)
+        if self.near_negatives:
+            negative = negative & near_contour(labels)
+        sets = [mask.flatten(1) for mask in (anchor, positive, negative)]
         valid = torch.stack([mask.any(dim=1) for mask in sets]).all(dim=0)
         count = self.anchors * self.pairs
         anchors = draw_without_replacement(sets[0], self.anchors, generator)
@@ -139,6 +165,17 @@ class Sampler:
         return VoxelTuples(*(indices[valid] for indices in tuples))
 
 
+def shuffle_roles(tuples: VoxelTuples, images: int, generator: torch.Generator | None = None) -> VoxelTuples:
+    """The drawn voxels of each image, dealt to the three roles at random: a control (not in the paper).
+
+    Args:
+        tuples: as `Sampler.draw` gives them, the same number for each of the `images`.
+    """
+    drawn = torch.stack(tuples).unflatten(1, (images, -1)).transpose(0, 1).flatten(1)  # a row an image
+    order = torch.rand(drawn.shape, generator=generator, device=drawn.device).argsort(dim=1)
+    return VoxelTuples(*drawn.gather(1, order).unflatten(1, (3, -1)).transpose(0, 1).flatten(1))
+
+
 class RandomSampler(Sampler):
     """R: anchors and positives anywhere in the foreground, negatives anywhere in the background."""
 
@@ -158,8 +195,8 @@ class HardNegativeSampler(Sampler):
 
     letter = "H"
 
-    def __init__(self, anchors: int = 20, pairs: int = 1, threshold: float = 0.1):
-        super().__init__(anchors, pairs)
+    def __init__(self, anchors: int = 20, pairs: int = 1, threshold: float = 0.1, *, near_negatives: bool = False):
+        super().__init__(anchors, pairs, near_negatives=near_negatives)
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {threshold!r}")
         self.threshold = threshold

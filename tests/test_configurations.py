@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from mupkg.configurations import TABLE_II, Configuration, build, configuration
-from mupkg.losses import SegmentationMetricLoss
+from mupkg.losses import InfoNCELoss, SegmentationMetricLoss
 from mupkg.models import UNet, UNetPlusPlus
 from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
 
@@ -42,8 +42,24 @@ def test_a_name_switches_on_what_the_paper_says(name):
     assert configuration(name) == Configuration(name, backbone, tuple(letters), triplet, pair, separate)
 
 
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("MetricUNet-RN-Sep", "MetricUNet-R-Sep"),
+        ("MetricUNet-HCNP", "MetricUNet-HCP"),
+        ("MetricUNet++-HCRN", "MetricUNet++-HCR"),
+    ],
+)
+def test_n_switches_on_near_negatives_and_nothing_else(name, without):
+    assert configuration(name) == dataclasses.replace(configuration(without), name=name, near_negatives=True)
+    assert not configuration(without).near_negatives
+    loss = build(name, base_filters=2, embedding_dim=4)[1]
+    assert all(sampler.near_negatives for sampler in loss.samplers)
+    assert not any(sampler.near_negatives for sampler in build(without)[1].samplers)
+
+
 @pytest.mark.parametrize("letters", [p for n in (1, 2, 3) for p in itertools.permutations("HCR", n)], ids="".join)
-@pytest.mark.parametrize("suffix", ["", "P", "-Sep", "P-Sep"])
+@pytest.mark.parametrize("suffix", ["", "P", "-Sep", "P-Sep", "N", "NP", "N-Sep", "NP-Sep"])
 @pytest.mark.parametrize("backbone", ["UNet", "UNet++"])
 def test_every_order_of_letters_is_accepted_and_normalised(letters, suffix, backbone):
     normal = "".join(letter for letter in "HCR" if letter in letters)
@@ -52,6 +68,7 @@ def test_every_order_of_letters_is_accepted_and_normalised(letters, suffix, back
     assert found == configuration(found.name)
     assert (found.backbone, "".join(found.samplers)) == (backbone, normal)
     assert (found.positive_pair, found.separate) == ("P" in suffix, "Sep" in suffix)
+    assert found.near_negatives == ("N" in suffix)
 
 
 WRONG = [
@@ -64,6 +81,12 @@ WRONG = [
     "MetricUNet",
     "MetricUNet-",
     "MetricUNet-P",
+    "MetricUNet-N",
+    "MetricUNet-NH",
+    "MetricUNet-HNC",
+    "MetricUNet-HPN",
+    "MetricUNet-HNN",
+    "UNet-N",
     "MetricUNet-Sep",
     "MetricUNet-hcp",
     "metricunet-HCP",
@@ -92,7 +115,17 @@ def test_any_other_name_is_refused_with_itself_and_the_grammar(name):
     with pytest.raises(ValueError, match="valid names are") as error:
         configuration(name)
     assert repr(name) in str(error.value)
-    for part in ("'UNet'", "'UNet++'", "'MetricUNet'", "H (focal", "C (contour", "R (random", "'P'", "'-Sep'"):
+    for part in (
+        "'UNet'",
+        "'UNet++'",
+        "'MetricUNet'",
+        "H (focal",
+        "C (contour",
+        "R (random",
+        "'N' (near",
+        "'P'",
+        "'-Sep'",
+    ):
         assert part in str(error.value)
 
 
@@ -167,6 +200,40 @@ def test_build_takes_a_name_too():
     assert [s.letter for s in loss.samplers] == [s.letter for s in wanted_loss.samplers] == ["H", "C"]
     with pytest.raises(ValueError, match="unknown configuration 'VNet'; valid names are"):
         build("VNet")
+
+
+def test_build_passes_the_controls_on():
+    sizes = {"base_filters": 2, "embedding_dim": 4}
+    plain = build("MetricUNet-HCP", **sizes)[1]
+    assert (plain.control, plain.soft_dice, plain.metric_loss.hinge) == (None, None, True)
+    assert build("MetricUNet-HCP", **sizes, control="shuffled")[1].control == "shuffled"
+    assert build("MetricUNet-HCN", **sizes, control="voxels")[1].control == "voxels"
+    assert build("MetricUNet-HCP", **sizes, hinge=False)[1].metric_loss.hinge is False
+    assert build("UNet", **sizes, dice=True)[1].soft_dice
+    infonce = build("MetricUNet-HC", **sizes, infonce_temperature=0.3)[1].metric_loss
+    assert isinstance(infonce, InfoNCELoss)
+    assert infonce.temperature == 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("UNet", {"control": "voxels"}, "UNet: control 'voxels' would do nothing: it has no samplers"),
+        ("UNet++", {"hinge": False, "infonce_temperature": 0.1}, "infonce_temperature, hinge False would do nothing"),
+        ("MetricUNet-HP", {"control": "voxels"}, "the P in the name would do nothing: control 'voxels'"),
+        ("MetricUNet-H", {"control": "voxels", "hinge": False}, "hinge False would do nothing: control 'voxels'"),
+        ("MetricUNet-H", {"control": "voxels", "normalize": True}, "normalize True would do nothing"),
+        ("MetricUNet-H", {"control": "voxels", "infonce_temperature": 0.1}, "infonce_temperature would do nothing"),
+        ("MetricUNet-R-Sep", {"control": "voxels"}, "only the head would learn; leave out -Sep"),
+        ("MetricUNet-HCP", {"infonce_temperature": 0.1}, "the P in the name would do nothing: InfoNCE"),
+        ("MetricUNet-HC", {"infonce_temperature": 0.1, "hinge": False}, "hinge False would do nothing: InfoNCE"),
+        ("MetricUNet-HC", {"infonce_temperature": 0.1, "normalize": True}, "normalize True would do nothing"),
+        ("MetricUNet-HC", {"infonce_temperature": 0}, "temperature must be a finite number above 0"),
+    ],
+)
+def test_a_control_that_would_do_nothing_is_refused(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        build(name, base_filters=2, embedding_dim=4, **options)
 
 
 @pytest.mark.parametrize("name", ["in_channels", "base_filters", "embedding_dim", "num_classes"])

@@ -9,9 +9,15 @@ import torch
 from torch.nn import functional as F
 from watching import Watch
 
-from mupkg.losses import SegmentationMetricLoss, VoxelMetricLoss, gather_embeddings, voxel_cross_entropy
+from mupkg.losses import (
+    InfoNCELoss,
+    SegmentationMetricLoss,
+    VoxelMetricLoss,
+    gather_embeddings,
+    voxel_cross_entropy,
+)
 from mupkg.models import SegmentationOutput
-from mupkg.samplers import SAMPLERS, ContourSampler, HardNegativeSampler, RandomSampler, VoxelTuples
+from mupkg.samplers import SAMPLERS, ContourSampler, HardNegativeSampler, RandomSampler, VoxelTuples, shuffle_roles
 
 SHAPES = {"2D": (3, 6, 4, 5), "3D": (2, 6, 3, 4, 5)}
 
@@ -26,7 +32,7 @@ def random_tuples(shape: tuple[int, ...], count: int, seed: int = 0) -> VoxelTup
     return VoxelTuples(*torch.randint(0, voxels, (3, count), generator=seeded(seed)))
 
 
-def naive_loss(embeddings, tuples, margin, pair_weight, pair_distance, normalize):
+def naive_loss(embeddings, tuples, margin, pair_weight, pair_distance, normalize, hinge=True):
     """Section III-B.3 read aloud: one tuple after the other, one channel after the other."""
     grid = (embeddings.shape[0], *embeddings.shape[2:])
 
@@ -41,15 +47,19 @@ def naive_loss(embeddings, tuples, margin, pair_weight, pair_distance, normalize
     total = embeddings.new_zeros(())
     for a, p, n in zip(*tuples, strict=True):
         a, p, n = vector(a), vector(p), vector(n)
-        total = total + max(distance(a, p) - distance(a, n) + margin, total.new_zeros(()))
-        total = total + pair_weight * max(distance(a, p) - pair_distance, total.new_zeros(()))
+        triplet, pair = distance(a, p) - distance(a, n) + margin, distance(a, p) - pair_distance
+        if hinge:
+            triplet, pair = max(triplet, total.new_zeros(())), max(pair, total.new_zeros(()))
+        else:  # as printed, epsilon added
+            pair = distance(a, p) + pair_distance
+        total = total + triplet + pair_weight * pair
     return total / len(tuples.anchors)
 
 
 OPTIONS = [
-    {"margin": margin, "pair_weight": weight, "pair_distance": distance, "normalize": normalize}
-    for margin, (weight, distance), normalize in itertools.product(
-        (0.0, 0.7, 3.0), ((0.0, 0.01), (0.1, 0.01), (0.5, 2.0)), (False, True)
+    {"margin": margin, "pair_weight": weight, "pair_distance": distance, "normalize": normalize, "hinge": hinge}
+    for margin, (weight, distance), normalize, hinge in itertools.product(
+        (0.0, 0.7, 3.0), ((0.0, 0.01), (0.1, 0.01), (0.5, 2.0)), (False, True), (True, False)
     )
 ]
 
@@ -75,6 +85,9 @@ def test_by_hand():
     # P: 0.1 * (1 - 0.01) beside a triplet term that is at rest; the pair's distance is allowed to be 2
     assert VoxelMetricLoss(pair_weight=0.1)(embeddings, tuples).item() == pytest.approx(0.099)
     assert VoxelMetricLoss(pair_weight=0.1, pair_distance=2.0)(embeddings, tuples) == 0
+    # Eq. (2) as printed: 1 - 4 + 0.7, and 0.1 * (1 + 0.01)
+    assert VoxelMetricLoss(hinge=False)(embeddings, tuples).item() == pytest.approx(-2.3)
+    assert VoxelMetricLoss(pair_weight=0.1, hinge=False)(embeddings, tuples).item() == pytest.approx(-2.199)
 
 
 def test_a_tuple_that_satisfies_the_margin_gives_no_gradient():
@@ -154,6 +167,55 @@ def test_shapes_of_the_signatures_are_checked_in_these_tests():
         VoxelMetricLoss()(torch.zeros(2, 3, 4, 4, dtype=torch.int64), random_tuples((2, 3, 4, 4), 2))
 
 
+# --- InfoNCE: a control ---
+
+
+def naive_infonce(embeddings, tuples, temperature):
+    """One anchor after the other: its own positive against every negative drawn."""
+    vectors = embeddings.movedim(1, -1).flatten(0, -2)
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    total = embeddings.new_zeros(())
+    for a, p in zip(tuples.anchors, tuples.positives, strict=True):
+        own = (unit[a] @ unit[p] / temperature).exp()
+        others = sum((unit[a] @ unit[n] / temperature).exp() for n in tuples.negatives)
+        total = total - (own / (own + others)).log()
+    return total / len(tuples.anchors)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.3, 2.0])
+def test_infonce_and_its_gradient_agree_with_a_naive_loop(shape, temperature):
+    embeddings = torch.randn(shape, generator=seeded()).requires_grad_()
+    tuples = random_tuples(shape, 9)
+    loss, expected = InfoNCELoss(temperature)(embeddings, tuples), naive_infonce(embeddings, tuples, temperature)
+    torch.testing.assert_close(loss, expected)
+    gradient, expected_gradient = (torch.autograd.grad(value, embeddings)[0] for value in (loss, expected))
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_infonce_by_hand():
+    """The positive is the anchor's like, one negative is opposite, the other at right angles: similarity 1, -1, 0."""
+    embeddings = torch.tensor([[[[1.0, 2.0, -3.0, 0.0]], [[0.0, 0.0, 0.0, 4.0]]]])
+    tuples = VoxelTuples(*torch.tensor([[0, 0], [1, 1], [2, 3]]))
+    e = np.exp
+    assert InfoNCELoss(0.5)(embeddings, tuples).item() == pytest.approx(-np.log(e(2) / (e(2) + e(-2) + 1)))
+
+
+def test_infonce_without_tuples_is_a_zero_that_back_propagates():
+    embeddings = torch.randn(2, 3, 4, 4, requires_grad=True)
+    none = VoxelTuples(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
+    loss = InfoNCELoss()(embeddings, none)
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(embeddings.grad, torch.zeros_like(embeddings))
+
+
+@pytest.mark.parametrize("temperature", [0, -0.1, float("nan"), float("inf")])
+def test_a_temperature_that_makes_no_sense_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature must be a finite number above 0"):
+        InfoNCELoss(temperature)
+
+
 # --- the multi-task loss ---
 
 
@@ -170,7 +232,9 @@ def batch(spatial: tuple[int, ...] = (8, 8)) -> tuple[SegmentationOutput, torch.
 
 @pytest.mark.parametrize("spatial", [(8, 8), (6, 7, 8)], ids=["2D", "3D"])
 @pytest.mark.parametrize("letters", ["H", "C", "R", "HC", "HR", "HCR"])
-@pytest.mark.parametrize("options", [{}, {"pair_weight": 0.1}, {"normalize": True, "margin": 0.2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"pair_weight": 0.1}, {"normalize": True, "margin": 0.2}, {"hinge": False}], ids=str
+)
 def test_every_term_agrees_with_naive_ones_from_the_same_draws(spatial, letters, options):
     output, labels = batch(spatial)
     samplers = [SAMPLERS[letter](anchors=3, pairs=2) for letter in letters]
@@ -189,6 +253,41 @@ def test_every_term_agrees_with_naive_ones_from_the_same_draws(spatial, letters,
     torch.testing.assert_close(terms.total, own + 0.05 * sum(terms.metric.values()))
 
 
+def naive_cross_entropy(logits, labels, voxels):
+    """One voxel after the other, with its own label."""
+    grid, total = labels.shape, logits.new_zeros(())
+    for image, *position in (np.unravel_index(int(voxel), grid) for voxel in voxels):
+        scores = logits[(image, slice(None), *position)]
+        total = total - scores.log_softmax(dim=0)[labels[(image, *position)]]
+    return total / len(voxels)
+
+
+@pytest.mark.parametrize("spatial", [(8, 8), (6, 7, 8)], ids=["2D", "3D"])
+@pytest.mark.parametrize("control", ["voxels", "shuffled", "infonce"])
+@pytest.mark.parametrize("near", [False, True])
+def test_a_control_learns_from_the_very_voxels_that_would_be_drawn_without_it(spatial, control, near):
+    output, labels = batch(spatial)
+    samplers = [SAMPLERS[letter](3, 2, near_negatives=near) for letter in "HC"]
+    metric_loss, control = (InfoNCELoss(0.3), None) if control == "infonce" else (None, control)
+    terms = SegmentationMetricLoss(samplers, metric_loss, 0.05, control=control)(output, labels, seeded())
+
+    probability, generator = output.logits.softmax(dim=1)[:, 1], seeded()
+    draws = [sampler.draw(labels, probability, generator) for sampler in samplers]
+    for sampler, (drawn, valid) in zip(samplers, draws, strict=True):
+        assert valid.sum() == 2 * 3 * 2  # images 2 and 3 contribute none
+        if control == "shuffled":
+            drawn = shuffle_roles(drawn, len(labels), generator)
+        tuples = VoxelTuples(*(t[valid] for t in drawn))
+        if control == "voxels":
+            expected = naive_cross_entropy(output.logits, labels, torch.cat(tuples))
+        elif control == "shuffled":
+            expected = naive_loss(output.embeddings, tuples, 0.7, 0.0, 0.01, False)
+        else:
+            expected = naive_infonce(output.embeddings, tuples, 0.3)
+        torch.testing.assert_close(terms.metric[sampler.letter], expected)
+    torch.testing.assert_close(terms.total, terms.cross_entropy + 0.05 * sum(terms.metric.values()))
+
+
 def test_the_mean_is_over_tuples_not_over_images():
     """R7: images without tuples do not dilute the loss, so leaving them out changes nothing."""
     output, labels = batch()
@@ -199,6 +298,48 @@ def test_the_mean_is_over_tuples_not_over_images():
     torch.testing.assert_close(whole, VoxelMetricLoss()(output.embeddings, tuples))
     alone = VoxelMetricLoss()(output.embeddings[:2], tuples)  # same flat indices: the empty images come last
     torch.testing.assert_close(whole, alone)
+
+
+def naive_dice_loss(logits, labels):
+    """1 - soft Dice of each foreground class over all known voxels of the batch, and its mean."""
+    known = labels != -100
+    losses = []
+    for c in range(1, logits.shape[1]):
+        p, y = logits.softmax(dim=1)[:, c][known], (labels == c)[known].float()
+        losses.append(1 - (2 * (p * y).sum() + 1e-5) / (p.sum() + y.sum() + 1e-5))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("samplers", [[], [RandomSampler(3)]], ids=["UNet", "R"])
+@pytest.mark.parametrize("spatial", [(8, 8), (6, 7, 8)], ids=["2D", "3D"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_soft_dice_is_added_to_the_total(samplers, spatial, classes):
+    output, labels = batch(spatial)
+    logits = torch.randn(4, classes, *spatial, generator=seeded()).requires_grad_()
+    output = SegmentationOutput(logits, output.embeddings)
+    labels[:, 5:] = -100
+    plain, with_dice = (SegmentationMetricLoss(samplers, dice=d)(output, labels, seeded()) for d in (False, True))
+    assert with_dice.cross_entropy == plain.cross_entropy
+    added, expected = with_dice.total - plain.total, naive_dice_loss(logits, labels)
+    torch.testing.assert_close(added, expected)
+    gradient, wanted = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (added, expected))
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_soft_dice_of_a_batch_without_prostate_is_finite(dtype):
+    output, labels = batch()
+    terms = SegmentationMetricLoss(dice=True)(output, torch.zeros_like(labels, dtype=dtype))
+    terms.total.backward()
+    assert output.logits.grad.isfinite().all()
+    assert terms.total.item() == pytest.approx(terms.cross_entropy.item() + 1, abs=1e-5)
+
+
+def test_a_control_without_samplers_or_of_another_name_is_refused(unchecked):
+    with pytest.raises(ValueError, match="control 'shuffled' does nothing without samplers"):
+        SegmentationMetricLoss(control="shuffled")
+    with pytest.raises(ValueError, match='control must be None, "voxels" or "shuffled", not \'voxel\''):
+        SegmentationMetricLoss([RandomSampler()], control="voxel")
 
 
 def test_without_samplers_the_total_is_the_cross_entropy():
@@ -340,12 +481,18 @@ def test_a_weight_that_makes_no_sense_is_refused(weight):
 SAMPLERS_HCR = [HardNegativeSampler(), ContourSampler(), RandomSampler()]
 
 
-def test_a_training_step_never_waits_for_the_device():
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"control": "voxels"}, {"control": "shuffled"}, {"dice": True}, {"metric_loss": InfoNCELoss()}],
+    ids=str,
+)
+def test_a_training_step_never_waits_for_the_device(near, options):
     output, labels = batch()
+    samplers = [kind(near_negatives=near) for kind in SAMPLERS.values()]
+    loss = SegmentationMetricLoss(samplers, **({"metric_loss": VoxelMetricLoss(pair_weight=0.1)} | options))
     with Watch() as watch:
-        SegmentationMetricLoss(SAMPLERS_HCR, VoxelMetricLoss(pair_weight=0.1))(
-            output, labels, seeded()
-        ).total.backward()
+        loss(output, labels, seeded()).total.backward()
     assert watch.largest_new  # it did watch
     assert watch.waits == []
     with Watch() as watch:  # and would have seen it: the public call leaves invalid tuples out

@@ -1,7 +1,7 @@
 """The samplers: which voxels may be drawn, how likely each is, and what happens when there are few."""
 
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from scipy.ndimage import distance_transform_edt
 from scipy.stats import chisquare
 
 from mupkg.samplers import (
@@ -16,9 +17,12 @@ from mupkg.samplers import (
     ContourSampler,
     HardNegativeSampler,
     RandomSampler,
+    VoxelTuples,
     contour,
     draw_with_replacement,
     draw_without_replacement,
+    near_contour,
+    shuffle_roles,
 )
 
 IGNORE = 255
@@ -181,6 +185,60 @@ def test_a_single_voxel_is_anchor_and_positive_at_once():
         assert 13 not in negatives
 
 
+# --- near negatives: N ---
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 9), (2, 3), (9, 11), (3, 6, 7), (7, 6, 8)])
+@pytest.mark.parametrize("foreground", [0.02, 0.1, 0.5, 0.98])
+def test_near_the_contour_is_within_two_voxels_of_it(shape, foreground):
+    rng = np.random.default_rng(0)
+    labels = (rng.random((6, *shape)) < foreground).astype(np.int64)
+    labels[rng.random(labels.shape) < 0.1] = IGNORE
+    labels[0] = 0  # no contour, so nothing is near it
+    found = near_contour(torch.from_numpy(labels)).numpy()
+    for image, near in zip(labels, found, strict=True):
+        edge = naive_contour(image)
+        expected = distance_transform_edt(~edge) <= 2 if edge.any() else edge
+        assert np.array_equal(near, expected)
+
+
+def test_near_negatives_are_the_background_within_two_voxels_of_the_contour():
+    """By hand: around a single voxel the two steps along an axis and the diagonal one, not the knight's move."""
+    picture = [".......", "...n...", "..nnn..", ".nn#nn.", "..nnn..", "...n...", "......."]
+    expected = {7 * y + x for y, row in enumerate(picture) for x, mark in enumerate(row) if mark == "n"}
+    labels = torch.zeros(1, 7, 7, dtype=torch.int64)
+    labels[0, 3, 3] = 1
+    assert set(RandomSampler(500, near_negatives=True)(labels, generator=seeded()).negatives.tolist()) == expected
+
+
+@pytest.mark.parametrize("letter", SAMPLERS)
+def test_near_negatives_change_the_negatives_alone_and_are_uniform(letter):
+    labels = torch.zeros(2, 16, 16, dtype=torch.int64)
+    labels[0, :4, 5:9] = 1  # touches the border, which is a cut and no contour
+    labels[1, 6:9, 6:9] = 1
+    labels[1, 5] = IGNORE
+    probability = torch.full(labels.shape, 0.5)
+    far, near = (SAMPLERS[letter](2, 2000, near_negatives=n)(labels, probability, seeded()) for n in (False, True))
+    assert torch.equal(near.anchors, far.anchors)
+    assert torch.equal(near.positives, far.positives)
+    for image in range(2):
+        edge = naive_contour(labels[image].numpy())
+        candidates = voxels((distance_transform_edt(~edge) <= 2) & (labels[image].numpy() == 0))
+        drawn = near.negatives[near.negatives // 256 == image] % 256
+        assert len(drawn) == 4000
+        assert looks_uniform(drawn.tolist(), candidates)
+
+
+def test_an_image_without_background_near_the_contour_contributes_no_tuple():
+    """Ignored voxels part the organ of image 0 from its background: it has no contour, and nothing is near it."""
+    labels = torch.zeros(3, 9, 9, dtype=torch.int64)
+    labels[:2, 4, 4] = 1  # image 2 is all background
+    labels[0, 3:6, 3:6] = torch.where(labels[0, 3:6, 3:6] == 1, 1, IGNORE)
+    assert (RandomSampler(3)(labels, generator=seeded()).anchors // 81).tolist() == [0] * 3 + [1] * 3
+    tuples = RandomSampler(3, near_negatives=True)(labels, generator=seeded())
+    assert all((t // 81).tolist() == [1] * 3 for t in tuples)
+
+
 # --- probabilities ---
 
 
@@ -284,24 +342,27 @@ LABEL_BATCHES = arrays(
     letter=st.sampled_from("HCR"),
     anchors=st.integers(1, 6),
     pairs=st.integers(1, 3),
+    near=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_the_tuples_of_any_batch_are_what_they_should_be(labels, letter, anchors, pairs, seed):
+def test_the_tuples_of_any_batch_are_what_they_should_be(labels, letter, anchors, pairs, near, seed):
     probability = torch.rand(labels.shape, generator=seeded(seed))
-    sampler = SAMPLERS[letter](anchors, pairs)
+    sampler = SAMPLERS[letter](anchors, pairs, near_negatives=near)
     tuples = sampler(torch.from_numpy(labels), probability, seeded(seed))
 
     edge = np.stack([naive_contour(image) for image in labels])
     hard = (labels == 1) & (np.abs(probability.numpy() - 1) > 0.1)
     anchor_set = {"R": labels == 1, "H": hard, "C": edge}[letter]
-    positive_set = edge if letter == "C" else labels == 1
-    for drawn, allowed in zip(tuples, (anchor_set, positive_set, labels == 0), strict=True):
+    positive_set, negative_set = edge if letter == "C" else labels == 1, labels == 0
+    if near:
+        negative_set &= np.stack([distance_transform_edt(~e) <= 2 if e.any() else e for e in edge])
+    for drawn, allowed in zip(tuples, (anchor_set, positive_set, negative_set), strict=True):
         assert drawn.dtype == torch.int64
         assert allowed.flatten()[drawn.numpy()].all()
 
     images = [(drawn // labels[0].size).tolist() for drawn in tuples]
     complete = [
-        i for i in range(len(labels)) if all(s[i].any() for s in (anchor_set, positive_set, labels == 0))
+        i for i in range(len(labels)) if all(s[i].any() for s in (anchor_set, positive_set, negative_set))
     ]  # exactly these contribute, k * m tuples each
     assert images[0] == images[1] == images[2] == [i for i in complete for _ in range(anchors * pairs)]
 
@@ -342,6 +403,26 @@ def test_calling_a_sampler_gives_the_valid_part_of_its_draw(letter):
     assert all(len(t) == 4 * 3 * 2 for t in drawn)
     called = sampler(labels, probability, seeded())
     assert all(torch.equal(t[valid], c) for t, c in zip(drawn, called, strict=True))
+
+
+# --- shuffled roles: a control ---
+
+
+def test_shuffling_deals_an_images_own_voxels_to_other_roles():
+    drawn, _ = RandomSampler(4, 3).draw(LABELS, generator=seeded())
+    dealt = shuffle_roles(drawn, len(LABELS), seeded())
+    for image in range(2):
+        before, after = (torch.stack(t).view(3, 2, 12)[:, image].flatten() for t in (drawn, dealt))
+        assert sorted(before.tolist()) == sorted(after.tolist())
+        assert not torch.equal(before, after)
+    assert all(map(torch.equal, dealt, shuffle_roles(drawn, len(LABELS), seeded())))
+
+
+def test_every_deal_of_three_voxels_is_equally_likely():
+    images = 6000
+    drawn = VoxelTuples(*(torch.arange(images) * 3 + role for role in range(3)))
+    dealt = torch.stack(shuffle_roles(drawn, images, seeded())) - 3 * torch.arange(images)
+    assert looks_uniform([tuple(deal) for deal in dealt.T.tolist()], list(permutations(range(3))))
 
 
 # --- the generator ---
