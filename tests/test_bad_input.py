@@ -597,7 +597,7 @@ def on_regions(spoil: Callable[[Path], object], name: str) -> Callable[[Path], C
 
         def read() -> None:
             regions = Regions.read(study / "stage1")
-            assert regions.region_mm and [regions.volumes(split) for split in ("train", "validation", "test")]
+            assert [regions.volumes(split) for split in ("train", "validation", "test")]
 
         return read
 

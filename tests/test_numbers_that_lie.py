@@ -37,6 +37,7 @@ from mupkg.metrics import segmentation_metrics
 from mupkg.models import light_unet
 from mupkg.report import figures, results
 from mupkg.stages import inference, localization, prediction, training
+from mupkg.stages import regions as regions_module
 from mupkg.stages.localization import COARSE_CHANNELS, Location
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import load_tensors, save_tensors, write_run
@@ -76,7 +77,7 @@ def built(tmp_path_factory) -> Path:
     write_run(stage1, {"region_mm": REGION_MM})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(localization, "locate", lambda case, *_, **__: Location(centroid(case.label), None, None, ""))
-        localization.write_regions(cohort, None, stage1, coarse_mm=8.0, region_mm=REGION_MM)
+        regions_module.write_regions(cohort, None, stage1, coarse_mm=8.0, region_mm=REGION_MM)
     return folder
 
 
@@ -209,13 +210,13 @@ def check_best_weights(study: Study) -> None:
 def check_best_localizer(study: Study, monkeypatch) -> None:
     """Regions are cut with the weights of stage 1's best validation, and every run gets these."""
     located_with, best = [], object()
-    write_regions = localization.write_regions
+    write_regions = regions_module.write_regions
     with monkeypatch.context() as patch:
         patch.setattr(inference, "load_localizer", lambda path: (study.loaded.append(Path(path).name) or best, {}))
-        patch.setattr(localization, "write_regions", lambda cohort, network, *_, **__: located_with.append(network))
+        patch.setattr(regions_module, "write_regions", lambda cohort, network, *_, **__: located_with.append(network))
         notebook, _, parameters = STAGE_1
         study.notebook(notebook, "report = regions.table", steps=2, batch_size=2, **parameters)
-    assert localization.write_regions is write_regions
+    assert regions_module.write_regions is write_regions
     assert study.loaded == ["weights.safetensors"] and located_with == [best]
     stage1 = study.root / "study" / "stage1"
     (stage1 / "last.safetensors").write_bytes(b"other weights")
@@ -795,7 +796,9 @@ def test_what_notebook_2_is_told_reaches_grid_patches_training_and_regions(study
     told = {"seed": 3, "steps": 16, "batch_size": 5, "filters": 3, "patch_size": 24, "learning_rate": 0.03}
     told |= {"coarse_mm": 7.0, "region_mm": [72.0, 51.0, 63.0], "precision": "bf16"}
     cut = {}
-    monkeypatch.setattr(localization, "write_regions", lambda cohort, network, folder, **options: cut.update(options))
+    monkeypatch.setattr(
+        regions_module, "write_regions", lambda cohort, network, folder, **options: cut.update(options)
+    )
     monkeypatch.setattr(inference, "load_localizer", lambda path: (None, {}))
     names = caught(study, monkeypatch, "02", "report = regions.table", **told)
     arrived, source = names["arrived"], names["source"]

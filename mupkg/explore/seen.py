@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mupkg.metrics import segmentation_metrics
 from mupkg.models import SegmentationNetwork, SegmentationOutput
 from mupkg.report import results
-from mupkg.stages.inference import LOCALIZER, load_localizer, load_network
+from mupkg.stages.inference import load_network
 from mupkg.stages.prediction import predict_volume
 from mupkg.stages.regions import Regions
 from mupkg.stages.training import BEST
@@ -57,8 +57,7 @@ class SeenCase:
         region, label = (np.array(regions.volume(case_id, kind)) for kind in ("image", "label"))
         networks = {name: _as_the_loss_sees_it(*load_network(folder / BEST)) for name, folder in runs.items()}
         heat = {name: predict_volume(network, region) for name, network in networks.items()}
-        _, about = load_localizer(runs.iloc[0] / LOCALIZER)
-        return cls(case_id, region, label == 1, tuple(about["preparation"]["spacing_mm"]), networks, heat)
+        return cls(case_id, region, label == 1, regions.spacing_mm(case_id), networks, heat)
 
     @property
     def widest(self) -> int:

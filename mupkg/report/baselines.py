@@ -12,7 +12,7 @@ from jaxtyping import Bool, UInt8
 from scipy import ndimage
 
 from mupkg.data.cohort import Cohort
-from mupkg.data.preprocessing import crop_region, to_scan_grid
+from mupkg.data.preprocessing import to_scan_grid
 from mupkg.stages.inference import measure
 from mupkg.stages.prediction import dice
 from mupkg.stages.regions import Regions
@@ -70,7 +70,7 @@ def measure_baseline(
     rows = []
     for case_id in regions.ids("test"):
         case = cohort.case(case_id)
-        region = crop_region(cohort.prepared(case_id).image, regions.centre(case_id), regions.region_mm)
+        region = regions.image(case_id)
         mask = sitk.GetImageFromArray(answer(sitk.GetArrayFromImage(region)).astype(np.float32))
         mask.CopyInformation(region)
         rows.append({"case_id": case_id} | measure(to_scan_grid(mask, case.image), case))

@@ -88,8 +88,7 @@ def test_run(run_folder: str | Path, cohort: Cohort, regions: Regions) -> pd.Dat
     network, _ = load_network(run_folder / BEST)
     for case_id in progress(regions.ids("test"), desc="testing", unit="case"):
         case = cohort.case(case_id)
-        region = crop_region(cohort.prepared(case_id).image, regions.centre(case_id), regions.region_mm)
-        probability = region_probability(network, region)
+        probability = region_probability(network, regions.image(case_id))
         mask = to_scan_grid(keep_largest(probability), case.image)
         write_image(mask, run_folder / "predictions" / f"{case_id}.nii.gz")
         everything = measure(to_scan_grid(probability, case.image), case)

@@ -24,6 +24,9 @@ from mupkg.data.preprocessing import (
 from mupkg.data.writing import fingerprint, whole_file, write_text
 from mupkg.stages.localization import locate
 
+CENTRE = tuple(f"centre_{axis}" for axis in "xyz")
+GEOMETRY = ("origin", "spacing", "direction")
+
 
 def coverage(label: sitk.Image, centre: Point, region_mm: Sequence[float], whole: sitk.Image | None = None) -> float:
     """Share of the voxels of `whole`, the label if None, that the label's region around `centre` holds.
@@ -66,7 +69,7 @@ class Regions:
             table = pd.read_csv(path, dtype={"case_id": str, "fallback": str}).fillna({"fallback": ""})
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: is not a CSV table ({error}); run notebook 02 again") from error
-        missing = [c for c in ("case_id", "split", "centre_x", "centre_y", "centre_z") if c not in table]
+        missing = [c for c in ("case_id", "split", *CENTRE, *GEOMETRY) if c not in table]
         if missing:
             raise ValueError(f"{path}: lacks the column(s) {', '.join(missing)}; run notebook 02 again")
         regions = cls(path.parent, table.set_index("case_id", drop=False).rename_axis(None))
@@ -82,20 +85,22 @@ class Regions:
         names = [f"{case_id}_{kind}.npy" for case_id in self.table.index for kind in Prepared._fields]
         return fingerprint([self.folder / "regions.csv", *(self.folder / "regions" / name for name in names)])
 
-    @property
-    def region_mm(self) -> tuple[float, float, float]:
-        """Edge lengths (z, y, x) that stage 1 was run with."""
-        path = self.folder / "run.json"
-        try:
-            return tuple(json.loads(path.read_bytes())["parameters"]["region_mm"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: does not tell the region's size ({error!r}); run notebook 02 again") from error
-
     def ids(self, split: str) -> list[str]:
         return list(self.table.index[self.table["split"] == split])
 
     def centre(self, case_id: str) -> Point:
-        return tuple(float(self.table.loc[case_id, f"centre_{axis}"]) for axis in "xyz")
+        return tuple(float(self.table.loc[case_id, name]) for name in CENTRE)
+
+    def spacing_mm(self, case_id: str) -> tuple[float, float, float]:
+        """Voxel size in array order (z, y, x)."""
+        return tuple(json.loads(self.table.loc[case_id, "spacing"])[::-1])
+
+    def image(self, case_id: str, kind: str = "image") -> sitk.Image:
+        """A region with its place in space, as it was cut from the prepared scan; kind "image" or "label"."""
+        image = sitk.GetImageFromArray(self.volume(case_id, kind))
+        for name in GEOMETRY:
+            getattr(image, f"Set{name.capitalize()}")(json.loads(self.table.loc[case_id, name]))
+        return image
 
     def volume(self, case_id: str, kind: str = "image") -> np.ndarray:
         """A region's voxels (z, y, x), memory-mapped; kind "image" or "label"."""
@@ -130,7 +135,8 @@ def write_regions(
     """Locate every labelled case of a cohort, crop its region, and report how well that went.
 
     Columns of regions.csv: the centre and its two parts, what fell back to what, the distance of the centre and
-    of the coarse centre from the true centroid in mm, and the share of the whole prostate the region covers.
+    of the coarse centre from the true centroid in mm, the region's geometry as SimpleITK gives it (x, y, z; JSON),
+    and the share of the whole prostate the region covers.
     """
     folder, rows = Path(folder), []
     for name in ("regions.csv", FINGERPRINT):  # from here on the regions are in the making
@@ -140,8 +146,9 @@ def write_regions(
         case, prepared = cohort.case(case_id), cohort.prepared(case_id)
         location = locate(case, prepared.image, network, coarse_mm=coarse_mm)
         for kind, volume in zip(Prepared._fields, prepared, strict=True):
+            region = crop_region(volume, location.centre, region_mm)
             with whole_file(folder / "regions" / f"{case_id}_{kind}.npy") as temporary:
-                np.save(temporary, sitk.GetArrayFromImage(crop_region(volume, location.centre, region_mm)))
+                np.save(temporary, sitk.GetArrayFromImage(region))
         truth = np.array(centroid(case.label))
         row: dict[str, object] = {"case_id": case_id, "split": case.split, "fallback": location.fallback}
         for name, point in zip(("centre", "coarse", "heads"), location[:3], strict=True):
@@ -149,6 +156,7 @@ def write_regions(
             row |= {f"{name}_{axis}": value for axis, value in zip("xyz", known, strict=True)}
             row[f"{name}_distance_mm"] = None if point is None else round(float(np.linalg.norm(truth - point)), 3)
         whole = whole_label(case, cohort.preparation)
+        row |= {name: json.dumps(getattr(region, f"Get{name.capitalize()}")()) for name in GEOMETRY}
         row["covered"] = coverage(prepared.label, location.centre, region_mm, whole)
         rows.append(row)
     with whole_file(folder / "regions.csv") as temporary:

@@ -255,12 +255,8 @@ def test_the_largest_component_is_taken_before_the_scans_grid(tmp_path, monkeypa
     scan.SetOrigin((-0.5, -0.5, -0.5))  # both grids fill the same space
     label = sitk.Cast(sitk.Resample(probability, scan) > 0.5, sitk.sitkUInt8)
     assert sitk.GetArrayFromImage(sitk.ConnectedComponent(label)).max() == 1
-    cohort = SimpleNamespace(
-        case=lambda case_id: Case(case_id, scan, label), prepared=lambda case_id: SimpleNamespace(image=probability)
-    )
-    regions = SimpleNamespace(
-        ids=lambda split: ["a"], centre=lambda case_id: (11.0, 7.0, 5.0), region_mm=(12, 16, 24)
-    )
+    cohort = SimpleNamespace(case=lambda case_id: Case(case_id, scan, label))
+    regions = SimpleNamespace(ids=lambda split: ["a"], image=lambda case_id: probability)
     monkeypatch.setattr(inference, "load_network", lambda path: (None, {}))
     monkeypatch.setattr(inference, "region_probability", lambda network, region: probability)
     row = inference.test_run(tmp_path, cohort, regions).iloc[0]

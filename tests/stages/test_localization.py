@@ -195,9 +195,15 @@ def test_the_regions_of_a_cohort_are_written_and_reported(cohort, regions):
         for kind, volume in zip(("image", "label"), prepared, strict=True):
             voxels = regions.volume(case_id, kind)
             assert isinstance(voxels, np.memmap) and voxels.shape == (16, 24, 24) and voxels.dtype == np.uint8
-            np.testing.assert_array_equal(
-                voxels, sitk.GetArrayFromImage(crop_region(volume, centre, regions.region_mm))
-            )
+            cut, kept = crop_region(volume, centre, (96, 120, 120)), regions.image(case_id, kind)
+            np.testing.assert_array_equal(voxels, sitk.GetArrayFromImage(cut))
+            assert sitk.Hash(kept) == sitk.Hash(cut)
+            assert [kept.GetOrigin(), kept.GetSpacing(), kept.GetDirection()] == [
+                cut.GetOrigin(),
+                cut.GetSpacing(),
+                cut.GetDirection(),
+            ]
+        assert regions.spacing_mm(case_id) == (6.0, 5.0, 5.0)
         truth = centroid(cohort.case(case_id).label)
         assert table["centre_distance_mm"][case_id] == pytest.approx(
             np.linalg.norm(np.subtract(truth, centre)), abs=0.01
@@ -223,9 +229,7 @@ def test_no_label_has_a_say_in_where_a_region_lies(cohort, regions, tmp_path):
         shifted.CopyInformation(label)
         sitk.WriteImage(shifted, str(path))
     network = localization_network(regions)
-    again = write_regions(
-        Cohort.read(moved), network, tmp_path / "s", coarse_mm=8.0, region_mm=regions.region_mm
-    ).table
+    again = write_regions(Cohort.read(moved), network, tmp_path / "s", coarse_mm=8.0, region_mm=(96, 120, 120)).table
     centre = [f"centre_{axis}" for axis in "xyz"]
     pd.testing.assert_frame_equal(again[centre], regions.table[centre])
     assert (again["centre_distance_mm"] != regions.table["centre_distance_mm"]).all()

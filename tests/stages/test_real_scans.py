@@ -19,6 +19,7 @@ from mupkg.data.preprocessing import prepare, resample
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import light_unet
 from mupkg.stages import localization, runs, segment, training
+from mupkg.stages import regions as regions_module
 from mupkg.stages.inference import copy_localizer, load_localizer, test_run
 from mupkg.stages.prediction import mean_dice
 
@@ -57,7 +58,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cohort]:
     )
     runs.write_run(folder / "stage1", told)
     localizer, _ = load_localizer(folder / "stage1" / training.BEST)
-    regions = localization.write_regions(cohort, localizer, folder / "stage1", coarse_mm=4.0, region_mm=REGION_MM)
+    regions = regions_module.write_regions(cohort, localizer, folder / "stage1", coarse_mm=4.0, region_mm=REGION_MM)
 
     network, loss = build(configuration("MetricUNet-HCP"), base_filters=4, embedding_dim=8)
     validation = regions.volumes("validation")
@@ -80,7 +81,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cohort]:
 
 def test_regions_hold_the_prostate_and_say_that_heads_are_not_sought(chain):
     folder, cohort = chain
-    table = localization.Regions.read(folder / "stage1").table
+    table = regions_module.Regions.read(folder / "stage1").table
     assert len(table) == len(cohort.table) == 4
     assert (table["covered"] > 0.9).all()
     assert table["fallback"].str.contains("MR: no femoral heads are sought").all()
