@@ -22,7 +22,7 @@ FOLDERS = {"data_folder": STUDY.data_folder, "outputs_folder": STUDY.outputs_fol
 PREPARE = {"cohort": STUDY.cohort, "size": STUDY.size, "data_folder": STUDY.data_folder, **STUDY.prepare}
 PREPARE |= {"source_folder": STUDY.source_folder} if STUDY.source_folder else {}
 COMMON = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size, **FOLDERS}
-RUNS = [f"{name}-seed{seed}" for name in STUDY.configurations for seed in STUDY.seeds]
+RUNS = list(STUDY.runs)
 for place in (folder for name in (DATA, OUT) for folder in (Path(name), *Path(name).parents)):
     if place.exists() and not place.is_dir():
         raise WorkflowError(f"{place}: is a file in a folder's place; move it, or set data_folder or outputs_folder")
@@ -38,18 +38,27 @@ if GPUS > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
     raise WorkflowError(f"gpu={GPUS}: which? set CUDA_VISIBLE_DEVICES, to 0,1 for the first two; else all share one")
 
 
+# Where the runs' own parameters name a stage 1 (one a fold), it is theirs; else the study has one.
+STAGE1 = {run: told.get("stage1", "stage1") for run, told in STUDY.runs.items()}
+FOLDS = {told["stage1"]: {"replicate": told["replicate"]} for told in STUDY.runs.values() if "stage1" in told}
+
+
 wildcard_constraints:
-    configuration="[^/]+?",
-    seed=r"\d+",
+    run=r"[^/]+-seed\d+",
+    stage1=r"stage1(-replicate\d+)?",
 
 
 rule all:
     input:
-        f"{OUT}/report/01_data_exploration.ipynb",
-        f"{OUT}/report/04_evaluation.ipynb",
-        f"{OUT}/report/05_visualization.ipynb",
-        f"{OUT}/report/08_explore.ipynb",
-        f"{OUT}/report/09_segment_a_patient.ipynb" if STUDY.segment_case else [],
+        f"{OUT}/report/{STUDY.trial.name}/10_does_it_help.ipynb"
+        if STUDY.trial
+        else [
+            f"{OUT}/report/01_data_exploration.ipynb",
+            f"{OUT}/report/04_evaluation.ipynb",
+            f"{OUT}/report/05_visualization.ipynb",
+            f"{OUT}/report/08_explore.ipynb",
+            f"{OUT}/report/09_segment_a_patient.ipynb" if STUDY.segment_case else [],
+        ],
 
 
 rule prepare_cohort:
@@ -84,11 +93,11 @@ rule stage1:
         f"{DATA}/cohort.csv",
         f"{DATA}/fingerprint.json",
     output:
-        f"{OUT}/stage1/regions.csv",
-        f"{OUT}/stage1/fingerprint.json",
-        notebook=f"{OUT}/stage1/02_stage1_localization.ipynb",
+        OUT + "/{stage1}/regions.csv",
+        OUT + "/{stage1}/fingerprint.json",
+        notebook=OUT + "/{stage1}/02_stage1_localization.ipynb",
     params:
-        notebook=json.dumps({**COMMON, **STUDY.stage1}),
+        notebook=lambda w: json.dumps({**COMMON, "stage1": w.stage1, **FOLDS.get(w.stage1, {}), **STUDY.stage1}),
     threads: STUDY.threads["stage1"]
     resources:
         gpu=1,  # counts only where the number of GPUs is given; without one the notebook runs on the CPU
@@ -99,20 +108,30 @@ rule stage1:
 rule stage2:
     input:
         "notebooks/03_stage2_training.ipynb",
-        f"{OUT}/stage1/regions.csv",
-        f"{OUT}/stage1/fingerprint.json",
+        lambda w: f"{OUT}/{STAGE1[w.run]}/regions.csv",
+        lambda w: f"{OUT}/{STAGE1[w.run]}/fingerprint.json",
     output:
-        OUT + "/{configuration}-seed{seed}/metrics.csv",
-        notebook=OUT + "/{configuration}-seed{seed}/03_stage2_training.ipynb",
+        OUT + "/{run}/metrics.csv",
+        notebook=OUT + "/{run}/03_stage2_training.ipynb",
     params:
-        notebook=lambda w: json.dumps(
-            {**COMMON, "configuration": w.configuration, "seed": int(w.seed), **STUDY.stage2}
-        ),
+        notebook=lambda w: json.dumps({**COMMON, **STUDY.stage2, **STUDY.runs[w.run]}),
     threads: STUDY.threads["stage2"]
     resources:
         gpu=1,
     shell:
         TRAIN
+
+
+rule does_it_help:
+    input:
+        "notebooks/10_does_it_help.ipynb",
+        expand(OUT + "/{run}/metrics.csv", run=RUNS),
+    output:
+        notebook=f"{OUT}/report/{STUDY.trial.name if STUDY.trial else '-'}/10_does_it_help.ipynb",
+    params:
+        notebook=json.dumps({**COMMON, "trial": STUDY.trial.model_dump(mode="json") if STUDY.trial else None}),
+    shell:
+        RUN
 
 
 rule evaluate:

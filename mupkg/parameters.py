@@ -35,6 +35,7 @@ from mupkg.data.build import (
     sources_from_phantoms,
     sources_from_promise12,
     sources_from_table,
+    sources_of_replicates,
 )
 from mupkg.data.preprocessing import Grid, Preparation, Window
 from mupkg.models import MULTIPLE
@@ -203,6 +204,10 @@ class CohortSettings(Settings):
     label_values: tuple[PositiveInt, ...] | None = None
     channel: Annotated[int, Field(ge=-1)] = -1
     phantoms: Annotated[int, Field(ge=3, le=100_000)] | None = None
+    replicates: Annotated[int, Field(ge=1, le=1000)] | None = None
+    test_phantoms: Annotated[int, Field(ge=1, le=100_000)] = 100
+    folds: Annotated[int, Field(ge=3, le=100)] | None = None
+    repeats: Annotated[int, Field(ge=1, le=100)] = 1
     seed: Seed = 0
     data_folder: AnyPath = "data"
 
@@ -212,6 +217,8 @@ class CohortSettings(Settings):
             raise ValueError(f"source {self.source!r} needs source_folder, the folder to read from")
         if self.source != "phantoms" and self.source_path.resolve().is_relative_to(self.cohort_path.resolve()):
             raise ValueError(f"source_folder lies in {self.cohort_path}, which is about to be written; move it")
+        if self.replicates and self.source != "phantoms":
+            raise ValueError(f"replicates are made of phantoms; for source {self.source!r} set folds (and repeats)")
         modality = {"phantoms": "CT", "promise12": "MR", "decathlon": "MR"}.get(self.source, self.modality)
         if self.modality != modality:
             raise ValueError(f"source {self.source!r} is {modality}; set modality to {modality!r}")
@@ -232,8 +239,10 @@ class CohortSettings(Settings):
         match self.source:
             case "phantoms":
                 sized = SIZES[self.size]["cohort"]
-                seeds = range(self.seed, self.seed + (self.phantoms or sized["phantoms"]))
-                return sources_from_phantoms(seeds, sized["phantom_spacing_mm"])
+                count, grid = self.phantoms or sized["phantoms"], sized["phantom_spacing_mm"]
+                if self.replicates:
+                    return sources_of_replicates(self.seed, self.replicates, count, self.test_phantoms, grid)
+                return sources_from_phantoms(range(self.seed, self.seed + count), grid)
             case "pattern":
                 patterns = self.image_pattern, self.label_pattern
                 return sources_from_pattern(folder, *patterns, modality=self.modality, **options)
@@ -259,6 +268,7 @@ class StudySettings(Settings):
     size: Size = "quick"
     data_folder: AnyPath = "data"
     outputs_folder: AnyPath = "outputs"
+    stage1: FolderName = "stage1"
 
     @property
     def cohort_path(self) -> Path:
@@ -270,7 +280,7 @@ class StudySettings(Settings):
 
     @property
     def stage1_path(self) -> Path:
-        return self.study_path / "stage1"
+        return self.study_path / self.stage1
 
     @property
     def report_path(self) -> Path:
@@ -290,6 +300,7 @@ class TrainingSettings(StudySettings):
     """What both trainings are told."""
 
     seed: Seed = 0
+    replicate: Annotated[int, Field(ge=0)] | None = None
     steps: Steps | None = None
     batch_size: BatchSize | None = None
     patch_size: PatchSize | None = None
@@ -316,6 +327,8 @@ class Stage2Settings(TrainingSettings):
 
     stage: ClassVar[str] = "stage2"
     configuration: str = "MetricUNet-HCP"
+    arm: FolderName | None = None
+    training_cases: PositiveInt | None = None
     base_filters: Annotated[PositiveInt, Field(le=MOST["base_filters"])] | None = None
     embedding_dim: Annotated[PositiveInt, Field(le=MOST["embedding_dim"])] | None = None
     validate_every: PositiveInt | None = None
@@ -342,7 +355,7 @@ class Stage2Settings(TrainingSettings):
 
     @property
     def run_path(self) -> Path:
-        return self.study_path / f"{self.configuration}-seed{self.seed}"
+        return self.study_path / f"{self.arm or self.configuration}-seed{self.seed}"
 
 
 class ReportSettings(StudySettings):
@@ -389,11 +402,48 @@ class ExploreSettings(Settings):
         return repository() / self.pictures_folder
 
 
+OF_AN_ARM = (  # besides its configuration: what may differ between arms of any trial
+    "learning_rate", "anchors", "pairs", "threshold", "margin", "metric_weight", "pair_weight", "pair_distance",
+    "normalize", "hinge", "control", "infonce_temperature", "dice",
+)  # fmt: skip
+
+
+class Trial(Settings):
+    """A question put in advance: which arms are compared, on how many replicates, by what, within which margin.
+
+    A replicate is a training set and a seed of its own, the same for all arms. `seed_offset` of an arm gives it other
+    seeds on the same training sets. `varies` names further parameters of notebook 03 that the trial is about.
+    """
+
+    name: FolderName
+    arms: Annotated[dict[FolderName, dict[str, Any]], Field(min_length=2)]
+    replicates: Annotated[PositiveInt, Field(le=1000)]
+    contrasts: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]  # (arm, against)
+    primary: str = "DSC"
+    margin: PositiveFloat = 0.01
+    varies: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _arms_that_can_be_compared(self) -> Self:
+        allowed = ("configuration", "seed_offset", *OF_AN_ARM, *self.varies)
+        for name, given in self.arms.items():
+            if "configuration" not in given:
+                raise ValueError(f"arm {name}: must name its configuration")
+            if wrong := [key for key in given if key not in allowed]:
+                raise ValueError(
+                    f"arm {name}: {', '.join(wrong)} must be the same for all arms; it may set {allowed}"
+                )
+        for pair in self.contrasts:
+            if unknown := [arm for arm in pair if arm not in self.arms]:
+                raise ValueError(f"contrasts: there is no arm {', '.join(unknown)}; there are {', '.join(self.arms)}")
+        return self
+
+
 OF_THE_STUDY = ("study", "cohort", "size", "data_folder", "outputs_folder")  # what it tells every notebook
 SECTIONS: dict[str, tuple[type[Settings], tuple[str, ...]]] = {  # and what it tells this one beside
     "prepare": (CohortSettings, ()),
     "stage1": (Stage1Settings, ()),
-    "stage2": (Stage2Settings, ("configuration", "seed")),
+    "stage2": (Stage2Settings, ("configuration", "seed", "arm", "replicate", "stage1")),
     "report": (ReportSettings, ("configurations", "seed")),
     "explore": (ExploreSettings, ("configurations", "seed", "study_folder", "pictures_folder")),
 }
@@ -405,7 +455,8 @@ class Study(Settings):
     study: FolderName
     cohort: FolderName
     size: Size = "quick"
-    configurations: Annotated[tuple[str, ...], Field(min_length=1)]
+    configurations: tuple[str, ...] = ()
+    trial: Trial | None = None
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     data_folder: AnyPath = "data"
     outputs_folder: AnyPath = "outputs"
@@ -435,6 +486,32 @@ class Study(Settings):
     @classmethod
     def _threads_of_both(cls, value: dict[str, int]) -> dict[str, int]:
         return {"stage1": 2, "stage2": 1} | value
+
+    @property
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """What notebook 03 is told of each run beside the study's own, by the run's folder."""
+        if self.trial is None:
+            pairs = [(name, seed) for name in self.configurations for seed in self.seeds]
+            return {f"{name}-seed{seed}": {"configuration": name, "seed": seed} for name, seed in pairs}
+        runs = {}
+        for replicate in range(self.trial.replicates):
+            for arm, given in self.trial.arms.items():
+                told = {key: value for key, value in given.items() if key != "seed_offset"}
+                seed = replicate + given.get("seed_offset", 0)
+                own = {"stage1": f"stage1-replicate{replicate}"} if "folds" in self.prepare else {}
+                runs[f"{arm}-seed{seed}"] = {"arm": arm, "replicate": replicate, "seed": seed} | own | told
+        return runs
+
+    @model_validator(mode="after")
+    def _either_configurations_or_a_trial(self) -> Self:
+        if bool(self.configurations) == (self.trial is not None):
+            raise ValueError("a study names either its configurations or a trial")
+        for run, told in self.runs.items() if self.trial else ():
+            try:
+                Stage2Settings.checked({**self.stage2, **told})
+            except ValueError as error:
+                raise ValueError(f"trial: arm {told['arm']} ({run}): {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _parameters_of_the_notebooks(self) -> Self:

@@ -168,7 +168,9 @@ def test_empty_values_stand_for_none():
 def test_a_size_says_everything_that_is_left_open(size):
     for settings in (Stage1Settings(size=size), Stage2Settings(size=size)):
         assert set(settings.unsized()) == {
-            n for n, field in type(settings).model_fields.items() if field.default is None
+            n
+            for n, field in type(settings).model_fields.items()
+            if field.default is None and n not in ("replicate", "arm", "training_cases")  # None: no trial
         }
         for name in settings.unsized():
             assert settings.sized(name) == SIZES[size][settings.stage][name] is not None
@@ -322,7 +324,7 @@ def test_what_the_study_does_not_set_is_left_to_its_sections():
 @pytest.mark.parametrize(
     ("wrong", "fault"),
     [
-        ({"configurations": []}, "parameter configurations: .* at least 1 item"),
+        ({"configurations": []}, "either its configurations or a trial"),
         ({"seeds": []}, "parameter seeds: .* at least 1 item"),
         ({"configurations": ["UNet", "UNet"]}, "parameter configurations: .*name each one once, not UNet, UNet"),
         ({"configurations": ["MetricUNet-HC", "MetricUNet-CH"]}, "once, not MetricUNet-HC, MetricUNet-HC"),
@@ -349,5 +351,64 @@ def test_a_slip_in_a_study_file_is_explained_by_the_batch(tmp_path):
     command = [sys.executable, "-m", "snakemake", "--configfile", str(file), "--dry-run", "--nolock"]
     done = subprocess.run(command, cwd=repository(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 1
-    assert "unknown parameter 'configuration'; there are: study, cohort, size, configurations, seeds" in done.stdout
+    assert (
+        "unknown parameter 'configuration'; there are: study, cohort, size, configurations, trial, seeds"
+        in done.stdout
+    )
     assert "pydantic" not in done.stdout and "kernel" not in done.stdout and "Traceback" not in done.stdout
+
+
+# Trials
+
+
+TRIAL = {
+    "name": "e0",
+    "replicates": 2,
+    "arms": {"A": {"configuration": "UNet"}, "B": {"configuration": "MetricUNet-HCP", "metric_weight": 0.1}},
+    "contrasts": [["B", "A"]],
+}
+
+
+def study_with(trial: dict, **more) -> Study:
+    return Study.checked({"study": "s", "cohort": "c", "size": "smoke", "trial": trial, **more})
+
+
+def test_a_trial_tells_every_run_its_arm_replicate_and_seed():
+    arms = TRIAL["arms"] | {"A-again": {"configuration": "UNet", "seed_offset": 1000}}
+    runs = study_with(TRIAL | {"arms": arms}).runs
+    assert list(runs) == ["A-seed0", "B-seed0", "A-again-seed1000", "A-seed1", "B-seed1", "A-again-seed1001"]
+    assert runs["A-again-seed1001"] == {"arm": "A-again", "replicate": 1, "seed": 1001, "configuration": "UNet"}
+    assert runs["B-seed0"]["metric_weight"] == 0.1
+
+
+def test_with_folds_every_replicate_has_a_stage_1_of_its_own():
+    told = {"prepare": {"source": "table", "folds": 5, "repeats": 3}, "source_folder": "x"}
+    assert study_with(TRIAL, **told).runs["B-seed1"]["stage1"] == "stage1-replicate1"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"contrasts": [["C", "A"]]}, "there is no arm C; there are A, B"),
+        ({"arms": {"A": {"configuration": "UNet"}, "B": {"configuration": "UNet", "steps": 9}}}, "arm B: steps"),
+        ({"arms": {"A": {"configuration": "UNet"}, "B": {"margin": 1.0}}}, "arm B: must name its configuration"),
+        ({"arms": {"A": {"configuration": "UNet"}, "B": {"configuration": "Net"}}}, "arm B .*unknown configuration"),
+        ({"arms": {"A": {"configuration": "UNet"}}}, "arms"),
+        ({"replicates": 0}, "replicates"),
+    ],
+)
+def test_a_trial_that_cannot_be_judged_is_refused_before_any_training(change, told):
+    with pytest.raises(ValueError, match=told):
+        study_with(TRIAL | change)
+
+
+def test_what_a_trial_varies_may_differ_between_its_arms():
+    arms = {"2": {"configuration": "UNet", "batch_size": 2}, "4": {"configuration": "UNet", "batch_size": 4}}
+    trial = TRIAL | {"arms": arms, "contrasts": [["4", "2"]], "varies": ["batch_size"]}
+    assert study_with(trial).runs["4-seed1"]["batch_size"] == 4
+
+
+def test_a_study_names_its_configurations_or_a_trial_and_not_both():
+    for wrong in ({"trial": TRIAL, "configurations": ["UNet"]}, {}):
+        with pytest.raises(ValueError, match="either its configurations or a trial"):
+            Study.checked({"study": "s", "cohort": "c", **wrong})

@@ -67,13 +67,15 @@ def write_cohort(
     preparation: Preparation,
     *,
     split_seed: int,
+    folds: int | None = None,
+    repeats: int = 1,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Cohort:
     """Check, store and prepare every case; the table comes last, so that a broken-off build is not taken for whole.
 
     All is written aside first: what fails leaves a cohort that was there as it was, and nothing of its own.
     A split that the sources bring along is kept; without any it is drawn by patient (`patient`, else the case).
-    Cases without any label get no split.
+    Cases without any label get no split. `folds` adds columns for a k-fold by patient, `repeats` times over.
 
     Raises:
         CohortError: after all cases were tried, with every fault of every case; before, if the names or, as far as
@@ -98,6 +100,8 @@ def write_cohort(
         if faults:
             raise CohortError(faults, f"{len(rows)} case(s) are fine. Mend or remove these and run again.")
         table = _with_split(folder, pd.DataFrame(rows), split_seed)
+        if folds is not None:
+            table = table.assign(**_drawn_folds(table, folds, repeats, split_seed))
         write_text(folder / f"{ASIDE}preparation.json", preparation.model_dump_json(indent=2))
         with whole_file(folder / f"{ASIDE}cohort.csv") as temporary:
             table.to_csv(temporary, index=False)
@@ -147,12 +151,31 @@ def _with_split(folder: Path, table: pd.DataFrame, seed: int) -> pd.DataFrame:
     return table
 
 
-def _drawn_split(table: pd.DataFrame, seed: int) -> pd.Series:
-    """A split for every case with a label, by patient where it is known."""
+def _labelled_patients(table: pd.DataFrame) -> pd.Series:
+    """The patient of every case with a label; where none is known, the case itself."""
     patient = table["case_id"]
     if "patient" in table:
         patient = table["patient"].astype(object).where(table["patient"].notna(), patient).astype(str)
-    patient = patient[table["label"].notna()]
+    return patient[table["label"].notna()]
+
+
+def _drawn_folds(table: pd.DataFrame, folds: int, repeats: int, seed: int) -> dict[str, pd.Series]:
+    """For each repeat a column with the fold of every case with a label, the patients dealt out at random."""
+    patient = _labelled_patients(table)
+    patients = sorted(set(patient))
+    if len(patients) < folds:
+        raise CohortError([f"{len(patients)} patient(s) cannot be dealt out to {folds} folds; choose fewer folds"])
+    columns = {}
+    for repeat in range(repeats):
+        order = np.random.default_rng([seed, repeat]).permutation(len(patients))
+        fold = {patients[i]: number % folds for number, i in enumerate(order)}
+        columns[f"fold_{repeat}"] = patient.map(fold).reindex(table.index).astype("Int64")
+    return columns
+
+
+def _drawn_split(table: pd.DataFrame, seed: int) -> pd.Series:
+    """A split for every case with a label, by patient where it is known."""
+    patient = _labelled_patients(table)
     drawn = split_cases(patient, seed) if len(patient) else {}
     return patient.map(drawn).reindex(table.index)
 
@@ -189,6 +212,23 @@ def sources_from_phantoms(seeds: Iterable[int], spacing_mm: tuple[float, float, 
         Source(f"phantom-{seed:04d}", lambda seed=seed: make_phantom(seed, spacing_mm=spacing_mm), {"seed": seed})
         for seed in seeds
     ]
+
+
+def sources_of_replicates(
+    first_seed: int,
+    replicates: int,
+    phantoms: int,
+    test_phantoms: int,
+    spacing_mm: tuple[float, float, float] | None,
+) -> list[Source]:
+    """Phantoms for a trial: test phantoms for all; for each replicate fresh ones to train and validate (7 : 1)."""
+    validating = max(1, round(phantoms / 8))
+    columns = [{"split": "test", "replicate": None}] * test_phantoms
+    for replicate in range(replicates):
+        columns += [{"split": "train", "replicate": replicate}] * (phantoms - validating)
+        columns += [{"split": "validation", "replicate": replicate}] * validating
+    sources = sources_from_phantoms(range(first_seed, first_seed + len(columns)), spacing_mm)
+    return [Source(s.case_id, s.read, s.columns | more) for s, more in zip(sources, columns, strict=True)]
 
 
 def _file_source(

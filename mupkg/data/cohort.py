@@ -89,6 +89,10 @@ class Cohort:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
         return list(self.table.index if split is None else self.table.index[self.table["split"] == split])
 
+    def of_replicate(self, replicate: int) -> Cohort:
+        """The same cohort as one replicate of a trial sees it, see `of_replicate`."""
+        return Cohort(self.folder, of_replicate(self.table, replicate))
+
     def case(self, case_id: str) -> Case:
         """One case with its scan and label on their own grid, checked."""
         if case_id not in self.table.index:
@@ -130,6 +134,36 @@ class Cohort:
             if not there:
                 raise CohortError([f"case {case_id}: {path}: missing; run notebook 00 again on this cohort"])
         return Prepared(*map(read_scan, paths), *[None] * (2 - len(paths)))
+
+
+def of_replicate(table: pd.DataFrame, replicate: int) -> pd.DataFrame:
+    """A cohort's table as one replicate of a trial sees it.
+
+    With a column `replicate`, a replicate has training and validation cases of its own; cases without a number, the
+    test cases, belong to all. With columns `fold_0`, `fold_1`, ... (one a repeat), replicate r is fold r % k of
+    repeat r // k: that fold is tested, an eighth of the other patients validates, the rest trains.
+
+    Raises:
+        ValueError: naming the replicates that there are.
+    """
+    repeats = [column for column in table if column.startswith("fold_")]
+    if "replicate" in table:
+        there = sorted(table["replicate"].dropna().astype(int).unique())
+    else:
+        folds = int(table[repeats].max(axis=None)) + 1 if repeats else 0
+        there = range(folds * len(repeats))
+    if replicate not in there:
+        known = f"from {min(there)} to {max(there)}" if len(there) else "none; notebook 00 makes replicates and folds"
+        raise ValueError(f"there is no replicate {replicate} in this cohort, which has {known}")
+    if "replicate" in table:
+        return table[table["replicate"].isna() | (table["replicate"] == replicate)]
+    patient = table["patient"].fillna(table["case_id"]) if "patient" in table else table["case_id"]
+    fold = table[f"fold_{replicate // folds}"]
+    tested = fold == replicate % folds
+    others = sorted(set(patient[fold.notna() & ~tested]))
+    chosen = np.random.default_rng(replicate).permutation(others)[: max(1, round(len(others) / 8))]
+    split = np.select([tested, fold.isna(), patient.isin(chosen)], ["test", None, "validation"], "train")
+    return table.assign(split=split)
 
 
 def recorded_cohort(folder: Path, notebook: int) -> str:

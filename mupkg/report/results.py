@@ -16,7 +16,7 @@ from mupkg.data.writing import whole_file
 from mupkg.stages.regions import Regions
 
 # Runs that are compared may differ in who they are, where they lie and how fast they went,
-MAY_DIFFER = ("configuration", "seed", "study", "data_folder", "outputs_folder")
+MAY_DIFFER = ("configuration", "arm", "seed", "replicate", "stage1", "study", "data_folder", "outputs_folder")
 MAY_DIFFER += ("workers", "channels_last", "compile", "deterministic", "film")
 # and a baseline in what never reaches it.
 OF_METRIC_LOSS = ("anchors", "pairs", "threshold", "margin", "normalize")

@@ -14,7 +14,7 @@ from torch import nn
 
 from mupkg import progress
 from mupkg.data.cases import Point
-from mupkg.data.cohort import FINGERPRINT, Cohort, recorded_cohort
+from mupkg.data.cohort import FINGERPRINT, Cohort, of_replicate, recorded_cohort
 from mupkg.data.preprocessing import (
     Prepared,
     centroid,
@@ -85,6 +85,10 @@ class Regions:
         names = [f"{case_id}_{kind}.npy" for case_id in self.table.index for kind in Prepared._fields]
         return fingerprint([self.folder / "regions.csv", *(self.folder / "regions" / name for name in names)])
 
+    def of_replicate(self, replicate: int) -> Regions:
+        """Those of one replicate of a trial; regions that were cut for one fold alone are all its own."""
+        return Regions(self.folder, of_replicate(self.table, replicate)) if "replicate" in self.table else self
+
     def ids(self, split: str) -> list[str]:
         return list(self.table.index[self.table["split"] == split])
 
@@ -150,7 +154,9 @@ def write_regions(
             with whole_file(folder / "regions" / f"{case_id}_{kind}.npy") as temporary:
                 np.save(temporary, sitk.GetArrayFromImage(region))
         truth = np.array(centroid(case.label))
-        row: dict[str, object] = {"case_id": case_id, "split": case.split, "fallback": location.fallback}
+        row: dict[str, object] = {"case_id": case_id, "split": cohort.table.loc[case_id, "split"]}
+        row |= {"replicate": cohort.table.loc[case_id, "replicate"]} if "replicate" in cohort.table else {}
+        row["fallback"] = location.fallback
         for name, point in zip(("centre", "coarse", "heads"), location[:3], strict=True):
             known = (None,) * 3 if point is None else np.round(point, 4)
             row |= {f"{name}_{axis}": value for axis, value in zip("xyz", known, strict=True)}

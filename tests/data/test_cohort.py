@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from mupkg.data.build import Source, split_cases, write_cohort
+from mupkg.data.build import Source, _drawn_folds, split_cases, write_cohort
 from mupkg.data.cases import Case
-from mupkg.data.cohort import Cohort, CohortError, recorded_cohort
+from mupkg.data.cohort import Cohort, CohortError, of_replicate, recorded_cohort
 from mupkg.data.preprocessing import Preparation
 
 SHAPE = (6, 12, 14)
@@ -375,3 +375,47 @@ def test_a_cohort_in_the_making_has_neither_table_nor_fingerprint(tmp_path, monk
         Cohort.read(tmp_path)
     with pytest.raises(ValueError, match=r"fingerprint\.json: does not tell the cohort .*; run notebook 00 again"):
         recorded_cohort(tmp_path, 0)
+
+
+# Replicates of a trial
+
+
+def cases_with(**columns) -> pd.DataFrame:
+    count = len(next(iter(columns.values())))
+    ids = [f"c{i}" for i in range(count)]
+    return pd.DataFrame({"case_id": ids, **columns}, index=ids)
+
+
+def test_a_replicate_has_its_own_training_cases_and_all_test_cases():
+    table = cases_with(split=["test", "train", "train", "validation"], replicate=[np.nan, 0, 1, 1])
+    assert list(of_replicate(table, 1).index) == ["c0", "c2", "c3"]
+    with pytest.raises(ValueError, match="no replicate 2 in this cohort, which has from 0 to 1"):
+        of_replicate(table, 2)
+
+
+def test_folds_test_every_patient_once_a_repeat_and_never_share_one():
+    patients = [f"P{i // 2}" for i in range(40)]
+    table = cases_with(patient=patients, split=["train"] * 40, label=["x"] * 40)
+    table = table.assign(**_drawn_folds(table, 5, 2, seed=3))
+    assert not table["fold_0"].equals(table["fold_1"])
+    for repeat in range(2):
+        tested = []
+        for fold in range(5):
+            split = of_replicate(table, 5 * repeat + fold)["split"]
+            assert set(split) == {"train", "validation", "test"}
+            for patient in set(patients):
+                assert len(set(split[table["patient"] == patient])) == 1
+            tested += list(split.index[split == "test"])
+        assert sorted(tested) == sorted(table.index)
+    with pytest.raises(ValueError, match="no replicate 10"):
+        of_replicate(table, 10)
+
+
+def test_more_folds_than_patients_are_refused():
+    with pytest.raises(CohortError, match="2 patient"):
+        _drawn_folds(cases_with(patient=["a", "a", "b"], label=["x"] * 3), 3, 1, seed=0)
+
+
+def test_a_cohort_without_replicates_says_who_makes_them():
+    with pytest.raises(ValueError, match="which has none; notebook 00 makes replicates and folds"):
+        of_replicate(cases_with(split=["train"]), 0)
