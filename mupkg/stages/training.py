@@ -60,6 +60,7 @@ def train(
     channels_last: bool = True,
     compile: bool = False,
     workers: int = 0,
+    choose_from: float = 0.0,
     on_validation: Callable[[nn.Module, int], None] | None = None,
 ) -> pd.DataFrame:
     """Train, or go on where a broken-off training in the same folder stopped; the history, a row every few steps.
@@ -81,6 +82,8 @@ def train(
             and stored is never the compiled network.
         workers: processes that cut batches ahead where the cohort does not lie in a GPU's memory, as it does if it
             fits; the batches and their order stay the same.
+        choose_from: the share of the steps before which no weights are kept as best. At a high learning rate, weights
+            on the way may look good on few validation cases by luck (not in the paper).
         on_validation: called by the first process with network and step before the first step of a fresh run and
             after every validation, and again after a break: to keep a film, say.
 
@@ -90,6 +93,8 @@ def train(
             other.
         FloatingPointError: if the loss or the validation DSC is no longer finite.
     """
+    if not 0 <= choose_from <= 1:
+        raise ValueError(f"choose_from must be a share of the steps, from 0 to 1, not {choose_from}")
     if steps < 1 or validate_every < 1:
         raise ValueError(f"steps and validate_every must be at least 1, not {steps} and {validate_every}")
     folder = Path(folder)
@@ -121,8 +126,9 @@ def train(
         model, optimizer = accelerator.prepare(network, optimizer)
         if compile:
             model = torch.compile(model)  # a wrapper around the same weights; `network` keeps their plain names
-        best = max((row["validation_dsc"] for row in history if "validation_dsc" in row), default=-1.0)
-        if history and not (folder / BEST).exists():
+        chosen = [r["validation_dsc"] for r in history if "validation_dsc" in r and r["step"] >= choose_from * steps]
+        best = max(chosen, default=-1.0)
+        if chosen and not (folder / BEST).exists():
             raise ValueError(f"{folder / BEST}: is missing beside its checkpoint; delete {CHECKPOINT} to train anew")
         log_every = max(1, validate_every // LOGS_PER_VALIDATION)
         source = _nearest(source, accelerator)
@@ -174,7 +180,7 @@ def train(
                 if not math.isfinite(dsc):
                     raise FloatingPointError(f"{folder}: the validation DSC is {dsc} at step {done}; see `validate`")
                 bar.set_postfix(ce=f"{row['cross_entropy']:.3f}", dsc=f"{dsc:.3f}", refresh=False)
-                if dsc > best:
+                if dsc > best and done >= choose_from * steps:
                     best, about = dsc, {**metadata, "step": done, "validation_dsc": dsc}
                     save_tensors(network.state_dict(), folder / BEST, about)
                 if on_validation:

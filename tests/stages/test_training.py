@@ -637,3 +637,12 @@ def test_weights_in_the_checkpoints_place_are_refused_by_name(tmp_path):
         training._resume(
             tmp_path / training.CHECKPOINT, network, torch.optim.SGD(network.parameters()), {"configuration": "UNet"}
         )
+
+
+def test_the_best_weights_are_looked_for_only_when_the_network_has_arrived(tmp_path):
+    scores = iter([0.9, 0.5, 0.6])
+    run(tmp_path, validate=lambda _: next(scores), choose_from=0.5)
+    _, about = load_tensors(tmp_path / BEST)
+    assert (about["step"], about["validation_dsc"]) == (9, 0.6)
+    with pytest.raises(ValueError, match="choose_from must be a share of the steps"):
+        run(tmp_path / "other", choose_from=1.5)

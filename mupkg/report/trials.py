@@ -1,0 +1,95 @@
+"""A trial's runs, as its protocol names them, and what their trainings and differences look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from mupkg.report import results
+from mupkg.report.statistics import differences
+from mupkg.stages.regions import Regions
+from mupkg.stages.training import HISTORY
+
+ARM_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#999999")  # Okabe, Ito
+
+
+def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
+    """The finished runs of a trial: `configuration` (the arm), `seed`, `replicate` and `folder`.
+
+    Args:
+        study: outputs/<study>. runs: by folder what they were told, `Study.runs`.
+
+    Raises:
+        ValueError: naming every run of the protocol that is not there.
+    """
+    study = Path(study)
+    missing = [name for name in runs if not (study / name / "metrics.csv").is_file()]
+    if missing:
+        raise ValueError(
+            f"{study}: {len(missing)} of the protocol's {len(runs)} runs are missing: {', '.join(missing)}; "
+            "start the batch again, it trains only these"
+        )
+    rows = [
+        {"configuration": told["arm"], "seed": told["seed"], "replicate": told["replicate"], "folder": study / name}
+        for name, told in runs.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def trial_metrics(table: pd.DataFrame, regions: Regions | None) -> pd.DataFrame:
+    """metrics.csv of these runs in one table, `seed` being the replicate: what `statistics.contrasts` takes.
+
+    Raises:
+        ValueError: as `results.case_metrics`; and if a replicate was trained on a case that is tested.
+    """
+    if regions is not None and "replicate" in regions.table:
+        both = regions.table.query("split == 'test' and replicate == replicate")
+        if len(both):
+            raise ValueError(f"{', '.join(both.index)}: tested, but of one replicate alone; prepare the cohort anew")
+    metrics = results.case_metrics(table, regions)
+    replicate = table.set_index(["configuration", "seed"])["replicate"]
+    keys = pd.MultiIndex.from_frame(metrics[["configuration", "seed"]])
+    return metrics.assign(seed=replicate.loc[keys].to_numpy())
+
+
+def histories(table: pd.DataFrame) -> pd.DataFrame:
+    """The validations of all runs: configuration, replicate, step, validation_dsc, cross_entropy."""
+    parts = [
+        pd.read_csv(row.folder / HISTORY).assign(configuration=row.configuration, replicate=row.replicate)
+        for row in table.itertuples()
+    ]
+    wanted = ["configuration", "replicate", "step", "validation_dsc", "cross_entropy"]
+    return pd.concat(parts, ignore_index=True).dropna(subset="validation_dsc")[wanted]
+
+
+def bands(history: pd.DataFrame) -> Figure:
+    """Validation DSC by step: for each arm the median over replicates, and a band from the lowest to the highest."""
+    figure, ax = plt.subplots(figsize=(7.5, 4))
+    for colour, (arm, rows) in zip(ARM_COLOURS, history.groupby("configuration", sort=False), strict=False):
+        by_step = rows.groupby("step")["validation_dsc"]
+        ax.fill_between(by_step.min().index, by_step.min(), by_step.max(), color=colour, alpha=0.15, linewidth=0)
+        ax.plot(by_step.median(), color=colour, label=f"{arm}, n = {rows['replicate'].nunique()} replicates")
+    ax.set(xlabel="step", ylabel="validation DSC: median, lowest to highest", ylim=(0, 1))
+    ax.legend(loc="lower right")
+    return figure
+
+
+def replicate_means(metrics: pd.DataFrame, pairs: list[tuple[str, str]], metric: str, margin: float) -> Figure:
+    """Each contrast's mean difference in every replicate: what a study with one seed would have reported."""
+    figure, ax = plt.subplots(figsize=(7.5, 0.9 + 0.8 * len(pairs)))
+    ax.axvspan(-margin, margin, color="0.92", label=f"equivalent: within ± {margin:g}")
+    ax.axvline(0, color="0.4", linewidth=1)
+    for line, (arm, against) in enumerate(pairs):
+        means = differences(metrics, arm, against, metric).mean()
+        ax.plot(means, np.full(len(means), line), "o", color=ARM_COLOURS[0], alpha=0.45, label="one replicate")
+        ax.plot(means.mean(), line, "D", color="black", label="mean")
+    ax.set(yticks=range(len(pairs)), yticklabels=[f"{arm} − {against}" for arm, against in pairs])
+    ax.set(xlabel=f"difference of the mean {metric} over cases", ylim=(len(pairs) - 0.5, -0.5))
+    handles, labels = ax.get_legend_handles_labels()
+    seen = dict(zip(labels, handles, strict=True))
+    ax.legend(seen.values(), seen.keys(), fontsize=8)
+    return figure
