@@ -13,6 +13,7 @@ import pandas as pd
 
 from mupkg.configurations import TABLE_II
 from mupkg.data.writing import whole_file
+from mupkg.report import statistics
 from mupkg.stages.regions import Regions
 
 # Runs that are compared may differ in who they are, where they lie and how fast they went,
@@ -178,52 +179,12 @@ def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
 
 
 def paired_tests(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
-    """Every configuration against the first, case by case: two-sided paired t-test, and Wilcoxon's signed ranks.
+    """Every configuration against the first, on every metric: the rows of `statistics.contrasts`.
 
-    A failed case has no finite value: an infinite distance, or the PPV of an empty mask (NaN). `failed` and
-    `failed_against` count them on each side. A distance that is infinite on one side makes `mean_difference` infinite
-    and leaves no t-test (`p` is NaN); in the rank test (`p_rank`) it is the greatest difference of all, and none if
-    both failed. What is NaN cannot be paired: `n` says how many pairs there were. Fewer than two pairs, or pairs that
-    do not differ, give NaN.
+    With several seeds the seeds are the replicates; with one there is no p but the paper's, in a column that says so.
     """
-    from scipy.stats import ttest_rel  # slow to import
-
-    rows = []
-    for name in names:
-        cases = per_case(metrics, name)
-        reference = cases.columns[0]
-        for other in cases.columns[1:]:
-            pair = cases[[reference, other]].dropna()
-            with np.errstate(invalid="ignore"):  # inf - inf: both failed, so the mean of all is unknown
-                difference = (pair[other] - pair[reference]).to_numpy()
-                mean = float(difference.mean()) if len(pair) else float("nan")
-            testable = len(pair) > 1 and np.isfinite(difference).all() and difference.std(ddof=1) > 0
-            failed = (~np.isfinite(cases)).sum()
-            rows.append(
-                {
-                    "configuration": other,
-                    "against": reference,
-                    "metric": name,
-                    "mean_difference": mean,
-                    "p": float(ttest_rel(pair[other], pair[reference]).pvalue) if testable else float("nan"),
-                    "p_rank": _rank_test(difference),
-                    "n": len(pair),
-                    "failed": failed[other],
-                    "failed_against": failed[reference],
-                }
-            )
-    columns = ["configuration", "against", "metric", "mean_difference", "p", "p_rank", "n", "failed"]
-    return pd.DataFrame(rows, columns=[*columns, "failed_against"])
-
-
-def _rank_test(difference: np.ndarray) -> float:
-    """p of Wilcoxon's signed-rank test, in which an infinite difference ranks last, and inf - inf (NaN) is none."""
-    from scipy.stats import wilcoxon  # slow to import
-
-    finite = np.abs(difference[np.isfinite(difference)])
-    last = 2 * finite.max(initial=0.0) + 1
-    ranked = np.nan_to_num(difference, nan=0.0, posinf=last, neginf=-last)
-    return float(wilcoxon(ranked).pvalue) if len(ranked) > 1 and ranked.any() else float("nan")
+    first, *others = dict.fromkeys(metrics["configuration"])
+    return statistics.contrasts(metrics, [(other, first) for other in others], names)
 
 
 def published(table: int, **options: Any) -> pd.DataFrame:
