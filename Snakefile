@@ -129,7 +129,7 @@ rule does_it_help:
     output:
         notebook=f"{OUT}/report/{STUDY.trial.name if STUDY.trial else '-'}/10_does_it_help.ipynb",
     params:
-        notebook=json.dumps({**COMMON, "trial": STUDY.trial.model_dump(mode="json") if STUDY.trial else None}),
+        notebook=json.dumps({**FOLDERS, "protocol": str(workflow.configfiles[-1])}),
     shell:
         RUN
 

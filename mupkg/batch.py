@@ -23,6 +23,9 @@ from nbclient.exceptions import DeadKernelError
 from mupkg import repository
 from mupkg.data.writing import machine_lock
 
+# glibc returns large blocks to the system after every step and fetches them again; a training that keeps them is
+# faster: .089 instead of .114 s a step at the quick size (one thread, x86-64). Elsewhere these mean nothing.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
 
@@ -77,6 +80,7 @@ def run_notebook(
         raise IsADirectoryError(f"{target} is a folder")
     running, failed = (target.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
     os.environ |= dict.fromkeys(THREAD_VARIABLES, str(threads))  # the kernel inherits them
+    os.environ |= {name: os.environ.get(name, value) for name, value in KEEP_MEMORY.items()}
     target.unlink(missing_ok=True)  # else a failure would leave what ran before, to be taken for this run's
     try:
         with one_gpu() if gpu_of_its_own else nullcontext():

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Container, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -533,3 +535,39 @@ class Study(Settings):
             except ValueError as error:
                 raise ValueError(f"{section}: {error}") from None
         return self
+
+
+class TrialSettings(Settings):
+    """Notebook 10: a trial's file."""
+
+    protocol: AnyPath = "notebooks/studies/trials/e1.yaml"
+    data_folder: AnyPath = "data"
+    outputs_folder: AnyPath = "outputs"
+
+    @cached_property
+    def study(self) -> Study:
+        """What the file says; ValueError naming it if it is not there, no study, or one without a trial."""
+        path = repository() / self.protocol
+        try:
+            study = Study.checked(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"protocol {path}: {error}") from error
+        if study.trial is None:
+            raise ValueError(f"protocol {path}: names no trial; evaluate this study with notebook 04")
+        return study
+
+    @property
+    def cohort_path(self) -> Path:
+        return repository() / self.data_folder / self.study.cohort
+
+    @property
+    def study_path(self) -> Path:
+        return repository() / self.outputs_folder / self.study.study
+
+    @property
+    def stage1_path(self) -> Path:
+        return self.study_path / "stage1"
+
+    @property
+    def report_path(self) -> Path:
+        return self.study_path / "report" / self.study.trial.name

@@ -57,23 +57,31 @@ def trial_metrics(table: pd.DataFrame, regions: Regions | None) -> pd.DataFrame:
 
 
 def histories(table: pd.DataFrame) -> pd.DataFrame:
-    """The validations of all runs: configuration, replicate, step, validation_dsc, cross_entropy."""
-    parts = [
-        pd.read_csv(row.folder / HISTORY).assign(configuration=row.configuration, replicate=row.replicate)
-        for row in table.itertuples()
-    ]
-    wanted = ["configuration", "replicate", "step", "validation_dsc", "cross_entropy"]
+    """The validations of all runs: configuration, replicate, step, summed_rate, validation_dsc, cross_entropy.
+
+    `summed_rate` is the sum of the learning rates of all steps so far: how far a training can have gone.
+    """
+    parts = []
+    for row in table.itertuples():
+        found = pd.read_csv(row.folder / HISTORY)
+        summed = (found["learning_rate"] * found["step"].diff().fillna(found["step"])).cumsum()
+        parts.append(found.assign(configuration=row.configuration, replicate=row.replicate, summed_rate=summed))
+    wanted = ["configuration", "replicate", "step", "summed_rate", "validation_dsc", "cross_entropy"]
     return pd.concat(parts, ignore_index=True).dropna(subset="validation_dsc")[wanted]
 
 
-def bands(history: pd.DataFrame) -> Figure:
-    """Validation DSC by step: for each arm the median over replicates, and a band from the lowest to the highest."""
+def bands(history: pd.DataFrame, by: str = "step") -> Figure:
+    """Validation DSC by step: for each arm the median over replicates, and a band from the lowest to the highest.
+
+    Args:
+        by: "step", or "summed_rate" to compare trainings of different learning rates.
+    """
     figure, ax = plt.subplots(figsize=(7.5, 4))
     for colour, (arm, rows) in zip(ARM_COLOURS, history.groupby("configuration", sort=False), strict=False):
-        by_step = rows.groupby("step")["validation_dsc"]
+        by_step = rows.groupby(by)["validation_dsc"]
         ax.fill_between(by_step.min().index, by_step.min(), by_step.max(), color=colour, alpha=0.15, linewidth=0)
         ax.plot(by_step.median(), color=colour, label=f"{arm}, n = {rows['replicate'].nunique()} replicates")
-    ax.set(xlabel="step", ylabel="validation DSC: median, lowest to highest", ylim=(0, 1))
+    ax.set(xlabel=by.replace("_", " "), ylabel="validation DSC: median, lowest to highest", ylim=(0, 1))
     ax.legend(loc="lower right")
     return figure
 
