@@ -263,6 +263,13 @@ def test_the_differences_of_folds_are_means_over_their_own_cases():
     found = fold_differences(metrics, "HCP", "UNet", "DSC")
     assert found.loc[0, 1] == pytest.approx(d.loc[["002", "003"], 0].mean())
     assert found.loc[1, 0] == pytest.approx(d.loc[["000", "002"], 1].mean()) and len(found) == 4
+    metrics.loc[0, "DSC"] = nan  # case 000 of repeat 0: its fold has no mean
+    assert fold_differences(metrics, "HCP", "UNet", "DSC").isna().to_dict() == {
+        (0, 0): True,
+        (0, 1): False,
+        (1, 0): False,
+        (1, 1): False,
+    }
 
 
 def test_a_case_in_another_fold_is_named():
