@@ -144,6 +144,8 @@ def per_case(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
 def summary(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
     """Mean, std, median over cases for each configuration, and how many cases that are: n, and `undefined` (NaN).
 
+    `collapsed` counts the runs that find no prostate in most test cases. They stay in the mean.
+
     An infinite distance (one mask empty) makes its mean infinite, visibly. A NaN (PPV without prediction) cannot
     be averaged: it is left out and counted under `undefined`.
     """
@@ -162,12 +164,14 @@ def summary(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFr
             )
     table = pd.concat(rows, axis=1)
     table.insert(0, ("", "seeds"), metrics.groupby("configuration")["seed"].nunique().reindex(table.index))
+    fallen = statistics.collapsed(metrics)["configuration"].value_counts()
+    table.insert(1, ("", "collapsed"), fallen.reindex(table.index, fill_value=0))
     return table
 
 
 def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """A summary as text: the number of seeds, "mean ± std (median), n" and what was undefined."""
-    text: dict[str, Any] = {"seeds": table["", "seeds"]}
+    text: dict[str, Any] = {"seeds": table["", "seeds"], "collapsed": table["", "collapsed"]}
     for name in dict.fromkeys(table.columns.get_level_values(0).drop("")):
         part = table[name]
         text[name] = [

@@ -41,6 +41,18 @@ def poly_learning_rate(initial: float, step: int, steps: int, power: float = 0.9
     return initial * (1 - step / steps) ** power
 
 
+def collapsed(history: pd.DataFrame) -> bool:
+    """Whether a training has collapsed: even its best weights have a validation DSC of 0.
+
+    They find no prostate in any validation case, most often because the network calls every voxel background. Such
+    a run says nothing about its configuration, and its metrics must not enter a mean unmarked.
+
+    Args:
+        history: what `train` returns, or a run's history.csv.
+    """
+    return bool(history["validation_dsc"].max() == 0)
+
+
 def train(
     network: nn.Module,
     loss: SegmentationMetricLoss,

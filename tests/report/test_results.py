@@ -219,7 +219,7 @@ def test_a_case_undefined_everywhere_is_still_a_case():
 
 def test_a_summary_as_text_tells_the_number_of_seeds():
     text = readable(summary(metrics_of(A=[[0.5, 0.7], [0.6, 0.8], [0.7, 0.9]], B=[0.1, 0.2]), ["DSC"]))
-    assert text["seeds"].to_dict() == {"A": 3, "B": 1} and list(text) == ["seeds", "DSC"]
+    assert text["seeds"].to_dict() == {"A": 3, "B": 1} and list(text) == ["seeds", "collapsed", "DSC"]
 
 
 def test_a_summary_as_text_says_it_too():
@@ -232,6 +232,12 @@ def test_a_summary_as_text_says_it_too():
 
 
 # Tests: what a row holds is tested with mupkg.report.statistics
+
+
+def test_a_collapsed_run_is_counted_in_the_summary_and_stays_in_its_mean():
+    text = readable(summary(metrics_of(A=[[0.8, 0.6], [0.0, 0.0]], B=[[0.8, 0.6], [0.0, 0.5]]), ["DSC"]))
+    assert text["collapsed"].to_dict() == {"A": 1, "B": 0}
+    assert text["DSC"]["A"].startswith("0.350")
 
 
 def test_several_seeds_are_the_replicates_of_the_analysis():
