@@ -7,7 +7,8 @@ A notebook's `parameters` cell holds literals; its next cell turns them into one
 from __future__ import annotations
 
 import ast
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -66,6 +67,9 @@ FolderName = Annotated[str, AfterValidator(check_name)]
 AnyPath = Annotated[str, AfterValidator(check_path)]
 Pattern = Annotated[str, AfterValidator(check_pattern)]
 
+ALIKE = 0.75  # from this similarity on (difflib's), a name is taken for a misspelt parameter
+LONGEST_SHOWN = 100  # characters of a wrong value
+
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     # The whole chain in seconds, to see that it runs. Its numbers mean nothing.
     "smoke": {
@@ -121,15 +125,16 @@ class Settings(BaseModel):
     def from_notebook(cls, namespace: Mapping[str, Any], inputs: Sequence[str]) -> Self:
         """The validated parameters of a running notebook: `from_notebook(globals(), In)`.
 
-        Parameters are the names assigned in cells that hold nothing but literals: the `parameters` cell and what
-        papermill injects after it. So a misspelt `-p` is caught here, which papermill itself only warns about.
+        Every parameter that is a name of the notebook counts, with the value it holds now: set by a literal, an
+        f-string, an `if`, an import, or papermill. A name that was meant as a parameter but is none is refused (see
+        `_meant_as_parameters`); papermill only warns of it.
 
         Raises:
             ValueError: naming every parameter that is wrong or unknown, and what is allowed.
         """
-        names = {name for cell in inputs for name in _literal_assignments(cell, cls.model_fields)}
+        names = {*cls.model_fields, *_meant_as_parameters(inputs, cls.model_fields)}
         given = {name: namespace[name] for name in names if name in namespace}
-        return cls.checked(given, hint=" (mended it? restart the kernel)")
+        return cls.checked(given, hint=" (a name of your own may begin with _; mended it? restart the kernel)")
 
     @classmethod
     def checked(cls, values: Mapping[str, Any], *, without: Container[str] = (), hint: str = "") -> Self:
@@ -148,25 +153,73 @@ class Settings(BaseModel):
             raise ValueError(_explain(error, known + hint)) from None
 
 
-def _literal_assignments(cell: str, parameters: Container[str]) -> list[str]:
-    """Names assigned in a cell that holds nothing but assignments of literals; none for any other cell.
+def _meant_as_parameters(inputs: Sequence[str], parameters: Collection[str]) -> set[str]:
+    """Names that cells assign as if they were parameters, though they are none: misspelt ones.
 
-    Raises:
-        ValueError: if an annotated parameter is given by something else, `steps: int = 10 * 60` say: it would make
-            the whole cell no cell of parameters, and all of them would silently be left at their defaults.
+    These are names with an annotation, names with a literal value that nothing reads, and names much like a
+    parameter's that no statement makes use of (printing is no use). The cells are those before the settings are
+    first asked for, and later ones that set a parameter: somebody changed and ran these again.
     """
-    names, literal = [], True
+    trees, asking = [_syntax_tree(cell) for cell in inputs], [".from_notebook(" in cell for cell in inputs] + [True]
+    cells = trees[: asking.index(True)]
+    cells += [tree for tree, asks in zip(trees, asking, strict=False) if not asks and _sets_one(tree, parameters)]
+    code = ast.Module([statement for tree in cells for statement in tree.body], [])
+    used = {
+        name
+        for node in ast.walk(code)
+        if isinstance(node, ast.stmt) and not isinstance(node, ast.Expr)
+        for part in ast.iter_child_nodes(node)
+        if isinstance(part, ast.expr | ast.withitem)
+        for name in _names(part, ast.expr_context if isinstance(node, ast.AugAssign) else ast.Load)
+    }
+    read, meant = used | _names(code, ast.Load), set()
+    for node, targets in _assignments(code):
+        names = {name for target in targets for name in _names(target)}
+        alone = len(targets) == 1 and (isinstance(targets[0], ast.Name) or not names.isdisjoint(parameters))
+        for name in names.difference(parameters):
+            literal = alone and name not in read and _is_literal(node.value)
+            misspelt = name not in used and get_close_matches(name, parameters, 1, ALIKE)
+            if not name.startswith("_") and (isinstance(node, ast.AnnAssign) or literal or misspelt):
+                meant.add(name)
+    return meant
+
+
+def _syntax_tree(cell: str) -> ast.Module:
+    """What Python makes of a cell, and of the code that a cell magic such as %%time runs."""
+    from IPython.core.inputtransformer2 import TransformerManager  # every kernel has it loaded
+
     try:
-        for statement in ast.parse(cell).body:
-            annotated = isinstance(statement, ast.AnnAssign)
-            names.append(statement.target.id if annotated else statement.targets[0].id)
-            if not _is_literal(statement.value):
-                literal = False
-                if annotated and names[-1] in parameters:
-                    raise ValueError(f"parameter {names[-1]!r}: must be a literal, not {ast.unparse(statement)!r}")
-    except (SyntaxError, AttributeError):
-        return []  # magics, imports, calls: not a cell of parameters
-    return names if literal else []
+        tree = ast.parse(TransformerManager().transform_cell(cell))
+    except SyntaxError:
+        return ast.Module([], [])  # the kernel could not run it either
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "run_cell_magic":
+            tree.body += _syntax_tree(node.args[2].value).body
+    return tree
+
+
+def _assignments(tree: ast.AST) -> Iterator[tuple[ast.AST, list[ast.expr]]]:
+    """Assignments to names of the notebook, not to those of its functions and classes, with their targets."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Assign):
+            yield node, node.targets
+        elif isinstance(node, ast.AnnAssign | ast.AugAssign | ast.NamedExpr):
+            yield node, [node.target]
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            yield from _assignments(node)
+
+
+def _sets_one(tree: ast.AST, parameters: Collection[str]) -> bool:
+    """Whether a cell sets a parameter the way a cell of parameters does, with an annotation or to a literal."""
+    return any(
+        isinstance(node, ast.AnnAssign) or _is_literal(node.value)
+        for node, targets in _assignments(tree)
+        if any(not _names(target).isdisjoint(parameters) for target in targets)
+    )
+
+
+def _names(tree: ast.AST, context: type[ast.expr_context] = ast.Store) -> set[str]:
+    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
 
 
 def _is_literal(value: ast.expr | None) -> bool:
@@ -184,7 +237,10 @@ def _explain(error: ValidationError, known: str) -> str:
         if fault["type"] == "extra_forbidden":
             lines.append(f"unknown parameter {name!r}; there are: {known}")
         else:
-            lines.append(f"parameter {name or 'combination'}: {fault['msg']} (given: {fault['input']!r})")
+            shown = repr(fault["input"])
+            if len(shown) > LONGEST_SHOWN:  # a whole cohort, say, which a later cell has put in the name's place
+                shown = f"{shown[:LONGEST_SHOWN]}...; run the cell that sets it again"
+            lines.append(f"parameter {name or 'combination'}: {fault['msg']} (given: {shown})")
     return "\n".join(lines)
 
 

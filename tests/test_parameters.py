@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from mupkg import repository
 from mupkg.data.preprocessing import Preparation
@@ -79,6 +80,53 @@ def test_all_wrong_parameters_are_told_at_once():
     assert len(str(error.value).splitlines()) == 3
 
 
+WAYS = {  # of setting seed to 5 and steps to 600, beside other things that a cell may do
+    "print": "seed: int = 5\nsteps: int = 600\nprint(seed)",
+    "import": "import os\nseed = 5\nsteps = 600",
+    "calculation": "seed = 5\nsteps: int = 10 * 60",
+    "of each other": "seed = 5\nsteps = seed * 120",
+    "f-string": "number = 5\nseed = int(f'{number}')\nsteps = 600",
+    "chain": "seed = first = 5\nsteps = 600",
+    "tuple": "seed, steps = 5, 600",
+    "star": "seed, *rest = 5, 600\n(steps,) = rest",
+    "if": "seed = 5\nif seed == 5:\n    steps = 600\nelse:\n    steps = 6",
+    "augmented": "seed = 2\nseed += 3\nsteps = 60\nsteps *= 10",
+    "walrus": "print(seed := 5, steps := 600)",
+    "for": "for seed in range(6):\n    steps = 100 * (seed + 1)",
+    "with": "from contextlib import nullcontext\nwith nullcontext(5) as seed:\n    steps = 600",
+    "try": "try:\n    seed = int('five')\nexcept ValueError:\n    seed = 5\nsteps = 600",
+    "match": "match 5, 600:\n    case seed, steps:\n        pass",
+    "unpacked": "globals().update({'seed': 5, 'steps': 600})",
+    "global": "def choose():\n    global seed, steps\n    seed, steps = 5, 600\nchoose()",
+    "docstring": '"""What this run is about."""\nseed = 5\nsteps = 600',
+    "of an object": "from argparse import Namespace\ngiven = Namespace(a=5, b=600)\nseed, steps = given.a, given.b",
+    "loop over helpers": "seeds = [1, 5]\nfor seed in seeds:\n    pass\nsteps = 600",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_count_however_they_were_set(way):
+    """Regression: a cell that was not literal throughout was passed over, and all was left at its default."""
+    for cells in ([PARAMETERS, WAYS[way]], [WAYS[way]], [WAYS[way], "seed = 5"]):
+        settings = told(*cells)
+        assert (settings.seed, settings.steps) == (5, 600)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "slip",
+    ["sed = 3", "sede: int = 3", "stpes = 10 * 60", "seed, stesp = 3, 4", "sed = 3\nprint(sed)", "lr = 0.1",
+     "epochs: int = len('abc')", "seed, lr = 3, 0.1", "if seed:\n    lr = 0.1", "print(sed := 4)", "seeds = [1, 2]"],
+)  # fmt: skip
+def test_a_misspelt_name_is_seen_in_any_cell(way, slip):
+    """Whether papermill injects it or a person wrote it, beside code or alone."""
+    for cells in ([WAYS[way], slip], [f"{WAYS[way]}\n{slip}"], [PARAMETERS, WAYS[way], f"# Parameters\n{slip}\n"]):
+        if way == "loop over helpers" and slip.startswith("seeds"):
+            continue
+        with pytest.raises(ValueError, match=r"^unknown parameter '\w+'; there are: study, .* begin with _"):
+            told(*cells)
+
+
 @pytest.mark.parametrize(
     "cell",
     [
@@ -88,21 +136,54 @@ def test_all_wrong_parameters_are_told_at_once():
         "a, b = 1, 2",
         "x = {}\nx['a'] = 1",
         "total = 0\ntotal += 1",
+        "_lr = 0.1",
+        "root = 'mine'\nstudy = f'{root}'\nstudy = 'quick'",
+        "cases = [1, 2]\nseed = min(cases) - 1",
+        "def lr():\n    sed = 3",
+        "class Mine:\n    sed: int = 3",
+        "for stap in range(3):\n    pass",
         "",
     ],
 )
-def test_cells_that_hold_more_than_literals_are_no_parameters(cell):
+def test_names_of_ones_own_are_no_parameters(cell):
     assert told(PARAMETERS, cell) == told(PARAMETERS)
+
+
+def in_ipython(*cells, settings=Stage2Settings):
+    """What a notebook makes of its cells in a shell of their own."""
+    shell = InteractiveShell.instance()
+    try:
+        for cell in cells:
+            shell.run_cell(cell, store_history=True).raise_error()
+        return settings.from_notebook(shell.user_ns, shell.user_ns["In"])
+    finally:
+        InteractiveShell.clear_instance()
+
+
+def test_a_cell_under_a_magic_is_a_cell():
+    settings = in_ipython(PARAMETERS, "%%time\nseed: int = 5\nsteps = 600", "%%capture said\nprint(3)")
+    assert (settings.seed, settings.steps) == (5, 600)
+    with pytest.raises(ValueError, match="unknown parameter 'sed'"):
+        in_ipython("%%time\nseed = 5\nsed: int = 3")
 
 
 def test_magics_do_not_hinder():
     assert Stage2Settings.from_notebook({"seed": 4}, ["%matplotlib inline", "!ls", "seed: int = 4"]).seed == 4
 
 
-def test_a_parameter_that_is_no_literal_is_not_passed_over():
-    """It made the whole cell no parameters: every one of them was silently left at its default."""
-    with pytest.raises(ValueError, match=r"parameter 'steps': must be a literal, not 'steps: int = 10 \* 60'"):
-        told("seed: int = 5\nsteps: int = 10 * 60")
+def test_cells_after_the_settings_do_not_hinder_when_these_are_asked_for_again():
+    asking = "from mupkg.parameters import Stage2Settings\nsettings = Stage2Settings.from_notebook(globals(), In)"
+    later = "sizes = len('abc')", "x = 5", "sed = 3"
+    namespace = {"seed": 5, "sizes": 3, "x": 5, "sed": 3, "settings": None}
+    assert Stage2Settings.from_notebook(namespace, ["", "seed = 4", asking, *later, "seed = 5", asking]).seed == 5
+    with pytest.raises(ValueError, match="unknown parameter 'sed'"):  # the cell of parameters, changed
+        Stage2Settings.from_notebook(namespace, ["", "seed = 4", asking, "seed: int = 5\nsed: int = 3\nprint(4)"])
+
+
+def test_a_parameter_that_was_put_to_another_use_is_told_shortly():
+    with pytest.raises(ValueError, match=r"parameter cohort: .*; run the cell that sets it again") as error:
+        Stage2Settings.from_notebook({"cohort": list(map(Path, "a" * 500))}, [])
+    assert len(str(error.value)) < 250
 
 
 @pytest.mark.parametrize(
