@@ -7,16 +7,21 @@ A notebook's `parameters` cell holds literals; its next cell turns them into one
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from enum import Enum
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -26,7 +31,7 @@ from pydantic import (
 )
 
 from mupkg import repository
-from mupkg.configurations import configuration
+from mupkg.configurations import build, configuration
 from mupkg.data.build import (
     Source,
     check_pattern,
@@ -57,14 +62,16 @@ def check_name(value: str) -> str:
 
 
 def check_path(value: str) -> str:
-    """Something that can be a path at all."""
+    """Something that can be a path at all; ~ is the user's home folder."""
     if not value.strip() or not value.isprintable():
         raise ValueError(f"must be a path, not {value!r}")
-    return value
+    return os.path.expanduser(value)
 
 
 FolderName = Annotated[str, AfterValidator(check_name)]
-AnyPath = Annotated[str, AfterValidator(check_path)]
+AnyPath = Annotated[
+    str, BeforeValidator(lambda path: str(path) if isinstance(path, Path) else path), AfterValidator(check_path)
+]
 Pattern = Annotated[str, AfterValidator(check_pattern)]
 
 ALIKE = 0.75  # from this similarity on (difflib's), a name is taken for a misspelt parameter
@@ -98,19 +105,9 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Settings(BaseModel):
-    """Base of all notebook parameters: nothing unknown, and None (0, "", []) means "what the size says"."""
+    """Base of all notebook parameters: nothing unknown."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_none(cls, values: Any) -> Any:
-        """0, "" and [] stand for None where None is allowed: papermill shows no types such as `int | None`."""
-        if not isinstance(values, Mapping):
-            return values
-        optional = {name for name, field in cls.model_fields.items() if field.default is None}
-        empty = (0, "", [], ())
-        return {k: None if k in optional and not isinstance(v, bool) and v in empty else v for k, v in values.items()}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -244,21 +241,56 @@ def _explain(error: ValidationError, known: str) -> str:
     return "\n".join(lines)
 
 
-class CohortSettings(Settings):
+class Tag(Enum):
+    """What a parameter is for; a field may have several."""
+
+    NAME = "tells runs and their places apart"
+    NETWORK = "says which network is trained, and on what"
+    TRAINING = "reaches the weights, at least their last digits"
+    SPEED = "reaches the speed, and at most the weights' last digits"
+    METRIC = "reaches networks with samplers only"
+
+
+def tagged(model: type[BaseModel], *tags: Tag) -> set[str]:
+    """The names of a model's fields that have one of these tags."""
+    return {name for name, field in model.model_fields.items() if not {*tags}.isdisjoint(field.metadata)}
+
+
+OF_SIZE = Field(None, validate_default=False)  # the default of what the size decides
+
+
+class SizedSettings(Settings):
+    """Parameters of which some are filled in by the size where they are None."""
+
+    stage: ClassVar[str]
+    size: Size = "quick"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        size = values.get("size")
+        says = SIZES[size if isinstance(size, str) and size in SIZES else "quick"][cls.stage]  # a wrong one is told
+        says = {name: value for name, value in says.items() if name in cls.model_fields}
+        return says | {name: value for name, value in values.items() if value is not None or name not in says}
+
+
+class CohortSettings(SizedSettings):
     """Notebook 00: where scans come from and how they are prepared."""
 
+    stage: ClassVar[str] = "cohort"
     cohort: FolderName = "phantoms-quick"
     source: Literal["phantoms", "pattern", "table", "promise12", "decathlon", "dicom"] = "phantoms"
     source_folder: AnyPath | None = None
-    size: Size = "quick"
     modality: Literal["CT", "MR"] = "CT"
-    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = OF_SIZE
     window_hu: Window = (-160.0, 240.0)
     image_pattern: Pattern = "{case}_image.nii.gz"
     label_pattern: Pattern = "{case}_label.nii.gz"
-    label_values: tuple[PositiveInt, ...] | None = None
-    channel: Annotated[int, Field(ge=-1)] = -1
-    phantoms: Annotated[int, Field(ge=3, le=100_000)] | None = None
+    label_values: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    channel: Annotated[int, Field(ge=0)] | None = None
+    phantoms: Annotated[int, Field(ge=3, le=100_000)] = OF_SIZE
     seed: Seed = 0
     data_folder: AnyPath = "data"
 
@@ -283,13 +315,11 @@ class CohortSettings(Settings):
 
     def sources(self) -> list[Source]:
         """The cases to be, from whatever source was chosen."""
-        folder, channel = self.source_path, None if self.channel < 0 else self.channel
-        options = {"label_values": self.label_values, "channel": channel}
+        folder, options = self.source_path, {"label_values": self.label_values, "channel": self.channel}
         match self.source:
             case "phantoms":
-                sized = SIZES[self.size]["cohort"]
-                seeds = range(self.seed, self.seed + (self.phantoms or sized["phantoms"]))
-                return sources_from_phantoms(seeds, sized["phantom_spacing_mm"])
+                seeds = range(self.seed, self.seed + self.phantoms)
+                return sources_from_phantoms(seeds, SIZES[self.size]["cohort"]["phantom_spacing_mm"])
             case "pattern":
                 patterns = self.image_pattern, self.label_pattern
                 return sources_from_pattern(folder, *patterns, modality=self.modality, **options)
@@ -303,18 +333,17 @@ class CohortSettings(Settings):
 
     @property
     def preparation(self) -> Preparation:
-        spacing = self.spacing_mm or SIZES[self.size]["cohort"]["spacing_mm"]
-        return Preparation(modality=self.modality, spacing_mm=spacing, window_hu=self.window_hu)
+        return Preparation(modality=self.modality, spacing_mm=self.spacing_mm, window_hu=self.window_hu)
 
 
 class StudySettings(Settings):
     """What every notebook of a study is told."""
 
-    study: FolderName = "quick"
+    study: Annotated[FolderName, Tag.NAME] = "quick"
     cohort: FolderName = "phantoms-quick"
     size: Size = "quick"
-    data_folder: AnyPath = "data"
-    outputs_folder: AnyPath = "outputs"
+    data_folder: Annotated[AnyPath, Tag.NAME] = "data"
+    outputs_folder: Annotated[AnyPath, Tag.NAME] = "outputs"
 
     @property
     def cohort_path(self) -> Path:
@@ -332,64 +361,85 @@ class StudySettings(Settings):
     def report_path(self) -> Path:
         return self.study_path / "report"
 
-    def sized(self, name: str) -> Any:
-        """The value of a parameter of this stage, the size's own where it was left None."""
-        value = getattr(self, name)
-        return SIZES[self.size][self.stage][name] if value is None else value
 
-    def unsized(self) -> list[str]:
-        """The parameters that the size decides when they are left None."""
-        return list(SIZES[self.size][self.stage])
-
-
-class TrainingSettings(StudySettings):
+class TrainingSettings(SizedSettings, StudySettings):
     """What both trainings are told."""
 
-    seed: Seed = 0
-    steps: Steps | None = None
-    batch_size: BatchSize | None = None
-    patch_size: PatchSize | None = None
-    learning_rate: PositiveFloat | None = None
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: Annotated[Seed, Tag.NAME, Tag.TRAINING] = 0
+    steps: Annotated[Steps, Tag.TRAINING] = OF_SIZE
+    batch_size: Annotated[BatchSize, Tag.TRAINING] = OF_SIZE
+    patch_size: Annotated[PatchSize, Tag.TRAINING] = OF_SIZE
+    learning_rate: Annotated[PositiveFloat, Tag.TRAINING] = OF_SIZE
+    precision: Annotated[Literal["no", "bf16", "fp16"], Tag.TRAINING] = "no"
 
     @model_validator(mode="after")
     def _enough_to_normalise(self) -> Self:
         """Batch norm cannot train on the one value a channel that three poolings leave of a single small patch."""
-        if self.sized("batch_size") * (self.sized("patch_size") // MULTIPLE) ** 2 < 2:
+        if self.batch_size * (self.patch_size // MULTIPLE) ** 2 < 2:
             raise ValueError(f"patch_size {MULTIPLE} with batch_size 1 cannot be trained; one of them must be larger")
         return self
+
+    def made_by(self, **data: Any) -> dict[str, Any]:
+        """What made a run's weights, to be stored with them: the settings that reach them, and the data."""
+        network, training = (self._of(tag) for tag in (Tag.NETWORK, Tag.TRAINING))
+        return network | {"training": training} | data
+
+    def _of(self, tag: Tag) -> dict[str, Any]:
+        return self.model_dump(mode="json", include=tagged(type(self), tag))
 
 
 class Stage1Settings(TrainingSettings, Grid):
     """Notebook 02: the localizer and the region."""
 
     stage: ClassVar[str] = "stage1"
-    filters: Annotated[PositiveInt, Field(le=MOST["filters"])] | None = None
+    filters: Annotated[PositiveInt, Field(le=MOST["filters"]), Tag.NETWORK] = OF_SIZE
+
+    def made_by(self, **data: Any) -> dict[str, Any]:
+        """The same, with the voxel size and the region."""
+        return super().made_by(**self.model_dump(mode="json", include={*Grid.model_fields}), **data)
 
 
-class Stage2Settings(TrainingSettings):
+BUILD = {name: parameter.default for name, parameter in signature(build).parameters.items()}
+
+
+class MetricOptions(Settings):
+    """The options of the loss; their defaults are those of `build`."""
+
+    anchors: Annotated[PositiveInt, Field(le=10_000), Tag.METRIC] = BUILD["anchors"]
+    pairs: Annotated[PositiveInt, Field(le=1000), Tag.METRIC] = BUILD["pairs"]
+    threshold: Annotated[float, Field(ge=0, lt=1), Tag.METRIC] = BUILD["threshold"]
+    margin: Annotated[NonNegativeFloat, Tag.METRIC] = BUILD["margin"]
+    metric_weight: Annotated[NonNegativeFloat, Tag.METRIC] = BUILD["weight"]
+    pair_weight: Annotated[NonNegativeFloat, Tag.METRIC] = BUILD["pair_weight"]
+    pair_distance: Annotated[NonNegativeFloat, Tag.METRIC] = BUILD["pair_distance"]
+    normalize: Annotated[bool, Tag.METRIC] = BUILD["normalize"]
+    hinge: Annotated[bool, Tag.METRIC] = BUILD["hinge"]
+    control: Annotated[Literal["voxels", "shuffled"] | None, Tag.METRIC] = BUILD["control"]
+    infonce_temperature: Annotated[PositiveFloat | None, Tag.METRIC] = BUILD["infonce_temperature"]
+    dice: bool = BUILD["dice"]
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The same as arguments of `build`, which calls lambda `weight`."""
+        options = {name: getattr(self, name) for name in MetricOptions.model_fields}
+        return {"weight": options.pop("metric_weight"), **options}
+
+
+class Stage2Settings(MetricOptions, TrainingSettings):
     """Notebook 03: one configuration, one seed."""
 
     stage: ClassVar[str] = "stage2"
-    configuration: str = "MetricUNet-HCP"
-    base_filters: Annotated[PositiveInt, Field(le=MOST["base_filters"])] | None = None
-    embedding_dim: Annotated[PositiveInt, Field(le=MOST["embedding_dim"])] | None = None
-    validate_every: PositiveInt | None = None
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    anchors: Annotated[PositiveInt, Field(le=10_000)] = 20
-    pairs: Annotated[PositiveInt, Field(le=1000)] = 1
-    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    margin: Annotated[float, Field(ge=0)] = 0.7
-    metric_weight: Annotated[float, Field(ge=0)] = 0.01
-    pair_weight: Annotated[float, Field(ge=0)] = 0.1
-    pair_distance: Annotated[float, Field(ge=0)] = 0.01
-    normalize: bool = False
-    channels_last: bool = True
-    compile: bool = False
-    workers: Annotated[int, Field(ge=0, le=64)] = 0
-    deterministic: bool = False
-    film: bool = False
+    configuration: Annotated[str, Tag.NAME, Tag.NETWORK] = "MetricUNet-HCP"
+    base_filters: Annotated[PositiveInt, Field(le=MOST["base_filters"]), Tag.NETWORK] = OF_SIZE
+    embedding_dim: Annotated[PositiveInt, Field(le=MOST["embedding_dim"]), Tag.NETWORK] = OF_SIZE
+    validate_every: Annotated[PositiveInt, Tag.TRAINING] = OF_SIZE
+    momentum: Annotated[float, Field(ge=0, lt=1), Tag.TRAINING] = 0.9
+    weight_decay: Annotated[NonNegativeFloat, Tag.TRAINING] = 1e-4
+    channels_last: Annotated[bool, Tag.TRAINING, Tag.SPEED] = True
+    compile: Annotated[bool, Tag.TRAINING, Tag.SPEED] = False
+    deterministic: Annotated[bool, Tag.TRAINING, Tag.SPEED] = False
+    workers: Annotated[int, Field(ge=0, le=64), Tag.SPEED] = 0
+    film: Annotated[bool, Tag.SPEED] = False
 
     @field_validator("configuration")
     @classmethod
@@ -400,14 +450,36 @@ class Stage2Settings(TrainingSettings):
     def run_path(self) -> Path:
         return self.study_path / f"{self.configuration}-seed{self.seed}"
 
+    def made_by(self, **data: Any) -> dict[str, Any]:
+        """The same, with the options of the loss."""
+        return super().made_by(loss=self.loss_options, **data)
 
-class ReportSettings(StudySettings):
-    """Notebooks 01, 04 and 05: which runs, in which order; none named means all that are there."""
 
-    configurations: tuple[FolderName, ...] = ()
-    seed: Seed = 0
+Configurations = Annotated[tuple[FolderName, ...], Field(min_length=1)]
+
+
+class DataSettings(StudySettings):
+    """Notebook 01: a cohort."""
+
     cases: PositiveInt = 3
     real_scan: AnyPath | None = None
+
+
+class EvaluationSettings(StudySettings):
+    """Notebook 04: which runs, in which order; None means all that are there."""
+
+    configurations: Configurations | None = None
+
+
+class VisualizationSettings(EvaluationSettings):
+    """Notebook 05: the same, of one seed."""
+
+    seed: Seed = 0
+    cases: PositiveInt = 3
+
+
+class ReportSettings(DataSettings, VisualizationSettings):
+    """All that a study may tell the notebooks 01, 04 and 05 together."""
 
 
 class SegmentSettings(Settings):
@@ -424,15 +496,15 @@ class ExploreSettings(Settings):
 
     study_folder: AnyPath = "data/demo"
     case_id: FolderName | None = None
-    configurations: tuple[FolderName, ...] = ()
+    configurations: Configurations | None = None
     seed: Seed = 0
     viewer: Literal["niivue", "slices", "itkwidgets"] = "niivue"
     per_kind: Annotated[int, Field(ge=10, le=20_000)] = 300
     projection: Literal["PCA", "t-SNE", "UMAP"] = "PCA"
-    anchors: Annotated[int, Field(ge=1, le=200)] = 20
-    pairs: Annotated[int, Field(ge=1, le=10)] = 1
-    threshold: Annotated[float, Field(ge=0, le=0.95)] = 0.1
-    margin: Annotated[float, Field(ge=0)] = 0.7
+    anchors: Annotated[int, Field(ge=1, le=200)] = BUILD["anchors"]
+    pairs: Annotated[int, Field(ge=1, le=10)] = BUILD["pairs"]
+    threshold: Annotated[float, Field(ge=0, le=0.95)] = BUILD["threshold"]
+    margin: NonNegativeFloat = BUILD["margin"]
     patch: PatchSize = 32
     pictures_folder: AnyPath = "outputs/explore"
 
@@ -465,7 +537,7 @@ class Study(Settings):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     data_folder: AnyPath = "data"
     outputs_folder: AnyPath = "outputs"
-    source_folder: str = ""  # of notebook 00; here, so that --config source_folder=FOLDER can give it
+    source_folder: AnyPath | None = None  # of notebook 00; here, so that --config source_folder=FOLDER can give it
     prepare: dict[str, Any] = {}
     stage1: dict[str, Any] = {}
     stage2: dict[str, Any] = {}
