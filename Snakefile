@@ -11,7 +11,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from mupkg.parameters import Study
+from mupkg.parameters import DataSettings, EvaluationSettings, Study, VisualizationSettings
 
 try:
     STUDY = Study.checked(config)
@@ -31,6 +31,12 @@ RUN = "{PYTHON:q} -m mupkg.batch {input[0]:q} {output.notebook:q} {params.notebo
 TRAIN = RUN + " --one-gpu"
 EXPLORE = {"configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.explore}
 REPORT = {**COMMON, "configurations": list(STUDY.configurations), "seed": STUDY.seeds[0], **STUDY.report}
+
+
+def report(settings):
+    """What a report notebook is told: those of the study's parameters that it has."""
+    return json.dumps({name: value for name, value in REPORT.items() if name in settings.model_fields})
+
 
 GPUS = workflow.global_resources.get("gpu")
 GPUS = (GPUS.value if GPUS is not None else None) or 1
@@ -82,7 +88,7 @@ rule explore_data:
     output:
         notebook=f"{OUT}/report/01_data_exploration.ipynb",
     params:
-        notebook=json.dumps(REPORT),
+        notebook=report(DataSettings),
     shell:
         RUN
 
@@ -142,7 +148,7 @@ rule evaluate:
         f"{OUT}/report/cases.csv",
         notebook=f"{OUT}/report/04_evaluation.ipynb",
     params:
-        notebook=json.dumps(REPORT),
+        notebook=report(EvaluationSettings),
     shell:
         RUN
 
@@ -154,7 +160,7 @@ rule visualize:
     output:
         notebook=f"{OUT}/report/05_visualization.ipynb",
     params:
-        notebook=json.dumps(REPORT),
+        notebook=report(VisualizationSettings),
     shell:
         RUN
 

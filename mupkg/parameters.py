@@ -7,8 +7,12 @@ A notebook's `parameters` cell holds literals; its next cell turns them into one
 from __future__ import annotations
 
 import ast
-from collections.abc import Container, Mapping, Sequence
+import os
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from enum import Enum
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -16,8 +20,10 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -27,7 +33,7 @@ from pydantic import (
 )
 
 from mupkg import repository
-from mupkg.configurations import configuration
+from mupkg.configurations import build, configuration
 from mupkg.data.build import (
     Source,
     check_pattern,
@@ -59,15 +65,20 @@ def check_name(value: str) -> str:
 
 
 def check_path(value: str) -> str:
-    """Something that can be a path at all."""
+    """Something that can be a path at all; ~ is the user's home folder."""
     if not value.strip() or not value.isprintable():
         raise ValueError(f"must be a path, not {value!r}")
-    return value
+    return os.path.expanduser(value)
 
 
 FolderName = Annotated[str, AfterValidator(check_name)]
-AnyPath = Annotated[str, AfterValidator(check_path)]
+AnyPath = Annotated[
+    str, BeforeValidator(lambda path: str(path) if isinstance(path, Path) else path), AfterValidator(check_path)
+]
 Pattern = Annotated[str, AfterValidator(check_pattern)]
+
+ALIKE = 0.75  # from this similarity on (difflib's), a name is taken for a misspelt parameter
+LONGEST_SHOWN = 100  # characters of a wrong value
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     # The whole chain in seconds, to see that it runs. Its numbers mean nothing.
@@ -98,19 +109,9 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Settings(BaseModel):
-    """Base of all notebook parameters: nothing unknown, and None (0, "", []) means "what the size says"."""
+    """Base of all notebook parameters: nothing unknown."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_none(cls, values: Any) -> Any:
-        """0, "" and [] stand for None where None is allowed: papermill shows no types such as `int | None`."""
-        if not isinstance(values, Mapping):
-            return values
-        optional = {name for name, field in cls.model_fields.items() if field.default is None}
-        empty = (0, "", [], ())
-        return {k: None if k in optional and not isinstance(v, bool) and v in empty else v for k, v in values.items()}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -125,15 +126,16 @@ class Settings(BaseModel):
     def from_notebook(cls, namespace: Mapping[str, Any], inputs: Sequence[str]) -> Self:
         """The validated parameters of a running notebook: `from_notebook(globals(), In)`.
 
-        Parameters are the names assigned in cells that hold nothing but literals: the `parameters` cell and what
-        papermill injects after it. So a misspelt `-p` is caught here, which papermill itself only warns about.
+        Every parameter that is a name of the notebook counts, with the value it holds now: set by a literal, an
+        f-string, an `if`, an import, or papermill. A name that was meant as a parameter but is none is refused (see
+        `_meant_as_parameters`); papermill only warns of it.
 
         Raises:
             ValueError: naming every parameter that is wrong or unknown, and what is allowed.
         """
-        names = {name for cell in inputs for name in _literal_assignments(cell, cls.model_fields)}
+        names = {*cls.model_fields, *_meant_as_parameters(inputs, cls.model_fields)}
         given = {name: namespace[name] for name in names if name in namespace}
-        return cls.checked(given, hint=" (mended it? restart the kernel)")
+        return cls.checked(given, hint=" (a name of your own may begin with _; mended it? restart the kernel)")
 
     @classmethod
     def checked(cls, values: Mapping[str, Any], *, without: Container[str] = (), hint: str = "") -> Self:
@@ -152,25 +154,73 @@ class Settings(BaseModel):
             raise ValueError(_explain(error, known + hint)) from None
 
 
-def _literal_assignments(cell: str, parameters: Container[str]) -> list[str]:
-    """Names assigned in a cell that holds nothing but assignments of literals; none for any other cell.
+def _meant_as_parameters(inputs: Sequence[str], parameters: Collection[str]) -> set[str]:
+    """Names that cells assign as if they were parameters, though they are none: misspelt ones.
 
-    Raises:
-        ValueError: if an annotated parameter is given by something else, `steps: int = 10 * 60` say: it would make
-            the whole cell no cell of parameters, and all of them would silently be left at their defaults.
+    These are names with an annotation, names with a literal value that nothing reads, and names much like a
+    parameter's that no statement makes use of (printing is no use). The cells are those before the settings are
+    first asked for, and later ones that set a parameter: somebody changed and ran these again.
     """
-    names, literal = [], True
+    trees, asking = [_syntax_tree(cell) for cell in inputs], [".from_notebook(" in cell for cell in inputs] + [True]
+    cells = trees[: asking.index(True)]
+    cells += [tree for tree, asks in zip(trees, asking, strict=False) if not asks and _sets_one(tree, parameters)]
+    code = ast.Module([statement for tree in cells for statement in tree.body], [])
+    used = {
+        name
+        for node in ast.walk(code)
+        if isinstance(node, ast.stmt) and not isinstance(node, ast.Expr)
+        for part in ast.iter_child_nodes(node)
+        if isinstance(part, ast.expr | ast.withitem)
+        for name in _names(part, ast.expr_context if isinstance(node, ast.AugAssign) else ast.Load)
+    }
+    read, meant = used | _names(code, ast.Load), set()
+    for node, targets in _assignments(code):
+        names = {name for target in targets for name in _names(target)}
+        alone = len(targets) == 1 and (isinstance(targets[0], ast.Name) or not names.isdisjoint(parameters))
+        for name in names.difference(parameters):
+            literal = alone and name not in read and _is_literal(node.value)
+            misspelt = name not in used and get_close_matches(name, parameters, 1, ALIKE)
+            if not name.startswith("_") and (isinstance(node, ast.AnnAssign) or literal or misspelt):
+                meant.add(name)
+    return meant
+
+
+def _syntax_tree(cell: str) -> ast.Module:
+    """What Python makes of a cell, and of the code that a cell magic such as %%time runs."""
+    from IPython.core.inputtransformer2 import TransformerManager  # every kernel has it loaded
+
     try:
-        for statement in ast.parse(cell).body:
-            annotated = isinstance(statement, ast.AnnAssign)
-            names.append(statement.target.id if annotated else statement.targets[0].id)
-            if not _is_literal(statement.value):
-                literal = False
-                if annotated and names[-1] in parameters:
-                    raise ValueError(f"parameter {names[-1]!r}: must be a literal, not {ast.unparse(statement)!r}")
-    except (SyntaxError, AttributeError):
-        return []  # magics, imports, calls: not a cell of parameters
-    return names if literal else []
+        tree = ast.parse(TransformerManager().transform_cell(cell))
+    except SyntaxError:
+        return ast.Module([], [])  # the kernel could not run it either
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "run_cell_magic":
+            tree.body += _syntax_tree(node.args[2].value).body
+    return tree
+
+
+def _assignments(tree: ast.AST) -> Iterator[tuple[ast.AST, list[ast.expr]]]:
+    """Assignments to names of the notebook, not to those of its functions and classes, with their targets."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Assign):
+            yield node, node.targets
+        elif isinstance(node, ast.AnnAssign | ast.AugAssign | ast.NamedExpr):
+            yield node, [node.target]
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            yield from _assignments(node)
+
+
+def _sets_one(tree: ast.AST, parameters: Collection[str]) -> bool:
+    """Whether a cell sets a parameter the way a cell of parameters does, with an annotation or to a literal."""
+    return any(
+        isinstance(node, ast.AnnAssign) or _is_literal(node.value)
+        for node, targets in _assignments(tree)
+        if any(not _names(target).isdisjoint(parameters) for target in targets)
+    )
+
+
+def _names(tree: ast.AST, context: type[ast.expr_context] = ast.Store) -> set[str]:
+    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
 
 
 def _is_literal(value: ast.expr | None) -> bool:
@@ -188,25 +238,63 @@ def _explain(error: ValidationError, known: str) -> str:
         if fault["type"] == "extra_forbidden":
             lines.append(f"unknown parameter {name!r}; there are: {known}")
         else:
-            lines.append(f"parameter {name or 'combination'}: {fault['msg']} (given: {fault['input']!r})")
+            shown = repr(fault["input"])
+            if len(shown) > LONGEST_SHOWN:  # a whole cohort, say, which a later cell has put in the name's place
+                shown = f"{shown[:LONGEST_SHOWN]}...; run the cell that sets it again"
+            lines.append(f"parameter {name or 'combination'}: {fault['msg']} (given: {shown})")
     return "\n".join(lines)
 
 
-class CohortSettings(Settings):
+class Tag(Enum):
+    """What a parameter is for; a field may have several."""
+
+    NAME = "tells runs and their places apart"
+    NETWORK = "says which network is trained, and on what"
+    TRAINING = "reaches the weights, at least their last digits"
+    SPEED = "reaches the speed, and at most the weights' last digits"
+    METRIC = "reaches networks with samplers only"
+
+
+def tagged(model: type[BaseModel], *tags: Tag) -> set[str]:
+    """The names of a model's fields that have one of these tags."""
+    return {name for name, field in model.model_fields.items() if not {*tags}.isdisjoint(field.metadata)}
+
+
+OF_SIZE = Field(None, validate_default=False)  # the default of what the size decides
+
+
+class SizedSettings(Settings):
+    """Parameters of which some are filled in by the size where they are None."""
+
+    stage: ClassVar[str]
+    size: Size = "quick"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        size = values.get("size")
+        says = SIZES[size if isinstance(size, str) and size in SIZES else "quick"][cls.stage]  # a wrong one is told
+        says = {name: value for name, value in says.items() if name in cls.model_fields}
+        return says | {name: value for name, value in values.items() if value is not None or name not in says}
+
+
+class CohortSettings(SizedSettings):
     """Notebook 00: where scans come from and how they are prepared."""
 
+    stage: ClassVar[str] = "cohort"
     cohort: FolderName = "phantoms-quick"
     source: Literal["phantoms", "pattern", "table", "promise12", "decathlon", "dicom"] = "phantoms"
     source_folder: AnyPath | None = None
-    size: Size = "quick"
     modality: Literal["CT", "MR"] = "CT"
-    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = OF_SIZE
     window_hu: Window = (-160.0, 240.0)
     image_pattern: Pattern = "{case}_image.nii.gz"
     label_pattern: Pattern = "{case}_label.nii.gz"
-    label_values: tuple[PositiveInt, ...] | None = None
-    channel: Annotated[int, Field(ge=-1)] = -1
-    phantoms: Annotated[int, Field(ge=3, le=100_000)] | None = None
+    label_values: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    channel: Annotated[int, Field(ge=0)] | None = None
+    phantoms: Annotated[int, Field(ge=3, le=100_000)] = OF_SIZE
     replicates: Annotated[int, Field(ge=1, le=1000)] | None = None
     test_phantoms: Annotated[int, Field(ge=1, le=100_000)] = 100
     folds: Annotated[int, Field(ge=3, le=100)] | None = None
@@ -237,15 +325,13 @@ class CohortSettings(Settings):
 
     def sources(self) -> list[Source]:
         """The cases to be, from whatever source was chosen."""
-        folder, channel = self.source_path, None if self.channel < 0 else self.channel
-        options = {"label_values": self.label_values, "channel": channel}
+        folder, options = self.source_path, {"label_values": self.label_values, "channel": self.channel}
         match self.source:
             case "phantoms":
-                sized = SIZES[self.size]["cohort"]
-                count, grid = self.phantoms or sized["phantoms"], sized["phantom_spacing_mm"]
+                grid = SIZES[self.size]["cohort"]["phantom_spacing_mm"]
                 if self.replicates:
-                    return sources_of_replicates(self.seed, self.replicates, count, self.test_phantoms, grid)
-                return sources_from_phantoms(range(self.seed, self.seed + count), grid)
+                    return sources_of_replicates(self.seed, self.replicates, self.phantoms, self.test_phantoms, grid)
+                return sources_from_phantoms(range(self.seed, self.seed + self.phantoms), grid)
             case "pattern":
                 patterns = self.image_pattern, self.label_pattern
                 return sources_from_pattern(folder, *patterns, modality=self.modality, **options)
@@ -259,19 +345,17 @@ class CohortSettings(Settings):
 
     @property
     def preparation(self) -> Preparation:
-        spacing = self.spacing_mm or SIZES[self.size]["cohort"]["spacing_mm"]
-        return Preparation(modality=self.modality, spacing_mm=spacing, window_hu=self.window_hu)
+        return Preparation(modality=self.modality, spacing_mm=self.spacing_mm, window_hu=self.window_hu)
 
 
 class StudySettings(Settings):
     """What every notebook of a study is told."""
 
-    study: FolderName = "quick"
+    study: Annotated[FolderName, Tag.NAME] = "quick"
     cohort: FolderName = "phantoms-quick"
     size: Size = "quick"
-    data_folder: AnyPath = "data"
-    outputs_folder: AnyPath = "outputs"
-    stage1: FolderName = "stage1"
+    data_folder: Annotated[AnyPath, Tag.NAME] = "data"
+    outputs_folder: Annotated[AnyPath, Tag.NAME] = "outputs"
 
     @property
     def cohort_path(self) -> Path:
@@ -283,74 +367,96 @@ class StudySettings(Settings):
 
     @property
     def stage1_path(self) -> Path:
-        return self.study_path / self.stage1
+        return self.study_path / getattr(self, "stage1", "stage1")  # a training may have one of its own
 
     @property
     def report_path(self) -> Path:
         return self.study_path / "report"
 
-    def sized(self, name: str) -> Any:
-        """The value of a parameter of this stage, the size's own where it was left None."""
-        value = getattr(self, name)
-        return SIZES[self.size][self.stage][name] if value is None else value
 
-    def unsized(self) -> list[str]:
-        """The parameters that the size decides when they are left None."""
-        return list(SIZES[self.size][self.stage])
-
-
-class TrainingSettings(StudySettings):
+class TrainingSettings(SizedSettings, StudySettings):
     """What both trainings are told."""
 
-    seed: Seed = 0
-    replicate: Annotated[int, Field(ge=0)] | None = None
-    steps: Steps | None = None
-    batch_size: BatchSize | None = None
-    patch_size: PatchSize | None = None
-    learning_rate: PositiveFloat | None = None
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: Annotated[Seed, Tag.NAME, Tag.TRAINING] = 0
+    replicate: Annotated[Annotated[int, Field(ge=0)] | None, Tag.NAME] = None
+    stage1: Annotated[FolderName, Tag.NAME] = "stage1"
+    steps: Annotated[Steps, Tag.TRAINING] = OF_SIZE
+    batch_size: Annotated[BatchSize, Tag.TRAINING] = OF_SIZE
+    patch_size: Annotated[PatchSize, Tag.TRAINING] = OF_SIZE
+    learning_rate: Annotated[PositiveFloat, Tag.TRAINING] = OF_SIZE
+    precision: Annotated[Literal["no", "bf16", "fp16"], Tag.TRAINING] = "no"
 
     @model_validator(mode="after")
     def _enough_to_normalise(self) -> Self:
         """Batch norm cannot train on the one value a channel that three poolings leave of a single small patch."""
-        if self.sized("batch_size") * (self.sized("patch_size") // MULTIPLE) ** 2 < 2:
+        if self.batch_size * (self.patch_size // MULTIPLE) ** 2 < 2:
             raise ValueError(f"patch_size {MULTIPLE} with batch_size 1 cannot be trained; one of them must be larger")
         return self
+
+    def made_by(self, **data: Any) -> dict[str, Any]:
+        """What made a run's weights, to be stored with them: the settings that reach them, and the data."""
+        network, training = (self._of(tag) for tag in (Tag.NETWORK, Tag.TRAINING))
+        return network | {"training": training} | data
+
+    def _of(self, tag: Tag) -> dict[str, Any]:
+        return self.model_dump(mode="json", include=tagged(type(self), tag))
 
 
 class Stage1Settings(TrainingSettings, Grid):
     """Notebook 02: the localizer and the region."""
 
     stage: ClassVar[str] = "stage1"
-    filters: Annotated[PositiveInt, Field(le=MOST["filters"])] | None = None
+    filters: Annotated[PositiveInt, Field(le=MOST["filters"]), Tag.NETWORK] = OF_SIZE
+
+    def made_by(self, **data: Any) -> dict[str, Any]:
+        """The same, with the voxel size and the region."""
+        return super().made_by(**self.model_dump(mode="json", include={*Grid.model_fields}), **data)
 
 
-class Stage2Settings(TrainingSettings):
+BUILD = {name: parameter.default for name, parameter in signature(build).parameters.items()}
+
+
+class MetricOptions(Settings):
+    """The options of the loss; their defaults are those of `build`."""
+
+    anchors: Annotated[PositiveInt, Field(le=10_000), Tag.METRIC] = BUILD["anchors"]
+    pairs: Annotated[PositiveInt, Field(le=1000), Tag.METRIC] = BUILD["pairs"]
+    threshold: Annotated[float, Field(ge=0, lt=1), Tag.METRIC] = BUILD["threshold"]
+    margin: Annotated[NonNegativeFloat, Tag.METRIC] = BUILD["margin"]
+    metric_weight: Annotated[NonNegativeFloat, Tag.METRIC] = BUILD["weight"]
+    pair_weight: Annotated[NonNegativeFloat, Tag.METRIC] = BUILD["pair_weight"]
+    pair_distance: Annotated[NonNegativeFloat, Tag.METRIC] = BUILD["pair_distance"]
+    normalize: Annotated[bool, Tag.METRIC] = BUILD["normalize"]
+    hinge: Annotated[bool, Tag.METRIC] = BUILD["hinge"]
+    control: Annotated[Literal["voxels", "shuffled"] | None, Tag.METRIC] = BUILD["control"]
+    infonce_temperature: Annotated[PositiveFloat | None, Tag.METRIC] = BUILD["infonce_temperature"]
+    dice: bool = BUILD["dice"]
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The same as arguments of `build`, which calls lambda `weight`."""
+        options = {name: getattr(self, name) for name in MetricOptions.model_fields}
+        return {"weight": options.pop("metric_weight"), **options}
+
+
+class Stage2Settings(MetricOptions, TrainingSettings):
     """Notebook 03: one configuration, one seed."""
 
     stage: ClassVar[str] = "stage2"
-    configuration: str = "MetricUNet-HCP"
-    arm: FolderName | None = None
+    configuration: Annotated[str, Tag.NAME, Tag.NETWORK] = "MetricUNet-HCP"
+    arm: Annotated[FolderName | None, Tag.NAME] = None
     training_cases: PositiveInt | None = None
-    base_filters: Annotated[PositiveInt, Field(le=MOST["base_filters"])] | None = None
-    embedding_dim: Annotated[PositiveInt, Field(le=MOST["embedding_dim"])] | None = None
-    validate_every: PositiveInt | None = None
-    choose_from: Annotated[float, Field(ge=0, le=1)] | None = None
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    anchors: Annotated[PositiveInt, Field(le=10_000)] = 20
-    pairs: Annotated[PositiveInt, Field(le=1000)] = 1
-    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    margin: Annotated[float, Field(ge=0)] = 0.7
-    metric_weight: Annotated[float, Field(ge=0)] = 0.01
-    pair_weight: Annotated[float, Field(ge=0)] = 0.1
-    pair_distance: Annotated[float, Field(ge=0)] = 0.01
-    normalize: bool = False
-    channels_last: bool = True
-    compile: bool = False
-    workers: Annotated[int, Field(ge=0, le=64)] = 0
-    deterministic: bool = False
-    film: bool = False
+    base_filters: Annotated[PositiveInt, Field(le=MOST["base_filters"]), Tag.NETWORK] = OF_SIZE
+    embedding_dim: Annotated[PositiveInt, Field(le=MOST["embedding_dim"]), Tag.NETWORK] = OF_SIZE
+    validate_every: Annotated[PositiveInt, Tag.TRAINING] = OF_SIZE
+    choose_from: Annotated[float, Field(ge=0, le=1), Tag.TRAINING] = OF_SIZE
+    momentum: Annotated[float, Field(ge=0, lt=1), Tag.TRAINING] = 0.9
+    weight_decay: Annotated[NonNegativeFloat, Tag.TRAINING] = 1e-4
+    channels_last: Annotated[bool, Tag.TRAINING, Tag.SPEED] = True
+    compile: Annotated[bool, Tag.TRAINING, Tag.SPEED] = False
+    deterministic: Annotated[bool, Tag.TRAINING, Tag.SPEED] = False
+    workers: Annotated[int, Field(ge=0, le=64), Tag.SPEED] = 0
+    film: Annotated[bool, Tag.SPEED] = False
 
     @field_validator("configuration")
     @classmethod
@@ -361,14 +467,36 @@ class Stage2Settings(TrainingSettings):
     def run_path(self) -> Path:
         return self.study_path / f"{self.arm or self.configuration}-seed{self.seed}"
 
+    def made_by(self, **data: Any) -> dict[str, Any]:
+        """The same, with the options of the loss."""
+        return super().made_by(loss=self.loss_options, **data)
 
-class ReportSettings(StudySettings):
-    """Notebooks 01, 04 and 05: which runs, in which order; none named means all that are there."""
 
-    configurations: tuple[FolderName, ...] = ()
-    seed: Seed = 0
+Configurations = Annotated[tuple[FolderName, ...], Field(min_length=1)]
+
+
+class DataSettings(StudySettings):
+    """Notebook 01: a cohort."""
+
     cases: PositiveInt = 3
     real_scan: AnyPath | None = None
+
+
+class EvaluationSettings(StudySettings):
+    """Notebook 04: which runs, in which order; None means all that are there."""
+
+    configurations: Configurations | None = None
+
+
+class VisualizationSettings(EvaluationSettings):
+    """Notebook 05: the same, of one seed."""
+
+    seed: Seed = 0
+    cases: PositiveInt = 3
+
+
+class ReportSettings(DataSettings, VisualizationSettings):
+    """All that a study may tell the notebooks 01, 04 and 05 together."""
 
 
 class SegmentSettings(Settings):
@@ -385,15 +513,15 @@ class ExploreSettings(Settings):
 
     study_folder: AnyPath = "data/demo"
     case_id: FolderName | None = None
-    configurations: tuple[FolderName, ...] = ()
+    configurations: Configurations | None = None
     seed: Seed = 0
     viewer: Literal["niivue", "slices", "itkwidgets"] = "niivue"
     per_kind: Annotated[int, Field(ge=10, le=20_000)] = 300
     projection: Literal["PCA", "t-SNE", "UMAP"] = "PCA"
-    anchors: Annotated[int, Field(ge=1, le=200)] = 20
-    pairs: Annotated[int, Field(ge=1, le=10)] = 1
-    threshold: Annotated[float, Field(ge=0, le=0.95)] = 0.1
-    margin: Annotated[float, Field(ge=0)] = 0.7
+    anchors: Annotated[int, Field(ge=1, le=200)] = BUILD["anchors"]
+    pairs: Annotated[int, Field(ge=1, le=10)] = BUILD["pairs"]
+    threshold: Annotated[float, Field(ge=0, le=0.95)] = BUILD["threshold"]
+    margin: NonNegativeFloat = BUILD["margin"]
     patch: PatchSize = 32
     pictures_folder: AnyPath = "outputs/explore"
 
@@ -404,12 +532,6 @@ class ExploreSettings(Settings):
     @property
     def pictures_path(self) -> Path:
         return repository() / self.pictures_folder
-
-
-OF_AN_ARM = (  # besides its configuration: what may differ between arms of any trial
-    "learning_rate", "anchors", "pairs", "threshold", "margin", "metric_weight", "pair_weight", "pair_distance",
-    "normalize", "hinge", "control", "infonce_temperature", "dice",
-)  # fmt: skip
 
 
 class Trial(Settings):
@@ -427,9 +549,14 @@ class Trial(Settings):
     margin: PositiveFloat = 0.01
     varies: tuple[str, ...] = ()
 
+    @property
+    def told_by_arms(self) -> set[str]:
+        """The parameters in which its runs differ on purpose."""
+        return {name for given in self.arms.values() for name in given}
+
     @model_validator(mode="after")
     def _arms_that_can_be_compared(self) -> Self:
-        allowed = ("configuration", "seed_offset", *OF_AN_ARM, *self.varies)
+        allowed = ("configuration", "seed_offset", "learning_rate", *MetricOptions.model_fields, *self.varies)
         for name, given in self.arms.items():
             if "configuration" not in given:
                 raise ValueError(f"arm {name}: must name its configuration")
@@ -464,7 +591,7 @@ class Study(Settings):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     data_folder: AnyPath = "data"
     outputs_folder: AnyPath = "outputs"
-    source_folder: str = ""  # of notebook 00; here, so that --config source_folder=FOLDER can give it
+    source_folder: AnyPath | None = None  # of notebook 00; here, so that --config source_folder=FOLDER can give it
     prepare: dict[str, Any] = {}
     stage1: dict[str, Any] = {}
     stage2: dict[str, Any] = {}

@@ -1,24 +1,37 @@
 """A notebook's parameters are right, or it fails before any work, naming the parameter and what is allowed."""
 
+import json
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
+import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from papermill import inspect_notebook
 
 from mupkg import repository
+from mupkg.configurations import build
 from mupkg.data.preprocessing import Preparation
 from mupkg.parameters import (
     SIZES,
     CohortSettings,
+    DataSettings,
+    EvaluationSettings,
+    ExploreSettings,
+    MetricOptions,
     ReportSettings,
     SegmentSettings,
     Stage1Settings,
     Stage2Settings,
     Study,
+    Tag,
+    VisualizationSettings,
     check_name,
+    tagged,
 )
-from mupkg.stages.runs import MOST, require
+from mupkg.stages.runs import MOST, load_tensors, require
 
 PARAMETERS = """configuration: str = "MetricUNet-HCP"  # a row of Table II
 seed: int = 0  # of weights
@@ -38,7 +51,7 @@ def told(*cells, settings=Stage2Settings):
 
 def test_the_parameters_cell_is_read():
     settings = told(PARAMETERS)
-    assert (settings.configuration, settings.seed, settings.steps) == ("MetricUNet-HCP", 0, None)
+    assert (settings.configuration, settings.seed, settings.steps) == ("MetricUNet-HCP", 0, 1200)
 
 
 def test_what_papermill_injects_counts():
@@ -79,6 +92,53 @@ def test_all_wrong_parameters_are_told_at_once():
     assert len(str(error.value).splitlines()) == 3
 
 
+WAYS = {  # of setting seed to 5 and steps to 600, beside other things that a cell may do
+    "print": "seed: int = 5\nsteps: int = 600\nprint(seed)",
+    "import": "import os\nseed = 5\nsteps = 600",
+    "calculation": "seed = 5\nsteps: int = 10 * 60",
+    "of each other": "seed = 5\nsteps = seed * 120",
+    "f-string": "number = 5\nseed = int(f'{number}')\nsteps = 600",
+    "chain": "seed = first = 5\nsteps = 600",
+    "tuple": "seed, steps = 5, 600",
+    "star": "seed, *rest = 5, 600\n(steps,) = rest",
+    "if": "seed = 5\nif seed == 5:\n    steps = 600\nelse:\n    steps = 6",
+    "augmented": "seed = 2\nseed += 3\nsteps = 60\nsteps *= 10",
+    "walrus": "print(seed := 5, steps := 600)",
+    "for": "for seed in range(6):\n    steps = 100 * (seed + 1)",
+    "with": "from contextlib import nullcontext\nwith nullcontext(5) as seed:\n    steps = 600",
+    "try": "try:\n    seed = int('five')\nexcept ValueError:\n    seed = 5\nsteps = 600",
+    "match": "match 5, 600:\n    case seed, steps:\n        pass",
+    "unpacked": "globals().update({'seed': 5, 'steps': 600})",
+    "global": "def choose():\n    global seed, steps\n    seed, steps = 5, 600\nchoose()",
+    "docstring": '"""What this run is about."""\nseed = 5\nsteps = 600',
+    "of an object": "from argparse import Namespace\ngiven = Namespace(a=5, b=600)\nseed, steps = given.a, given.b",
+    "loop over helpers": "seeds = [1, 5]\nfor seed in seeds:\n    pass\nsteps = 600",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_count_however_they_were_set(way):
+    """Regression: a cell that was not literal throughout was passed over, and all was left at its default."""
+    for cells in ([PARAMETERS, WAYS[way]], [WAYS[way]], [WAYS[way], "seed = 5"]):
+        settings = told(*cells)
+        assert (settings.seed, settings.steps) == (5, 600)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "slip",
+    ["sed = 3", "sede: int = 3", "stpes = 10 * 60", "seed, stesp = 3, 4", "sed = 3\nprint(sed)", "lr = 0.1",
+     "epochs: int = len('abc')", "seed, lr = 3, 0.1", "if seed:\n    lr = 0.1", "print(sed := 4)", "seeds = [1, 2]"],
+)  # fmt: skip
+def test_a_misspelt_name_is_seen_in_any_cell(way, slip):
+    """Whether papermill injects it or a person wrote it, beside code or alone."""
+    for cells in ([WAYS[way], slip], [f"{WAYS[way]}\n{slip}"], [PARAMETERS, WAYS[way], f"# Parameters\n{slip}\n"]):
+        if way == "loop over helpers" and slip.startswith("seeds"):
+            continue
+        with pytest.raises(ValueError, match=r"^unknown parameter '\w+'; there are: study, .* begin with _"):
+            told(*cells)
+
+
 @pytest.mark.parametrize(
     "cell",
     [
@@ -88,21 +148,54 @@ def test_all_wrong_parameters_are_told_at_once():
         "a, b = 1, 2",
         "x = {}\nx['a'] = 1",
         "total = 0\ntotal += 1",
+        "_lr = 0.1",
+        "root = 'mine'\nstudy = f'{root}'\nstudy = 'quick'",
+        "cases = [1, 2]\nseed = min(cases) - 1",
+        "def lr():\n    sed = 3",
+        "class Mine:\n    sed: int = 3",
+        "for stap in range(3):\n    pass",
         "",
     ],
 )
-def test_cells_that_hold_more_than_literals_are_no_parameters(cell):
+def test_names_of_ones_own_are_no_parameters(cell):
     assert told(PARAMETERS, cell) == told(PARAMETERS)
+
+
+def in_ipython(*cells, settings=Stage2Settings):
+    """What a notebook makes of its cells in a shell of their own."""
+    shell = InteractiveShell.instance()
+    try:
+        for cell in cells:
+            shell.run_cell(cell, store_history=True).raise_error()
+        return settings.from_notebook(shell.user_ns, shell.user_ns["In"])
+    finally:
+        InteractiveShell.clear_instance()
+
+
+def test_a_cell_under_a_magic_is_a_cell():
+    settings = in_ipython(PARAMETERS, "%%time\nseed: int = 5\nsteps = 600", "%%capture said\nprint(3)")
+    assert (settings.seed, settings.steps) == (5, 600)
+    with pytest.raises(ValueError, match="unknown parameter 'sed'"):
+        in_ipython("%%time\nseed = 5\nsed: int = 3")
 
 
 def test_magics_do_not_hinder():
     assert Stage2Settings.from_notebook({"seed": 4}, ["%matplotlib inline", "!ls", "seed: int = 4"]).seed == 4
 
 
-def test_a_parameter_that_is_no_literal_is_not_passed_over():
-    """It made the whole cell no parameters: every one of them was silently left at its default."""
-    with pytest.raises(ValueError, match=r"parameter 'steps': must be a literal, not 'steps: int = 10 \* 60'"):
-        told("seed: int = 5\nsteps: int = 10 * 60")
+def test_cells_after_the_settings_do_not_hinder_when_these_are_asked_for_again():
+    asking = "from mupkg.parameters import Stage2Settings\nsettings = Stage2Settings.from_notebook(globals(), In)"
+    later = "sizes = len('abc')", "x = 5", "sed = 3"
+    namespace = {"seed": 5, "sizes": 3, "x": 5, "sed": 3, "settings": None}
+    assert Stage2Settings.from_notebook(namespace, ["", "seed = 4", asking, *later, "seed = 5", asking]).seed == 5
+    with pytest.raises(ValueError, match="unknown parameter 'sed'"):  # the cell of parameters, changed
+        Stage2Settings.from_notebook(namespace, ["", "seed = 4", asking, "seed: int = 5\nsed: int = 3\nprint(4)"])
+
+
+def test_a_parameter_that_was_put_to_another_use_is_told_shortly():
+    with pytest.raises(ValueError, match=r"parameter cohort: .*; run the cell that sets it again") as error:
+        Stage2Settings.from_notebook({"cohort": list(map(Path, "a" * 500))}, [])
+    assert len(str(error.value)) < 250
 
 
 @pytest.mark.parametrize(
@@ -147,7 +240,7 @@ def test_a_switch_is_no_number(name):
     with pytest.raises(ValueError, match=rf"parameter {name}: .*must not be True or False"):
         told(PARAMETERS, f"{name} = True")
     with pytest.raises(ValueError, match=r"region_mm: .*must not be True or False"):
-        Stage1Settings.from_notebook({"region_mm": [True, 90.0, 90.0]}, ["region_mm = []"])
+        Stage1Settings.from_notebook({"region_mm": [True, 90.0, 90.0]}, [])
     assert told(PARAMETERS, "film = True").film
 
 
@@ -155,10 +248,105 @@ def test_a_name_that_was_deleted_is_no_parameter():
     assert told(PARAMETERS, "sed = 3", "del sed").seed == 0
 
 
-def test_empty_values_stand_for_none():
-    settings = told(PARAMETERS, "steps = 0\nlearning_rate = 0\nseed = 0\nnormalize = False")
-    assert (settings.steps, settings.learning_rate, settings.seed, settings.normalize) == (None, None, 0, False)
-    assert CohortSettings(source_folder="", spacing_mm=[], label_values=[], phantoms=0) == CohortSettings()
+def test_none_is_what_the_size_says_and_nothing_else_is():
+    assert told(PARAMETERS, "steps = None\nlearning_rate = None") == told(PARAMETERS)
+    for name, value in {"steps": 0, "learning_rate": 0.0, "study": "", "batch_size": []}.items():
+        with pytest.raises(ValueError, match=f"parameter {name}"):
+            told(PARAMETERS, f"{name} = {value!r}")
+    for name, value in {
+        "source_folder": "",
+        "spacing_mm": [],
+        "label_values": [],
+        "phantoms": 0,
+        "channel": -1,
+    }.items():
+        with pytest.raises(ValueError, match=f"parameter {name}"):
+            told(f"{name} = {value!r}", settings=CohortSettings)
+    with pytest.raises(ValueError, match="parameter configurations"):
+        told("configurations = []", settings=EvaluationSettings)
+
+
+def test_a_path_may_be_a_path_or_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/anywhere")
+    settings = told(
+        "from pathlib import Path\nrun = Path('outputs') / 'x'\nscan = '~/x.mha'", settings=SegmentSettings
+    )
+    assert (settings.run, settings.scan) == ("outputs/x", "/anywhere/x.mha")
+
+
+# In the notebooks
+
+NOTEBOOKS = {
+    "00_prepare_cohort": CohortSettings,
+    "01_data_exploration": DataSettings,
+    "02_stage1_localization": Stage1Settings,
+    "03_stage2_training": Stage2Settings,
+    "04_evaluation": EvaluationSettings,
+    "05_visualization": VisualizationSettings,
+    "08_explore": ExploreSettings,
+    "09_segment_a_patient": SegmentSettings,
+}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_offers_all_parameters_with_the_defaults_that_they_have(name):
+    path, settings = repository() / "notebooks" / f"{name}.ipynb", NOTEBOOKS[name]
+    first, second, *_ = (cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+    namespace = {}
+    exec(first, namespace)
+    assert f"settings = {settings.__name__}.from_notebook(globals(), In)" in second
+    assert {name for name in namespace if not name.startswith("__")} == {*settings.model_fields}
+    needed = {n: namespace[n] for n, field in settings.model_fields.items() if field.is_required()}
+    assert settings.from_notebook(namespace, ["", first]) == settings(**needed)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_papermill_shows_every_parameter_with_its_type_and_its_comment(name):
+    shown = inspect_notebook(str(repository() / "notebooks" / f"{name}.ipynb"))
+    assert set(shown) == set(NOTEBOOKS[name].model_fields)
+    assert all(parameter["inferred_type_name"] != "None" and parameter["help"] for parameter in shown.values())
+    for parameter in shown.values():
+        assert (parameter["default"] == "None") == parameter["inferred_type_name"].startswith("Optional[")
+
+
+# What made a run
+
+
+def test_what_made_the_shipped_runs_is_told_by_their_parameters():
+    """Their weights hold no more than that; settings that came later they lack."""
+    stage1, *runs = (
+        repository() / "data" / "demo" / name for name in ("stage1", "UNet-seed0", "MetricUNet-HCP-seed0")
+    )
+    weights = [(folder / "weights.safetensors", folder, Stage2Settings) for folder in runs]
+    for path, folder, settings in [*weights, (runs[0] / "localizer.safetensors", stage1, Stage1Settings)]:
+        parameters = json.loads((folder / "run.json").read_bytes())["parameters"]
+        _, stored = load_tensors(path)
+        data = {name: stored[name] for name in ("data", "preparation", "step", "validation_dsc") if name in stored}
+        made_by = settings.checked(parameters).made_by(**data)
+        assert {*stored} == {*made_by}
+        for name, value in stored.items():
+            assert made_by[name] == (made_by[name] | value if isinstance(value, dict) else value)
+
+
+def test_the_options_of_the_loss_are_those_of_build():
+    options = Stage2Settings(metric_weight=0.3, hinge=False).loss_options
+    assert (options["weight"], options["hinge"]) == (0.3, False)
+    network_and_sizes = {"configuration", "in_channels", "base_filters", "embedding_dim", "num_classes"}
+    assert {*options} | network_and_sizes == {*signature(build).parameters}
+    for name, value in MetricOptions().loss_options.items():
+        assert signature(build).parameters[name].default == value
+
+
+def test_every_setting_reaches_the_weights_or_is_known_not_to():
+    for settings in (Stage1Settings, Stage2Settings):
+        made_by = settings().made_by(data="")
+        told = {*made_by, *made_by["training"], *made_by.get("loss", {})}
+        told |= {"metric_weight"} if "weight" in told else set()
+        untold = {*settings.model_fields} - told
+        assert untold == tagged(settings, Tag.NAME, Tag.SPEED) - told | {"cohort", "size"} | (
+            untold & {"training_cases"}
+        )
+        assert told >= tagged(settings, Tag.NETWORK, Tag.TRAINING, Tag.METRIC)
 
 
 # Sizes
@@ -167,31 +355,26 @@ def test_empty_values_stand_for_none():
 @pytest.mark.parametrize("size", SIZES)
 def test_a_size_says_everything_that_is_left_open(size):
     for settings in (Stage1Settings(size=size), Stage2Settings(size=size)):
-        assert set(settings.unsized()) == {
-            n
-            for n, field in type(settings).model_fields.items()
-            if field.default is None and n not in ("replicate", "arm", "training_cases")  # None: no trial
-        }
-        for name in settings.unsized():
-            assert settings.sized(name) == SIZES[size][settings.stage][name] is not None
+        assert settings.model_dump().items() >= SIZES[size][settings.stage].items()
+        untold = {name for name, value in settings.model_dump().items() if value is None}
+        assert untold <= {"control", "infonce_temperature", "replicate", "arm", "training_cases"}
     assert CohortSettings(size=size).preparation.spacing_mm == SIZES[size]["cohort"]["spacing_mm"]
 
 
 def test_what_is_given_comes_before_the_size():
     settings = Stage2Settings(size="smoke", steps=5, learning_rate=0.5)
-    assert (settings.sized("steps"), settings.sized("learning_rate")) == (5, 0.5)
-    assert settings.sized("batch_size") == SIZES["smoke"]["stage2"]["batch_size"]
-    assert settings.sized("momentum") == 0.9
+    assert (settings.steps, settings.learning_rate) == (5, 0.5)
+    assert settings.batch_size == SIZES["smoke"]["stage2"]["batch_size"]
 
 
 def test_the_papers_numbers():
     paper = Stage2Settings(size="paper")
     names = ("batch_size", "patch_size", "base_filters", "embedding_dim", "learning_rate")
-    assert [paper.sized(name) for name in names] == [30, 64, 32, 256, 0.01]
+    assert [getattr(paper, name) for name in names] == [30, 64, 32, 256, 0.01]
     assert (paper.anchors, paper.pairs, paper.threshold, paper.margin) == (20, 1, 0.1, 0.7)
     assert (paper.metric_weight, paper.pair_weight, paper.pair_distance) == (0.01, 0.1, 0.01)
     stage1 = Stage1Settings(size="paper")
-    assert (stage1.sized("filters"), stage1.coarse_mm, stage1.region_mm) == (32, 4.0, (128.0,) * 3)
+    assert (stage1.filters, stage1.coarse_mm, stage1.region_mm) == (32, 4.0, (128.0,) * 3)
     assert CohortSettings(size="paper").preparation == Preparation()
 
 

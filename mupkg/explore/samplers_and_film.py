@@ -46,7 +46,7 @@ class SeenFilm:
         return tuple(slice(start, start + size) for start, size in zip(self.frames.corner, extent, strict=True))
 
 
-def read_films(study: str | Path, configurations: Sequence[str] = (), seed: int = 0) -> dict[str, SeenFilm]:
+def read_films(study: str | Path, configurations: Sequence[str] | None = None, seed: int = 0) -> dict[str, SeenFilm]:
     """The films of a study's runs by configuration; runs trained without one are left out."""
     runs, regions, films = results.runs(study, configurations), Regions.read(Path(study) / "stage1"), {}
     for row in runs[runs["seed"] == seed].itertuples():

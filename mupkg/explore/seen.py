@@ -35,7 +35,11 @@ class SeenCase:
 
     @classmethod
     def read(
-        cls, study: str | Path, case_id: str | None = None, configurations: Sequence[str] = (), seed: int = 0
+        cls,
+        study: str | Path,
+        case_id: str | None = None,
+        configurations: Sequence[str] | None = None,
+        seed: int = 0,
     ) -> SeenCase:
         """A case (the first test case if none is named) and the runs of a study folder, `outputs/<study>` say.
 
@@ -44,7 +48,7 @@ class SeenCase:
         """
         runs = results.runs(study, configurations)
         runs = runs[runs["seed"] == seed].set_index("configuration")["folder"]
-        missing = [name for name in configurations if name not in runs.index]
+        missing = [name for name in configurations or () if name not in runs.index]
         if runs.empty or missing:
             what = ", ".join(missing) or "any configuration"
             raise ValueError(f"{study}: has no run of {what} with seed {seed}; train it or choose another seed")

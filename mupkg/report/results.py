@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,14 @@ import pandas as pd
 
 from mupkg.configurations import TABLE_II
 from mupkg.data.writing import whole_file
+from mupkg.parameters import Stage2Settings, Tag, tagged
 from mupkg.report import statistics
 from mupkg.stages.regions import Regions
 
-# Runs that are compared may differ in who they are, where they lie and how fast they went,
-MAY_DIFFER = ("configuration", "arm", "seed", "replicate", "stage1", "study", "data_folder", "outputs_folder")
-MAY_DIFFER += ("workers", "channels_last", "compile", "deterministic", "film")
-# and a baseline in what never reaches it.
-OF_METRIC_LOSS = ("anchors", "pairs", "threshold", "margin", "normalize")
-OF_METRIC_LOSS += ("metric_weight", "pair_weight", "pair_distance")
 HEADLINE = ("DSC", "ASD", "SEN", "PPV", "HD95", "aRVD")
 
 
-def runs(study: str | Path, configurations: Sequence[str] = (), seed: int | None = None) -> pd.DataFrame:
+def runs(study: str | Path, configurations: Sequence[str] | None = None, seed: int | None = None) -> pd.DataFrame:
     """The finished runs of a study: configuration, seed, folder; in the order asked for, or Table II's.
 
     Args:
@@ -45,8 +40,8 @@ def runs(study: str | Path, configurations: Sequence[str] = (), seed: int | None
     if seed is not None:
         table = table[table["seed"] == seed]
         of_seed, way_out = f" with seed {seed}", f"{way_out}, or choose another seed"
-    order = list(configurations) or [*TABLE_II, *sorted(set(table["configuration"]) - set(TABLE_II))]
-    missing = [name for name in configurations if name not in set(table["configuration"])]
+    order = list(configurations or ()) or [*TABLE_II, *sorted(set(table["configuration"]) - set(TABLE_II))]
+    missing = [name for name in configurations or () if name not in set(table["configuration"])]
     if table.empty or missing:
         what = ", ".join(missing) or "any configuration"
         raise ValueError(f"{study}: no finished run of {what}{of_seed}; {way_out}")
@@ -54,7 +49,7 @@ def runs(study: str | Path, configurations: Sequence[str] = (), seed: int | None
     return table.sort_values(["configuration", "seed"], key=lambda c: c.map(order.index) if c.name != "seed" else c)
 
 
-def case_metrics(table: pd.DataFrame, regions: Regions | None = None) -> pd.DataFrame:
+def case_metrics(table: pd.DataFrame, regions: Regions | None = None, may_differ: Iterable[str] = ()) -> pd.DataFrame:
     """metrics.csv of all these runs in one table: configuration, seed, case_id and the metrics.
 
     Args:
@@ -85,7 +80,7 @@ def case_metrics(table: pd.DataFrame, regions: Regions | None = None) -> pd.Data
             f"{regions.folder / 'regions.csv'}: its regions are not those that the runs were trained on "
             "(data_fingerprint in run.json); after a new stage 1, train every run of the study again"
         )
-    _check_settings({folder.name: parameters for folder, (_, parameters) in records.items()})
+    _check_settings({folder.name: parameters for folder, (_, parameters) in records.items()}, may_differ)
     return metrics
 
 
@@ -98,12 +93,16 @@ def _record(path: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{path}: does not tell how the run was made ({error!r}); run notebook 03 again") from error
 
 
-def _check_settings(parameters: Mapping[str, Mapping[str, Any]]) -> None:
-    """ValueError if runs, by name, were not trained alike in all that reaches their training."""
+def _check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Iterable[str] = ()) -> None:
+    """ValueError if runs, by name, were not trained alike.
+
+    Names, places and speed may differ; so may, where there are no samplers, the options of the metric loss.
+    """
+    may_differ = {*may_differ, *tagged(Stage2Settings, Tag.NAME, Tag.SPEED)}
     values: dict[str, dict[str, str]] = {}  # of each parameter: value -> the first run that has it
     for run, given in parameters.items():
-        unused = OF_METRIC_LOSS if not run.startswith("Metric") else ()
-        for name in given.keys() - {*MAY_DIFFER, *unused}:
+        unused = set() if run.startswith("Metric") else tagged(Stage2Settings, Tag.METRIC)
+        for name in given.keys() - may_differ - unused:
             values.setdefault(name, {}).setdefault(json.dumps(given[name]), run)
     differ = [
         f"{name} is " + ", ".join(f"{value} in {run}" for value, run in found.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,11 @@ def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def trial_metrics(table: pd.DataFrame, regions: Regions | None) -> pd.DataFrame:
+def trial_metrics(table: pd.DataFrame, regions: Regions | None, may_differ: Iterable[str]) -> pd.DataFrame:
     """metrics.csv of these runs in one table, `seed` being the replicate: what `statistics.contrasts` takes.
+
+    Args:
+        may_differ: the parameters in which the arms differ on purpose, `Trial.told_by_arms`.
 
     Raises:
         ValueError: as `results.case_metrics`; and if a replicate was trained on a case that is tested.
@@ -50,7 +54,7 @@ def trial_metrics(table: pd.DataFrame, regions: Regions | None) -> pd.DataFrame:
         both = regions.table.query("split == 'test' and replicate == replicate")
         if len(both):
             raise ValueError(f"{', '.join(both.index)}: tested, but of one replicate alone; prepare the cohort anew")
-    metrics = results.case_metrics(table, regions)
+    metrics = results.case_metrics(table, regions, may_differ)
     replicate = table.set_index(["configuration", "seed"])["replicate"]
     keys = pd.MultiIndex.from_frame(metrics[["configuration", "seed"]])
     return metrics.assign(seed=replicate.loc[keys].to_numpy())

@@ -184,6 +184,23 @@ def test_a_misspelt_parameter_fails_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
+def test_a_parameters_cell_with_more_than_literals_is_followed(tmp_path: Path) -> None:
+    """Regression: notebook 00 ran with its defaults, and wrote over data/phantoms-quick."""
+    notebook = nbformat.read(ROOT / "notebooks/00_prepare_cohort.ipynb", 4)
+    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source = f"%%time\nimport os\n{cell.source}\n" + (
+        "name = os.environ.get('NO_SUCH_NAME', 'mine')\nif seed == 0:\n    cohort = f'{name}-{seed}'\nprint(cohort)"
+    )
+    nbformat.write(notebook, tmp_path / "00.ipynb")
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "data").rglob("*")}
+    parameters = {"size": "smoke", "data_folder": str(tmp_path / "data")}
+    run_notebook(tmp_path / "00.ipynb", tmp_path / "out" / "00.ipynb", parameters)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["mine-0"]
+    assert {path: path.stat().st_mtime_ns for path in (ROOT / "data").rglob("*")} == before
+    with pytest.raises(RuntimeError, match="unknown parameter 'cohrot'"):
+        run_notebook(tmp_path / "00.ipynb", tmp_path / "out" / "00.ipynb", {**parameters, "cohrot": "other"})
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "notebooks/studies").glob("*.yaml")))
 def test_every_study_can_be_planned(name: str, tmp_path: Path) -> None:
     planned = snakemake(tmp_path, "--dry-run", study=name)
