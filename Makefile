@@ -1,14 +1,16 @@
 # make demo    installs, runs the quick study on phantoms from raw scans to tables and figures, says where to look
+# make trial   a question with replicates and a protocol: make trial TRIAL=e1; see notebooks/studies/trials
 # make test    installs, lints, runs all tests
 # make soak    kills a smoke study KILLS times (22) and compares it with an undisturbed one
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
-.PHONY: setup study demo demo-pair test soak lint lab gallery bench clean
+.PHONY: setup study trial demo demo-pair test soak lint lab gallery bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 CORES ?= 2
 STUDY ?= quick
+TRIAL ?= e1
 # Real scans for tests and for notebook 01, if they are at hand; none of them is needed.
 MUPKG_REALDATA ?= $(wildcard ../shared/realdata)
 export MUPKG_REALDATA
@@ -29,6 +31,10 @@ setup: .venv/installed
 # Any study: make study STUDY=promise12_128 CORES=4 OPTIONS="--dry-run"
 study: setup
 	$(SNAKEMAKE) --configfile notebooks/studies/$(STUDY).yaml $(OPTIONS)
+
+# A trial is a study with arms and replicates; what it has trained already is not trained again.
+trial: setup
+	$(SNAKEMAKE) --configfile notebooks/studies/trials/$(TRIAL).yaml $(OPTIONS)
 
 demo: setup
 	$(SNAKEMAKE) --configfile notebooks/studies/quick.yaml $(REAL_CT)
