@@ -6,31 +6,20 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mupkg.losses import InfoNCELoss, SegmentationMetricLoss, VoxelMetricLoss
+from mupkg.losses import DrawnCrossEntropy, InfoNCELoss, SegmentationMetricLoss, VoxelMetricLoss
 from mupkg.models import SegmentationNetwork, UNet, UNetPlusPlus
-from mupkg.samplers import SAMPLERS, HardNegativeSampler
+from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler, whole_number
 
 TABLE_II = (
-    "UNet",
-    "UNet++",
-    "MetricUNet-R-Sep",
-    "MetricUNet-R",
-    "MetricUNet-H",
-    "MetricUNet++-H",
-    "MetricUNet-C",
-    "MetricUNet-HR",
-    "MetricUNet-HC",
-    "MetricUNet-HP",
-    "MetricUNet-HRP",
-    "MetricUNet-HCP",
+    *("UNet", "UNet++", "MetricUNet-R-Sep", "MetricUNet-R", "MetricUNet-H", "MetricUNet++-H", "MetricUNet-C"),
+    *("MetricUNet-HR", "MetricUNet-HC", "MetricUNet-HP", "MetricUNet-HRP", "MetricUNet-HCP"),
 )
 """The twelve names, in the order of the paper's Table III."""
 
 GRAMMAR = (
     "'UNet', 'UNet++', or 'MetricUNet' / 'MetricUNet++' + '-' + one to three different letters of H (focal hard "
     "negative), C (contour-aware), R (random) + 'N' (near negatives, not in the paper) or not + 'P' (positive pairs) "
-    "or not + '-Sep' or not; "
-    "for example MetricUNet-HCP, MetricUNet-R-Sep, MetricUNet++-H"
+    "or not + '-Sep' or not; for example MetricUNet-HCP, MetricUNet-R-Sep, MetricUNet++-H"
 )
 _METRIC_NAME = re.compile(r"Metric(UNet(?:\+\+)?)-([HCR]{1,3})(N?)(P?)(-Sep)?")
 
@@ -49,32 +38,23 @@ class Configuration:
 
     @classmethod
     def of_name(cls, name: str) -> Configuration:
-        """See `configuration`."""
+        """The configuration of that name, letters in the order H, C, R.
+
+        Raises:
+            ValueError: for an unknown name; the message lists the grammar.
+        """
         if name in ("UNet", "UNet++"):
             return cls(name, name, (), triplet=False, positive_pair=False, separate=False)
         match = _METRIC_NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None or len(set(match[2])) < len(match[2]):
             raise ValueError(f"unknown configuration {name!r}; valid names are {GRAMMAR}")
-        backbone, drawn, near, pair, separate = match.groups()
+        backbone, drawn, near, pair, separate = match.groups(default="")
         letters = tuple(letter for letter in "HCR" if letter in drawn)
-        return cls(
-            name=f"Metric{backbone}-{''.join(letters)}{near}{pair}{separate or ''}",
-            backbone=backbone,
-            samplers=letters,
-            triplet=True,
-            positive_pair=bool(pair),
-            separate=bool(separate),
-            near_negatives=bool(near),
-        )
+        name = f"Metric{backbone}-{''.join(letters)}{near}{pair}{separate}"
+        return cls(name, backbone, letters, True, bool(pair), bool(separate), bool(near))
 
 
-def configuration(name: str) -> Configuration:
-    """The configuration of that name, letters in the order H, C, R.
-
-    Raises:
-        ValueError: for an unknown name; the message lists the grammar.
-    """
-    return Configuration.of_name(name)
+configuration = Configuration.of_name  # the public name
 
 
 def build(
@@ -103,58 +83,54 @@ def build(
         configuration: one, or its name.
         anchors, pairs: k and m. threshold: tau. margin: sigma. weight: lambda.
         pair_weight, pair_distance: beta and epsilon, used by the P configurations only.
-        hinge, control, dice: see `VoxelMetricLoss` and `SegmentationMetricLoss`; not in the paper, as is
-        infonce_temperature: `InfoNCELoss` of this temperature in place of Eq. (2).
+        hinge, dice: as in `VoxelMetricLoss` and `SegmentationMetricLoss`. Not in the paper, like the next two.
+        control: "shuffled" roles, or "voxels": `DrawnCrossEntropy` in place of the metric loss.
+        infonce_temperature: `InfoNCELoss` of this temperature in place of the metric loss.
 
     Raises:
-        ValueError: for an unknown name, for an option that makes no sense, and for a control that would do nothing.
+        ValueError: for an unknown name, an option that makes no sense, whether or not this configuration uses it,
+            and a control that would do nothing.
     """
-    if isinstance(configuration, str):
+    if not isinstance(configuration, Configuration):
         configuration = Configuration.of_name(configuration)
-    _refuse_idle_controls(configuration, control, infonce_temperature, hinge, normalize)
     sizes = {"in_channels": in_channels, "base_filters": base_filters, "embedding_dim": embedding_dim}
-    for name, value in (sizes | {"num_classes": num_classes}).items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    backbone = UNet if configuration.backbone == "UNet" else UNetPlusPlus
-    network = backbone(in_channels, base_filters, embedding_dim, num_classes, separate=configuration.separate)
-    samplers = []
-    for letter in configuration.samplers:
-        options = {"threshold": threshold} if SAMPLERS[letter] is HardNegativeSampler else {}
-        samplers.append(SAMPLERS[letter](anchors, pairs, near_negatives=configuration.near_negatives, **options))
-    metric_loss = VoxelMetricLoss(
-        margin, pair_weight if configuration.positive_pair else 0.0, pair_distance, normalize, hinge
-    )
+    sizes = {name: whole_number(name, value) for name, value in (sizes | {"num_classes": num_classes}).items()}
+    # All samplers and the metric loss are built for every configuration, because they check the options.
+    near = {"near_negatives": configuration.near_negatives}
+    samplers = {
+        "H": HardNegativeSampler(anchors, pairs, threshold, **near),
+        "C": ContourSampler(anchors, pairs, **near),
+        "R": RandomSampler(anchors, pairs, **near),
+    }
+    metric_loss = VoxelMetricLoss(margin, pair_weight, pair_distance, normalize, hinge)
+    if not configuration.positive_pair:
+        metric_loss.pair_weight = 0.0
     if infonce_temperature is not None:
         metric_loss = InfoNCELoss(infonce_temperature)
-    return network, SegmentationMetricLoss(samplers, metric_loss, weight, control=control, dice=dice)
+    _refuse_idle(configuration, control, infonce_temperature, hinge, normalize)
+    if control == "voxels":
+        metric_loss = DrawnCrossEntropy()
+    chosen = [samplers[letter] for letter in configuration.samplers]
+    loss = SegmentationMetricLoss(chosen, metric_loss, weight, shuffled=control == "shuffled", dice=dice)
+    backbone = UNet if configuration.backbone == "UNet" else UNetPlusPlus
+    return backbone(**sizes, separate=configuration.separate), loss
 
 
-def _refuse_idle_controls(
-    configuration: Configuration,
-    control: str | None,
-    infonce_temperature: float | None,
-    hinge: bool,
-    normalize: bool,
-) -> None:
-    """A run must not be called after something that it does not do."""
-    given = {
-        f"control {control!r}": control is not None,
-        "infonce_temperature": infonce_temperature is not None,
-        "hinge False": not hinge,
-        "normalize True": normalize,
-        "the P in the name": configuration.positive_pair,
+def _refuse_idle(chosen: Configuration, control: str | None, infonce: float | None, hinge: bool, normalize: bool):
+    """ValueError for a control that does nothing, so that no run is named after what it does not do."""
+    if control not in (None, "voxels", "shuffled"):
+        raise ValueError(f'control must be None, "voxels" or "shuffled", not {control!r}')
+    plain, replaced = not chosen.samplers, control == "voxels" or infonce is not None
+    idle = {
+        "control": plain and control is not None,
+        "infonce_temperature": infonce is not None and (plain or control == "voxels"),
+        "hinge False": not hinge and (plain or replaced),
+        "normalize True": normalize and replaced,
+        "the P in the name": chosen.positive_pair and replaced,
     }
-    asked = [name for name, is_given in given.items() if is_given]
-    if not configuration.samplers:
-        idle, why = {*list(given)[:3]}, "it has no samplers"
-    elif control == "voxels":
-        idle, why = {*list(given)[1:]}, "control 'voxels' takes the place of the metric loss"
-    elif infonce_temperature is not None:
-        idle, why = {*list(given)[2:]}, "InfoNCE takes the place of Eq. (2)"
-    else:
-        return
-    if named := [name for name in asked if name in idle]:
-        raise ValueError(f"{configuration.name}: {', '.join(named)} would do nothing: {why}; leave it out")
-    if control == "voxels" and configuration.separate:
-        raise ValueError(f"{configuration.name}: with control 'voxels' only the head would learn; leave out -Sep")
+    if any(idle.values()):
+        names = ", ".join(name for name, is_idle in idle.items() if is_idle)
+        why = "it draws no voxels" if plain else "another loss takes the place of Eq. (2)"
+        raise ValueError(f"{chosen.name}: {names} would do nothing, for {why}; leave it out")
+    if control == "voxels" and chosen.separate:
+        raise ValueError(f"{chosen.name}: with control 'voxels' only the head would learn; leave out -Sep")

@@ -1,4 +1,4 @@
-"""The voxel metric loss (Eq. 2, with hinges) and the multi-task loss it joins.
+"""The voxel metric loss (Eq. 2, with hinges), the multi-task loss it is part of (Eq. 4), and controls.
 
 Choosing voxels (samplers), gathering their embeddings, distance, loss and reduction are separate steps.
 The embeddings of all tuples of a step are gathered once; distances are computed between the gathered rows only.
@@ -7,56 +7,53 @@ The embeddings of all tuples of a step are gathered once; distances are computed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Integer
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from mupkg.models import SegmentationOutput
-from mupkg.samplers import Labels, Sampler, VoxelTuples, shuffle_roles
+from mupkg.samplers import Labels, Sampler, VoxelTuples, real_number, shuffle_roles, switch
 
-IGNORED = -100  # the label of voxels that nothing looks at, as in torch's cross-entropy
+IGNORED = -100  # the label of voxels that neither cross-entropy nor the samplers look at
+Vectors = Float[Tensor, "t e"]  # gathered embeddings, a row a tuple
+Valid = Bool[Tensor, " t"]  # the tuples that count
+Scalar = Float[Tensor, ""]
 
 
-def gather_embeddings(
-    embeddings: Float[Tensor, "n e *spatial"], voxels: Integer[Tensor, " t"]
-) -> Float[Tensor, "t e"]:
+def gather_embeddings(embeddings: Float[Tensor, "n e *spatial"], voxels: Integer[Tensor, " t"]) -> Vectors:
     """The embeddings of the voxels with these flat indices into (N, *spatial), in float32."""
-    # A view where the channels come last in memory, as in training. Not `embeddings[image, :, voxel]`: on a CPU
-    # with several threads its backward adds up voxels drawn twice in any order, so that no run can be repeated.
-    return embeddings.movedim(1, -1).flatten(0, -2).index_select(0, voxels).float()
+    # Not `embeddings[image, :, voxel]`: on a CPU with several threads its backward adds up voxels drawn twice in
+    # any order, so that no run could be repeated.
+    rows = embeddings.movedim(1, -1)
+    if rows.is_contiguous():  # channels last in memory, as in training: no copy
+        return rows.flatten(0, -2).index_select(0, voxels).float()
+    # Channels first: `rows` would be a copy of all embeddings, so every number is fetched from its own place.
+    channels, size = embeddings.shape[1], embeddings.shape[2:].numel()
+    first = voxels.long() + voxels // size * ((channels - 1) * size)
+    places = first[:, None] + torch.arange(channels, device=voxels.device) * size
+    return embeddings.flatten().index_select(0, places.flatten()).view(places.shape).float()
 
 
-def squared_distance(u: Float[Tensor, "t e"], v: Float[Tensor, "t e"]) -> Float[Tensor, " t"]:
+def squared_distance(u: Vectors, v: Vectors) -> Float[Tensor, " t"]:
     """Squared Euclidean distance over channels, row by row."""
     return (u - v).square().sum(dim=1)
 
 
-def mean_of_valid(losses: Float[Tensor, " t"], valid: Bool[Tensor, " t"] | None) -> Float[Tensor, ""]:
-    """The mean over the `valid` (by default all) tuples (R7); 0 without any."""
-    if valid is None:
-        return losses.sum() / max(len(losses), 1)
-    return losses.where(valid, 0.0).sum() / valid.sum().clamp(min=1)
-
-
 class TupleLoss(nn.Module):
-    """A loss of drawn tuples; subclasses implement `of_vectors`."""
+    """The mean of a loss over tuples (reading R7); subclasses implement `per_tuple`."""
 
-    def forward(self, embeddings: Float[Tensor, "n e *spatial"], tuples: VoxelTuples) -> Float[Tensor, ""]:
+    def forward(self, embeddings: Float[Tensor, "n e *spatial"], tuples: VoxelTuples) -> Scalar:
         """The loss of these tuples; without tuples a zero that still back-propagates."""
-        return self.of_vectors(*gather_embeddings(embeddings, torch.cat(tuples)).chunk(3))
+        valid = torch.ones_like(tuples.anchors, dtype=torch.bool)
+        return self.of_vectors(*gather_embeddings(embeddings, torch.cat(tuples)).chunk(3), valid)
 
-    def of_vectors(
-        self,
-        anchors: Float[Tensor, "t e"],
-        positives: Float[Tensor, "t e"],
-        negatives: Float[Tensor, "t e"],
-        valid: Bool[Tensor, " t"] | None = None,
-    ) -> Float[Tensor, ""]:
-        """The same loss from gathered embeddings; tuples that are not `valid` do not count in the mean."""
-        raise NotImplementedError(f"{type(self).__name__} must implement of_vectors(anchors, positives, negatives)")
+    def of_vectors(self, anchors: Vectors, positives: Vectors, negatives: Vectors, valid: Valid) -> Scalar:
+        """The same loss from gathered embeddings; tuples that are not `valid` do not count."""
+        losses = self.per_tuple(anchors, positives, negatives, valid)
+        return losses.where(valid, 0.0).sum() / valid.sum().clamp(min=1)
 
 
 class VoxelMetricLoss(TupleLoss):
@@ -69,8 +66,8 @@ class VoxelMetricLoss(TupleLoss):
         margin: sigma, in squared-distance units (0.7; 1.0 in the paper's Table III).
         pair_weight: beta; 0 leaves the pair term out, 0.1 in the P configurations.
         pair_distance: epsilon, the greatest squared distance wanted between positives.
-        normalize: bring every embedding to unit length first (an option; the paper takes them as they come).
-        hinge: False for Eq. (2) as printed, without hinges and with epsilon added, but its mean: a control.
+        normalize: scale every embedding to unit length first (the paper does not).
+        hinge: False for Eq. (2) as printed, without hinges and with epsilon added, but still the mean: a control.
     """
 
     def __init__(
@@ -82,13 +79,11 @@ class VoxelMetricLoss(TupleLoss):
         hinge: bool = True,
     ):
         super().__init__()
-        for name, value in {"margin": margin, "pair_weight": pair_weight, "pair_distance": pair_distance}.items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
-        self.margin, self.pair_weight, self.pair_distance = margin, pair_weight, pair_distance
-        self.normalize, self.hinge = normalize, hinge
+        self.margin, self.pair_weight = real_number("margin", margin), real_number("pair_weight", pair_weight)
+        self.pair_distance = real_number("pair_distance", pair_distance)
+        self.normalize, self.hinge = switch("normalize", normalize), switch("hinge", hinge)
 
-    def of_vectors(self, anchors, positives, negatives, valid=None):
+    def per_tuple(self, anchors, positives, negatives, _valid):
         if self.normalize:
             anchors, positives, negatives = (F.normalize(x, dim=1) for x in (anchors, positives, negatives))
         to_positive = squared_distance(anchors, positives)
@@ -97,66 +92,62 @@ class VoxelMetricLoss(TupleLoss):
         if self.pair_weight:
             pair = F.relu(to_positive - self.pair_distance) if self.hinge else to_positive + self.pair_distance
             losses = losses + self.pair_weight * pair
-        return mean_of_valid(losses, valid)
+        return losses
 
 
 class InfoNCELoss(TupleLoss):
-    """InfoNCE over the drawn voxels, a control in place of Eq. (2) (not in the paper).
+    """A control in place of Eq. (2), not in the paper: InfoNCE over the drawn voxels.
 
-    Cross-entropy of telling an anchor's own positive from all negatives that the sampler drew in the batch, by
-    cosine similarity / temperature. Memory grows with the square of the number of tuples.
-
-    Args:
-        temperature: above 0; 0.05 to 0.3 are usual.
+    An anchor has to tell its own positive from all negatives that the sampler drew in the batch: cross-entropy of
+    a softmax over cosine similarities / temperature. Memory grows with the square of the number of tuples.
     """
 
     def __init__(self, temperature: float = 0.1):
         super().__init__()
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"the temperature must be a finite number above 0, not {temperature!r}")
-        self.temperature = temperature
+        self.temperature = real_number("the temperature of InfoNCE", temperature)
+        if not self.temperature:
+            raise ValueError("the temperature of InfoNCE must be above 0 (0.05 to 0.3 are usual)")
 
-    def of_vectors(self, anchors, positives, negatives, valid=None):
+    def per_tuple(self, anchors, positives, negatives, valid):
         anchors, positives, negatives = (F.normalize(x, dim=1) for x in (anchors, positives, negatives))
         to_positive = (anchors * positives).sum(dim=1, keepdim=True) / self.temperature
-        to_negatives = anchors @ negatives.T / self.temperature
-        if valid is not None:
-            to_negatives = to_negatives.masked_fill(~valid, -torch.inf)
-        losses = torch.cat([to_positive, to_negatives], dim=1).logsumexp(dim=1) - to_positive[:, 0]
-        return mean_of_valid(losses, valid)
+        to_negatives = (anchors @ negatives.T / self.temperature).masked_fill(~valid, -torch.inf)
+        return torch.cat([to_positive, to_negatives], dim=1).logsumexp(dim=1) - to_positive[:, 0]
 
 
-def voxel_cross_entropy(
-    logits: Float[Tensor, "n classes *spatial"], labels: Int[Tensor, "n *spatial"]
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy over voxels; as a list of voxels where determinism is asked for.
+class DrawnCrossEntropy(TupleLoss):
+    """A control, not in the paper: mean cross-entropy of the drawn voxels. Its vectors are their logits."""
 
-    PyTorch has no deterministic CUDA kernel for cross-entropy over images, but one for lists.
+    def per_tuple(self, anchors, positives, negatives, _valid):
+        anchors, positives, negatives = (x.log_softmax(dim=1) for x in (anchors, positives, negatives))
+        return -(anchors[:, 1] + positives[:, 1] + negatives[:, 0]) / 3
+
+
+def voxel_cross_entropy(logits: Float[Tensor, "n classes *spatial"], labels: Integer[Tensor, "n *spatial"]) -> Scalar:
+    """Mean cross-entropy over the voxels that are not IGNORED; 0 if all are.
+
+    Raises:
+        ValueError: on a CPU, for labels that are no class. To look for them, a GPU would wait in every step; there
+            the kernel's own assertion, `t >= 0 && t < n_classes`, ends the training.
     """
-    if torch.are_deterministic_algorithms_enabled():
-        return F.cross_entropy(logits.movedim(1, -1).flatten(0, -2), labels.flatten())
-    return F.cross_entropy(logits, labels)
-
-
-def drawn_cross_entropy(
-    anchors: Float[Tensor, "t classes"],
-    positives: Float[Tensor, "t classes"],
-    negatives: Float[Tensor, "t classes"],
-    valid: Bool[Tensor, " t"],
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the drawn voxels' own logits; two of a tuple's three are prostate, 1, one is not, 0."""
-    labels = torch.zeros(3 * len(valid), dtype=torch.int64, device=valid.device)
-    labels[: 2 * len(valid)] = 1
-    losses = F.cross_entropy(torch.cat([anchors, positives, negatives]), labels, reduction="none")
-    return mean_of_valid(losses, valid.repeat(3))
+    known, classes = (labels != IGNORED).any(), logits.shape[1]
+    if torch.are_deterministic_algorithms_enabled():  # CUDA has no deterministic kernel for images, but one for lists
+        logits, labels = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
+    try:
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
+    except IndexError:
+        wrong = sorted({*labels.unique().tolist()} - {IGNORED, *range(classes)})
+        cure = f"to ignore voxels, labels.long().masked_fill(labels == {wrong[-1]}, {IGNORED})"
+        raise ValueError(f"labels must be 0 to {classes - 1} or {IGNORED}, but hold {wrong}; {cure}") from None
+    return loss.where(known, 0.0)  # the mean of nothing is NaN
 
 
 class LossTerms(NamedTuple):
     """Total, cross-entropy, and each sampler's metric loss (not yet weighted); all keep their graph."""
 
-    total: Float[Tensor, ""]
-    cross_entropy: Float[Tensor, ""]
-    metric: dict[str, Float[Tensor, ""]]
+    total: Scalar
+    cross_entropy: Scalar
+    metric: dict[str, Scalar]
 
 
 class SegmentationMetricLoss(nn.Module):
@@ -166,9 +157,8 @@ class SegmentationMetricLoss(nn.Module):
         samplers: the configuration's samplers, each letter once; empty for a plain UNet.
         metric_loss: applied to each sampler's tuples; `VoxelMetricLoss()` if None.
         weight: lambda (0.01 in the paper).
-        control: not in the paper. "voxels": cross-entropy of just the drawn voxels in place of the metric loss;
-            "shuffled": the metric loss with the roles of an image's drawn voxels permuted.
-        dice: add a soft Dice loss of the foreground over the batch, as nnU-Net does in 2D (not in the paper).
+        shuffled: deal the drawn voxels of an image to the three roles at random first: a control (not in the paper).
+        dice: add the soft Dice loss of the foreground over the batch, as nnU-Net does in 2D (not in the paper).
     """
 
     def __init__(
@@ -177,80 +167,61 @@ class SegmentationMetricLoss(nn.Module):
         metric_loss: TupleLoss | None = None,
         weight: float = 0.01,
         *,
-        control: Literal["voxels", "shuffled"] | None = None,
+        shuffled: bool = False,
         dice: bool = False,
     ):
         super().__init__()
         self.samplers = tuple(samplers)
         letters = [sampler.letter for sampler in self.samplers]
         if len(set(letters)) < len(letters):  # the terms are told apart by letter
-            raise ValueError(f"every sampler may be there once, not {', '.join(letters)}")
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight must be a finite number of at least 0, not {weight!r}")
-        if control not in (None, "voxels", "shuffled"):
-            raise ValueError(f'control must be None, "voxels" or "shuffled", not {control!r}')
-        if control and not self.samplers:
-            raise ValueError(f"control {control!r} does nothing without samplers; choose a MetricUNet")
+            raise ValueError(f"each sampler may be given once, not {', '.join(letters)}")
         self.metric_loss = metric_loss if metric_loss is not None else VoxelMetricLoss()
-        self.weight, self.control, self.soft_dice = weight, control, None
-        if dice:
+        self.weight, self.shuffled = real_number("weight", weight), switch("shuffled", shuffled)
+        self.soft_dice = None
+        if switch("dice", dice):
             from monai.losses import DiceLoss  # slow to import
 
             self.soft_dice = DiceLoss(include_background=False, to_onehot_y=True, batch=True)
 
-    def forward(
-        self,
-        output: SegmentationOutput,
-        labels: Labels,
-        generator: torch.Generator | None = None,
-    ) -> LossTerms:
+    def forward(self, output: SegmentationOutput, labels: Labels, generator: Generator | None = None) -> LossTerms:
         """All terms for one batch; `generator` lives on the labels' device and drives every draw.
 
-        Labels are 0 and 1; -100 marks voxels that neither cross-entropy nor the samplers look at.
-
-        Raises:
-            ValueError: if the shapes do not fit each other, with what to do.
+        Labels are 0 and 1, or IGNORED. ValueError if shapes do not fit, and as in `voxel_cross_entropy`.
         """
-        self._check_shapes(output, labels)
-        cross_entropy = total = voxel_cross_entropy(output.logits.float(), labels.long())
+        self._check(output, labels)
+        logits, targets = output.logits.float(), labels.long()
+        cross_entropy = total = voxel_cross_entropy(logits, targets)
         if self.soft_dice is not None:
-            total = total + self._dice_loss(output.logits.float(), labels.long())
+            known = (targets != IGNORED)[:, None]
+            total = total + self.soft_dice(logits.softmax(dim=1) * known, targets[:, None] * known)
         if not self.samplers:
             return LossTerms(total, cross_entropy, {})
-        metric = self._metric_terms(output, labels, generator)
+        probability = logits.detach().softmax(dim=1)[:, 1]
+        draws = [sampler.draw(labels, probability, generator) for sampler in self.samplers]
+        if self.shuffled:
+            draws = [(shuffle_roles(tuples, len(labels), generator), valid) for tuples, valid in draws]
+        roles = [indices for tuples, _ in draws for indices in tuples]  # three per sampler
+        vectors = output.logits if isinstance(self.metric_loss, DrawnCrossEntropy) else output.embeddings
+        parts = iter(gather_embeddings(vectors, torch.cat(roles)).split([len(indices) for indices in roles]))
+        metric = {
+            sampler.letter: self.metric_loss.of_vectors(next(parts), next(parts), next(parts), valid)
+            for sampler, (_, valid) in zip(self.samplers, draws, strict=True)
+        }
         return LossTerms(total + self.weight * sum(metric.values()), cross_entropy, metric)
 
-    def _metric_terms(
-        self, output: SegmentationOutput, labels: Labels, generator: torch.Generator | None
-    ) -> dict[str, Float[Tensor, ""]]:
-        probability = output.logits.detach().float().softmax(dim=1)[:, 1]
-        draws = [sampler.draw(labels, probability, generator) for sampler in self.samplers]
-        drawn, valid = [tuples for tuples, _ in draws], [mask for _, mask in draws]
-        if self.control == "shuffled":
-            drawn = [shuffle_roles(tuples, len(labels), generator) for tuples in drawn]
-        learnt = output.logits if self.control == "voxels" else output.embeddings
-        gathered = gather_embeddings(learnt, torch.cat([indices for tuples in drawn for indices in tuples]))
-        parts = gathered.split([len(indices) for tuples in drawn for indices in tuples])
-        loss = drawn_cross_entropy if self.control == "voxels" else self.metric_loss.of_vectors
-        return {sampler.letter: loss(*parts[3 * i : 3 * i + 3], valid[i]) for i, sampler in enumerate(self.samplers)}
-
-    def _dice_loss(
-        self, logits: Float[Tensor, "n classes *spatial"], labels: Integer[Tensor, "n *spatial"]
-    ) -> Float[Tensor, ""]:
-        known = (labels != IGNORED)[:, None]
-        return self.soft_dice(logits.softmax(dim=1) * known, labels[:, None] * known)
-
-    def _check_shapes(self, output: SegmentationOutput, labels: Labels) -> None:
-        """Shapes alone, which a GPU need not be waited for. Embeddings of another grid would be of other voxels."""
-        logits, embeddings, grid = tuple(output.logits.shape), tuple(output.embeddings.shape), tuple(labels.shape)
-        cure = None
-        if grid[:1] + grid[2:] == logits[:1] + logits[2:] and grid[1:2] == (1,):
+    def _check(self, output: SegmentationOutput, labels: Labels) -> None:
+        """Only shapes and types are looked at, because the CPU knows these without waiting for a GPU."""
+        if labels.is_floating_point():
+            raise ValueError(f"labels must be whole numbers or boolean, not {labels.dtype}: labels.long()")
+        logits, embeddings, grid = (tuple(tensor.shape) for tensor in (*output, labels))
+        if grid == (*logits[:1], 1, *logits[2:]):
             cure = "squeeze the labels' channel axis, labels[:, 0]"
         elif grid != logits[:1] + logits[2:]:
-            cure = "labels are (N, *spatial) on the grid of the logits (N, classes, *spatial)"
+            cure = "labels must be (N, *spatial), on the grid of the logits (N, classes, *spatial)"
         elif logits[1] < 2:
             cure = "let the network give a logit for background and one for foreground"
-        elif self.samplers and embeddings[:1] + embeddings[2:] != grid:
-            cure = "embeddings are wanted on the labels' grid; EmbeddingTap brings smaller ones to it"
-        if cure:
-            raise ValueError(f"logits {logits}, embeddings {embeddings} and labels {grid} do not fit: {cure}")
+        elif self.samplers and embeddings[:1] + embeddings[2:] != grid:  # they would be of other voxels
+            cure = "embeddings must lie on the labels' grid; EmbeddingTap brings smaller ones to it"
+        else:
+            return
+        raise ValueError(f"logits {logits}, embeddings {embeddings} and labels {grid} do not fit: {cure}")

@@ -22,14 +22,11 @@ def surface(mask: Bool[np.ndarray, "*spatial"]) -> Bool[np.ndarray, "*spatial"]:
     return mask & ~inside
 
 
-def _bounding_box(masks: Sequence[Bool[np.ndarray, "*spatial"]]) -> tuple[slice, ...]:
-    """The smallest box around all masks' foreground, narrowed axis by axis, so that each look is at less."""
-    box: list[slice] = []
-    for axis in range(masks[0].ndim):
-        others = tuple(other for other in range(masks[0].ndim) if other != axis)
-        hit = np.flatnonzero(np.any([mask[tuple(box)].any(axis=others) for mask in masks], axis=0))
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1) if len(hit) else slice(0, 0))
-    return tuple(box)
+def dice(prediction: Shaped[np.ndarray, "..."], truth: Shaped[np.ndarray, "..."]) -> float:
+    """The DSC alone, of masks as in `segmentation_metrics`; 1 if both are empty."""
+    prediction, truth = _masks(prediction, truth)
+    size = np.count_nonzero(prediction) + np.count_nonzero(truth)
+    return float(2 * np.count_nonzero(prediction & truth) / size) if size else 1.0
 
 
 def segmentation_metrics(
@@ -54,58 +51,64 @@ def segmentation_metrics(
         ValueError: shapes that differ, masks of other values or dimensions, a spacing that is not one finite
             positive number an axis.
     """
-    prediction, truth = _as_mask(prediction, "prediction"), _as_mask(truth, "truth")
-    if prediction.shape != truth.shape:
-        raise ValueError(f"prediction is {prediction.shape} but truth is {truth.shape}: bring them to one grid")
+    prediction, truth = _masks(prediction, truth)
     spacing = np.asarray(spacing_mm, dtype=float)
     if spacing.shape != (truth.ndim,) or not np.all(np.isfinite(spacing) & (spacing > 0)):
         raise ValueError(f"spacing_mm must be {truth.ndim} finite positive numbers in array order, not {spacing_mm}")
 
-    box = _bounding_box((prediction, truth))  # only the organ, not the whole scan
+    box = _bounding_box(prediction, truth)  # only the organ, not the whole scan
     prediction, truth = prediction[box], truth[box]
     predicted, true, both = (int(np.count_nonzero(m)) for m in (prediction, truth, prediction & truth))
     overlap = {
-        "DSC": 2 * both / (predicted + true) if predicted + true else 1.0,
+        "DSC": dice(prediction, truth),
         "SEN": both / true if true else float("nan"),
         "PPV": both / predicted if predicted else float("nan"),
     }
-    if not predicted or not true:
-        distance = 0.0 if predicted == true else float("inf")
-        distances = dict.fromkeys(("ASD", "HD95", "HD"), distance)
+    if predicted and true:
+        a, b = surface(prediction), surface(truth)
+        a_to_b, b_to_a = _directed(a, b, spacing), _directed(b, a, spacing)
+        distances = {
+            "ASD": float(a_to_b.mean() + b_to_a.mean()) / 2,
+            "HD95": float(max(np.percentile(a_to_b, 95), np.percentile(b_to_a, 95))),
+            "HD": float(max(a_to_b.max(), b_to_a.max())),
+        }
     else:
-        distances = _surface_distances(surface(prediction), surface(truth), spacing)
+        distances = dict.fromkeys(("ASD", "HD95", "HD"), 0.0 if predicted == true else float("inf"))
     volume_error = 100 * abs(predicted - true) / true if true else (0.0 if not predicted else float("nan"))
     return overlap | distances | {"aRVD": volume_error}
 
 
-def _surface_distances(
-    a: Bool[np.ndarray, "*spatial"], b: Bool[np.ndarray, "*spatial"], spacing: Float[np.ndarray, " d"]
-) -> dict[str, float]:
-    a_to_b, b_to_a = _directed(a, b, spacing), _directed(b, a, spacing)
-    return {
-        "ASD": float(a_to_b.mean() + b_to_a.mean()) / 2,
-        "HD95": float(max(np.percentile(a_to_b, 95), np.percentile(b_to_a, 95))),
-        "HD": float(max(a_to_b.max(), b_to_a.max())),
-    }
+def _bounding_box(*masks: Bool[np.ndarray, "*spatial"]) -> tuple[slice, ...]:
+    """The smallest box around the foreground of all masks. Every axis narrows it, so that the next looks at less."""
+    box: list[slice] = []
+    for axis in range(masks[0].ndim):
+        others = tuple(other for other in range(masks[0].ndim) if other != axis)
+        hit = np.flatnonzero(np.any([mask[tuple(box)].any(axis=others) for mask in masks], axis=0))
+        box.append(slice(int(hit[0]), int(hit[-1]) + 1) if len(hit) else slice(0, 0))
+    return tuple(box)
 
 
 def _directed(
     of: Bool[np.ndarray, "*spatial"], other: Bool[np.ndarray, "*spatial"], spacing: Float[np.ndarray, " d"]
 ) -> Float[np.ndarray, " s"]:
-    """Every voxel's distance in mm to the nearest of the other surface, in no particular order."""
+    """The distance in mm of every voxel `of` one surface to the nearest of the other, in no particular order."""
     distances = np.zeros(np.count_nonzero(of))  # 0 for voxels on both, so only the rest is looked up
     apart = np.argwhere(of & ~other) * spacing
-    # Points of a grid lie in planes, where medians (a balanced tree) are dear to find and gain nothing.
+    # Grid points lie in planes: a balanced tree spends long on finding medians among them, and gains nothing.
     tree = KDTree(np.argwhere(other) * spacing, leafsize=24, balanced_tree=False)
     distances[: len(apart)] = tree.query(apart)[0]
     return distances
 
 
-def _as_mask(array: Shaped[np.ndarray, "..."], name: str) -> Bool[np.ndarray, "*spatial"]:
-    array = np.asarray(array)
-    if array.ndim not in (2, 3):
-        raise ValueError(f"{name} must be 2D or 3D, not {array.ndim}D")
-    mask = array.astype(bool, copy=False)
-    if array.dtype != bool and not (mask == array).all():
-        raise ValueError(f"{name} must be boolean (or hold 0 and 1 only)")
-    return mask
+def _masks(prediction: Shaped[np.ndarray, "..."], truth: Shaped[np.ndarray, "..."]) -> list[np.ndarray]:
+    """Both as boolean masks of one shape; ValueError if they are none."""
+    masks = []
+    for name, array in (("prediction", np.asarray(prediction)), ("truth", np.asarray(truth))):
+        if array.ndim not in (2, 3):
+            raise ValueError(f"{name} must be 2D or 3D, not {array.ndim}D")
+        masks.append(array.astype(bool, copy=False))
+        if array.dtype != bool and not (masks[-1] == array).all():
+            raise ValueError(f"{name} must be boolean (or hold 0 and 1 only)")
+    if masks[0].shape != masks[1].shape:
+        raise ValueError(f"prediction is {masks[0].shape} but truth is {masks[1].shape}: bring them to one grid")
+    return masks

@@ -7,7 +7,8 @@ the metric losses learn from. The metric branch has no weights of its own; at te
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -41,36 +42,9 @@ def double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class SegmentationNetwork(nn.Module):
-    """What the backbones share: the head, and where the gradient is cut for a `-Sep` configuration.
+    """What the backbones share: encoder, head, and where the gradient is cut for a `-Sep` configuration.
 
-    Subclasses implement `embed`, which maps images to voxel embeddings at full resolution.
-    """
-
-    def __init__(self, embedding_dim: int, num_classes: int, separate: bool):
-        super().__init__()
-        # Table I prints sega as 3 x 3 x 256 but counts 66 K parameters: a 1 x 1 convolution (reading R4).
-        self.head = nn.Sequential(
-            conv_bn_relu(embedding_dim, embedding_dim, kernel=1), nn.Conv2d(embedding_dim, num_classes, 1)
-        )
-        self.separate = separate
-
-    def embed(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n e h w"]:
-        raise NotImplementedError(f"{type(self).__name__} must implement embed(images)")
-
-    def forward(self, images: Float[Tensor, "n c h w"]) -> SegmentationOutput:
-        """Logits and embeddings on the images' grid. ValueError if H or W is not a multiple of 8."""
-        height, width = images.shape[-2:]
-        if height % MULTIPLE or width % MULTIPLE:
-            raise ValueError(
-                f"images are {height} x {width}, but three poolings need multiples of {MULTIPLE}: pad them"
-            )
-        embeddings = self.embed(images)
-        # "-Sep": cross-entropy teaches the head alone, the metric loss everything before it (Section IV-D).
-        return SegmentationOutput(self.head(embeddings.detach() if self.separate else embeddings), embeddings)
-
-
-class UNet(SegmentationNetwork):
-    """The UNet of Table I; with the default arguments 3 279 842 parameters, the paper's 3.28 M.
+    Subclasses build what leads from the encoder's blocks to the embeddings in `add_decoder`, and run it in `embed`.
 
     Args:
         in_channels: neighbouring slices that go in (3 in stage 2, 5 in stage 1).
@@ -91,12 +65,31 @@ class UNet(SegmentationNetwork):
         growth: int = 2,
         separate: bool = False,
     ):
-        super().__init__(embedding_dim, num_classes, separate)
-        widths = [base_filters * growth**level for level in range(POOLINGS + 1)]
-        self.down = nn.ModuleList(
-            double_conv(before, after) for before, after in zip([in_channels, *widths], widths, strict=False)
+        super().__init__()
+        # Table I prints sega as 3 x 3 x 256 but counts 66 K parameters: a 1 x 1 convolution (reading R4).
+        self.head = nn.Sequential(
+            conv_bn_relu(embedding_dim, embedding_dim, kernel=1), nn.Conv2d(embedding_dim, num_classes, 1)
         )
-        # Going up, level by level: below -> here, beside the skip. Only the last block widens, to E channels.
+        widths = [base_filters * growth**level for level in range(POOLINGS + 1)]
+        self.down = nn.ModuleList(double_conv(before, here) for before, here in pairwise([in_channels, *widths]))
+        self.add_decoder(widths, embedding_dim)
+        self.separate = separate
+
+    def forward(self, images: Float[Tensor, "n c h w"]) -> SegmentationOutput:
+        """Logits and embeddings on the images' grid. ValueError if H or W is not a multiple of 8."""
+        height, width = images.shape[-2:]
+        if height % MULTIPLE or width % MULTIPLE:
+            raise ValueError(f"images are {height} x {width}; three poolings need multiples of {MULTIPLE}: pad them")
+        embeddings = self.embed(images)
+        # "-Sep": cross-entropy teaches the head alone, the metric loss everything before it (Section IV-D).
+        return SegmentationOutput(self.head(embeddings.detach() if self.separate else embeddings), embeddings)
+
+
+class UNet(SegmentationNetwork):
+    """The UNet of Table I; with the default arguments 3 279 842 parameters, the paper's 3.28 M."""
+
+    def add_decoder(self, widths: list[int], embedding_dim: int) -> None:
+        # Channels from below, of the block itself, and of its skip. Only the last block widens, to E channels.
         below, here = [widths[3], widths[2], widths[1]], [widths[2], widths[1], embedding_dim]
         skips = [widths[2], widths[1], widths[0]]
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, h, 2, stride=2) for b, h in zip(below, here, strict=True))
@@ -108,8 +101,8 @@ class UNet(SegmentationNetwork):
         for block in self.down[1:]:
             skips.append(features)
             features = block(F.max_pool2d(features, 2))
-        for up, merge in zip(self.up, self.merge, strict=True):
-            features = merge(torch.cat([up(features), skips.pop()], dim=1))
+        for up, merge, skip in zip(self.up, self.merge, reversed(skips), strict=True):
+            features = merge(torch.cat([up(features), skip], dim=1))
         return features
 
 
@@ -121,24 +114,11 @@ def light_unet(in_channels: int = 5, filters: int = 32, num_classes: int = 2) ->
 class UNetPlusPlus(SegmentationNetwork):
     """UNet++ with the UNet's blocks, widths and head; only the wiring differs: dense nested skips.
 
-    Node (level, column) reads all earlier nodes of its level and, up-sampled, the node below of the column
-    before. The last node of level 0 gives the embeddings. No deep supervision. Arguments as in `UNet`.
+    Node (level, column) reads all earlier nodes of its level and, up-sampled, the node below it in the column
+    before. The last node of level 0 gives the embeddings. No deep supervision.
     """
 
-    def __init__(
-        self,
-        in_channels: int = 3,
-        base_filters: int = 32,
-        embedding_dim: int = 256,
-        num_classes: int = 2,
-        *,
-        separate: bool = False,
-    ):
-        super().__init__(embedding_dim, num_classes, separate)
-        widths = [base_filters * 2**level for level in range(POOLINGS + 1)]
-        self.down = nn.ModuleList(
-            double_conv(before, after) for before, after in zip([in_channels, *widths], widths, strict=False)
-        )
+    def add_decoder(self, widths: list[int], embedding_dim: int) -> None:
         self.up, self.merge = nn.ModuleDict(), nn.ModuleDict()
         for column in range(1, POOLINGS + 1):
             for level in range(POOLINGS + 1 - column):
@@ -165,15 +145,16 @@ class EmbeddingTap(nn.Module):
     So voxel metric learning fits MONAI's networks, segmentation_models_pytorch's or your own, unchanged.
 
     Args:
-        network: maps images (N, C, *spatial) to logits (N, classes, *spatial), or to a list or tuple whose
-            first entry, or a dict whose entry "out", holds them.
+        network: maps images (N, C, *spatial) to logits (N, classes, *spatial), or to a list or tuple whose first
+            entry, or a dict whose entry "out", holds them. With deep supervision the first head may not be the
+            final one (in MONAI's UNet++ it is the shallowest): switch it off.
         layer: the layer's name, as `network.named_modules()` gives it; its output (N, E, *smaller) is brought
-            to the logits' grid by linear interpolation if it is smaller. Of a layer that runs more than once in
-            a forward pass, the last output counts.
+            to the logits' grid by linear interpolation. If the layer runs more than once in a forward pass, its
+            last output counts.
 
     Raises:
-        ValueError: at construction, if there is no such layer; at a call, if the layer was not run or does
-            not give a feature map.
+        ValueError: at construction, if there is no such layer; at a call, if the network does not return logits,
+            or the layer was not run or gives no feature map.
     """
 
     def __init__(self, network: nn.Module, layer: str):
@@ -188,31 +169,32 @@ class EmbeddingTap(nn.Module):
     def forward(self, images: Float[Tensor, "n c *spatial"]) -> SegmentationOutput:
         tapped: list[Any] = []
 
-        def tap(_layer: nn.Module, _inputs: tuple, output: Any) -> None:
-            # cloned, because a ReLU that works in place may come next
+        def tap(_layer: nn.Module, _inputs: tuple, output: Any) -> None:  # clones: a ReLU in place may come next
             tapped.append(output.clone() if isinstance(output, Tensor) else output)
 
         # Hooked for this pass alone: nothing stale is ever returned, no graph is kept, the network stays as it was.
-        hook = self.network.get_submodule(self.layer).register_forward_hook(tap)
-        try:
-            logits = _first_tensor(self.network(images))
-        finally:
-            hook.remove()
+        with self.network.get_submodule(self.layer).register_forward_hook(tap):
+            logits = _logits(self.network(images), images.ndim)
         embeddings = tapped[-1] if tapped else None
         if not isinstance(embeddings, Tensor) or embeddings.ndim != logits.ndim:
-            raise ValueError(
-                f"layer {self.layer!r} gave no feature map (N, E, *spatial) in this forward pass; tap another"
-            )
+            raise ValueError(f"layer {self.layer!r} gave no feature map (N, E, *spatial) in this pass; tap another")
         if embeddings.shape[2:] != logits.shape[2:]:
             mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[logits.ndim]
             embeddings = F.interpolate(embeddings, logits.shape[2:], mode=mode, align_corners=False)
         return SegmentationOutput(logits, embeddings)
 
 
-def _first_tensor(output: Tensor | Sequence | Mapping) -> Tensor:
+def _logits(output: Any, ndim: int) -> Tensor:
     """The logits in what a network returned: the tensor itself, the first of a list, or a dict's "out"."""
     if isinstance(output, Mapping):
         if "out" not in output:
             raise ValueError(f'the network returned a dict without "out": {", ".join(map(str, output))}')
-        return output["out"]
-    return output if isinstance(output, Tensor) else output[0]
+        output = output["out"]
+    first = output[0] if isinstance(output, list | tuple) and output else output
+    if isinstance(first, Tensor) and first.ndim == ndim:
+        return first
+    found = f"a tensor {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+    raise ValueError(
+        f"the network returned {found}, not logits (N, classes, *spatial) of {ndim} axes; if it stacks the heads of "
+        "a deep supervision (MONAI's DynUNet does so in training), switch that off"
+    )

@@ -1,21 +1,45 @@
 """Which voxels form the tuples: random (R), focal hard negative (H) and contour-aware (C) sampling.
 
-Section III-B.2 and Fig. 5 of the paper. Only indices are chosen here; no gradient flows. Labels may be 2D or
-3D, (N, H, W) or (N, D, H, W), integers or boolean. Foreground is 1, background 0; any other value is never drawn.
-
-A draw is made for all images at once and has a fixed size, so that a GPU never waits for the CPU: images that
-lack candidates are marked, not skipped in a loop.
+Section III-B.2 and Fig. 5 of the paper. Only indices are chosen here; no gradient flows. Labels are 2D or 3D,
+integers or boolean. Foreground is 1, background 0; any other value is never drawn. A draw covers all images at
+once and has a fixed size, so that a GPU never waits for the CPU: images that lack candidates are marked.
 """
 
 from __future__ import annotations
 
+import operator
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Integer
-from torch import Tensor
+from torch import Generator, Tensor
 
 Labels = Integer[Tensor, "n *spatial"] | Bool[Tensor, "n *spatial"]
+Mask = Bool[Tensor, "n *spatial"]
+Probability = Float[Tensor, "n *spatial"]
+Candidates = Bool[Tensor, "n voxels"]
+
+
+def whole_number(name: str, value: object) -> int:
+    """An option of at least 1, of any integer type (NumPy's too) but bool; else a ValueError."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return operator.index(value)
+
+
+def real_number(name: str, value: object, below: float = float("inf")) -> float:
+    """An option of at least 0 and below a bound, a number but no bool; else a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < below:
+        raise ValueError(f"{name} must be a number of at least 0 and below {below:g}, not {value!r}")
+    return float(value)
+
+
+def switch(name: str, value: object) -> bool:
+    """An option that is True or False; else a ValueError ("no" would pass for True)."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+    return value
 
 
 class VoxelTuples(NamedTuple):
@@ -26,46 +50,38 @@ class VoxelTuples(NamedTuple):
     negatives: Int[Tensor, " t"]
 
 
-def contour(labels: Labels) -> Bool[Tensor, "n *spatial"]:
+def contour(labels: Labels) -> Mask:
     """Foreground voxels with a background neighbour along an axis (4 neighbours in 2D, 6 in 3D).
 
     The patch's own border is a cut through the organ, not a contour, and does not count.
     """
     foreground, background = labels == 1, labels == 0
-    beside_background = torch.zeros_like(foreground)
+    beside = torch.zeros_like(foreground)
     for axis in range(1, labels.ndim):
-        length = labels.shape[axis] - 1
-        here, there = foreground.narrow(axis, 0, length), foreground.narrow(axis, 1, length)
-        beside_background.narrow(axis, 0, length).logical_or_(here & background.narrow(axis, 1, length))
-        beside_background.narrow(axis, 1, length).logical_or_(there & background.narrow(axis, 0, length))
-    return beside_background
+        _mark(beside, background, axis, 1)
+    return beside & foreground
 
 
-def near_contour(labels: Labels) -> Bool[Tensor, "n *spatial"]:
-    """Voxels within 2 voxels (Euclidean, centre to centre) of a contour voxel, on both sides; for N, near negatives.
-
-    Not in the paper. Of 2D labels the distance is in plane.
-    """
+def near_contour(labels: Labels) -> Mask:
+    """Voxels no farther than 2 voxels (Euclidean) from a contour voxel: for N, near negatives; not in the paper."""
     edge = contour(labels)
-    near, block = edge.clone(), edge  # offsets within 2 voxels: two steps along one axis, or the block of 3 x 3 (x 3)
-    for axis in range(1, labels.ndim):
-        near |= _beside(edge, axis, 2)
-        block = _beside(block, axis, 1)
+    near, block = torch.zeros_like(edge), edge
+    for axis in range(1, labels.ndim):  # 2 voxels away: two steps along an axis, or in the block of 3 x 3 (x 3)
+        _mark(near, edge, axis, 2)
+        _mark(wider := block.clone(), block, axis, 1)
+        block = wider
     return near | block
 
 
-def _beside(mask: Bool[Tensor, "n *spatial"], axis: int, steps: int) -> Bool[Tensor, "n *spatial"]:
-    """`mask`, and the voxels that are `steps` voxels from it along an axis."""
-    found, length = mask.clone(), max(0, mask.shape[axis] - steps)
-    if length:
+def _mark(found: Mask, mask: Mask, axis: int, steps: int) -> None:
+    """Add to `found` the voxels that lie `steps` voxels before or behind one of `mask` along an axis."""
+    length = mask.shape[axis] - steps
+    if length > 0:
         found.narrow(axis, 0, length).logical_or_(mask.narrow(axis, steps, length))
         found.narrow(axis, steps, length).logical_or_(mask.narrow(axis, 0, length))
-    return found
 
 
-def draw_with_replacement(
-    candidates: Bool[Tensor, "n voxels"], count: int, generator: torch.Generator | None
-) -> Int[Tensor, "n count"]:
+def draw_with_replacement(candidates: Candidates, count: int, generator: Generator | None) -> Int[Tensor, "n count"]:
     """`count` independent uniform draws among each row's candidates; a row without any gives index 0."""
     ranks = candidates.cumsum(dim=1, dtype=torch.int32)  # a candidate's rank among its row's, from 1
     total = ranks[:, -1:]
@@ -76,7 +92,7 @@ def draw_with_replacement(
 
 
 def draw_without_replacement(
-    candidates: Bool[Tensor, "n voxels"], count: int, generator: torch.Generator | None
+    candidates: Candidates, count: int, generator: Generator | None
 ) -> Int[Tensor, "n count"]:
     """`count` distinct uniform draws; in rows with fewer candidates, draws with replacement (reading R5)."""
     repeated = draw_with_replacement(candidates, count, generator)
@@ -85,93 +101,71 @@ def draw_without_replacement(
     keys = torch.rand(candidates.shape, generator=generator, device=candidates.device, dtype=precise)
     keys = keys.masked_fill_(~candidates, -1.0)
     distinct = keys.topk(min(count, keys.shape[1]), dim=1).indices
-    enough = candidates.sum(dim=1, keepdim=True) >= count
-    if distinct.shape[1] < count:  # fewer voxels than anchors: no row can have enough
+    if distinct.shape[1] < count:  # fewer voxels than draws: no row can have enough
         return repeated
-    return torch.where(enough, distinct, repeated)
+    return torch.where(candidates.sum(dim=1, keepdim=True) >= count, distinct, repeated)
 
 
 class Sampler:
-    """k anchors an image, m positives and m negatives an anchor, paired one to one: k * m tuples an image.
+    """k anchors per image, m positives and m negatives per anchor, paired one to one: k * m tuples per image.
 
     Args:
         anchors: k, anchors per image (20 in the paper).
         pairs: m, positives and negatives per anchor (1 in the paper; reading R13).
-        near_negatives: N, negatives within 2 voxels of the contour only (not in the paper).
+        near_negatives: N, negatives no farther than 2 voxels from the contour (not in the paper).
     """
 
     letter: str
 
     def __init__(self, anchors: int = 20, pairs: int = 1, *, near_negatives: bool = False):
-        for name, value in {"anchors": anchors, "pairs": pairs}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        self.anchors, self.pairs, self.near_negatives = anchors, pairs, near_negatives
+        self.anchors, self.pairs = whole_number("anchors", anchors), whole_number("pairs", pairs)
+        self.near_negatives = switch("near_negatives", near_negatives)
 
-    def candidates(
-        self, labels: Labels, foreground_probability: Float[Tensor, "n *spatial"] | None
-    ) -> tuple[Bool[Tensor, "n *spatial"], Bool[Tensor, "n *spatial"], Bool[Tensor, "n *spatial"]]:
-        """The voxels that may be anchor, positive and negative; `draw` narrows the last for near negatives."""
+    def candidates(self, labels: Labels, foreground_probability: Probability | None) -> tuple[Mask, Mask, Mask]:
+        """The voxels that may be anchor, positive and negative; `draw` then narrows the last for N."""
         raise NotImplementedError(f"{type(self).__name__} must implement candidates(labels, probability)")
 
     @torch.no_grad()
     def draw(
-        self,
-        labels: Labels,
-        foreground_probability: Float[Tensor, "n *spatial"] | None = None,
-        generator: torch.Generator | None = None,
+        self, labels: Labels, foreground_probability: Probability | None = None, generator: Generator | None = None
     ) -> tuple[VoxelTuples, Bool[Tensor, " t"]]:
         """Exactly N * k * m tuples, and which of them are valid. Never waits for the device.
 
-        Raises:
-            ValueError: for labels without a batch axis, or probabilities of another shape.
+        ValueError for labels without a batch axis, or probabilities of another shape.
         """
         if labels.ndim < 3:  # rows would be taken for images
             raise ValueError(f"labels must be (N, *spatial), not {tuple(labels.shape)}; of one image, labels[None]")
         if foreground_probability is not None and foreground_probability.shape != labels.shape:
-            raise ValueError(
-                f"labels are {tuple(labels.shape)} but the probabilities {tuple(foreground_probability.shape)}"
-            )
+            shapes = tuple(labels.shape), tuple(foreground_probability.shape)
+            raise ValueError("labels are {} but the probabilities {}".format(*shapes))
         anchor, positive, negative = self.candidates(labels, foreground_probability)
         if self.near_negatives:
             negative = negative & near_contour(labels)
         sets = [mask.flatten(1) for mask in (anchor, positive, negative)]
         valid = torch.stack([mask.any(dim=1) for mask in sets]).all(dim=0)
-        count = self.anchors * self.pairs
-        anchors = draw_without_replacement(sets[0], self.anchors, generator)
-        chosen = [
-            anchors.repeat_interleave(self.pairs, dim=1),
-            draw_with_replacement(sets[1], count, generator),
-            draw_with_replacement(sets[2], count, generator),
-        ]
+        anchors = draw_without_replacement(sets[0], self.anchors, generator).repeat_interleave(self.pairs, dim=1)
+        others = [draw_with_replacement(mask, anchors.shape[1], generator) for mask in sets[1:]]
         first_voxel = torch.arange(len(labels), device=labels.device)[:, None] * sets[0].shape[1]
-        tuples = VoxelTuples(*((indices + first_voxel).flatten() for indices in chosen))
-        return tuples, valid.repeat_interleave(count)
+        tuples = VoxelTuples(*((indices + first_voxel).flatten() for indices in (anchors, *others)))
+        return tuples, valid.repeat_interleave(anchors.shape[1])
 
     def __call__(
-        self,
-        labels: Labels,
-        foreground_probability: Float[Tensor, "n *spatial"] | None = None,
-        generator: torch.Generator | None = None,
+        self, labels: Labels, foreground_probability: Probability | None = None, generator: Generator | None = None
     ) -> VoxelTuples:
         """The valid tuples alone, T <= N * k * m; an image that lacks a candidate set contributes none.
 
         Args:
             labels: 1 for prostate, 0 for background.
-            foreground_probability: what the head says; only `HardNegativeSampler` looks at it.
+            foreground_probability: the head's; only `HardNegativeSampler` looks at it.
             generator: on the labels' device; the global one if None.
         """
         tuples, valid = self.draw(labels, foreground_probability, generator)
         return VoxelTuples(*(indices[valid] for indices in tuples))
 
 
-def shuffle_roles(tuples: VoxelTuples, images: int, generator: torch.Generator | None = None) -> VoxelTuples:
-    """The drawn voxels of each image, dealt to the three roles at random: a control (not in the paper).
-
-    Args:
-        tuples: as `Sampler.draw` gives them, the same number for each of the `images`.
-    """
-    drawn = torch.stack(tuples).unflatten(1, (images, -1)).transpose(0, 1).flatten(1)  # a row an image
+def shuffle_roles(tuples: VoxelTuples, images: int, generator: Generator | None = None) -> VoxelTuples:
+    """A control, not in the paper: deals each image's voxels, drawn by `Sampler.draw`, to the roles at random."""
+    drawn = torch.stack(tuples).unflatten(1, (images, -1)).transpose(0, 1).flatten(1)  # one row per image
     order = torch.rand(drawn.shape, generator=generator, device=drawn.device).argsort(dim=1)
     return VoxelTuples(*drawn.gather(1, order).unflatten(1, (3, -1)).transpose(0, 1).flatten(1))
 
@@ -187,7 +181,7 @@ class RandomSampler(Sampler):
 
 
 class HardNegativeSampler(Sampler):
-    """H: anchors where the head errs by more than tau, abs(p - y) > tau (Eq. 1), in the foreground.
+    """H: anchors in the foreground where the head errs by more than tau, abs(p - y) > tau (Eq. 1).
 
     Args:
         threshold: tau (0.1 in the paper), in [0, 1).
@@ -197,9 +191,7 @@ class HardNegativeSampler(Sampler):
 
     def __init__(self, anchors: int = 20, pairs: int = 1, threshold: float = 0.1, *, near_negatives: bool = False):
         super().__init__(anchors, pairs, near_negatives=near_negatives)
-        if not 0 <= threshold < 1:
-            raise ValueError(f"threshold must be at least 0 and below 1, not {threshold!r}")
-        self.threshold = threshold
+        self.threshold = real_number("threshold", threshold, below=1)
 
     def candidates(self, labels, foreground_probability=None):
         if foreground_probability is None:

@@ -3,10 +3,11 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 
 from mupkg.configurations import TABLE_II, Configuration, build, configuration
-from mupkg.losses import InfoNCELoss, SegmentationMetricLoss
+from mupkg.losses import DrawnCrossEntropy, InfoNCELoss, SegmentationMetricLoss, VoxelMetricLoss
 from mupkg.models import UNet, UNetPlusPlus
 from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
 
@@ -205,9 +206,12 @@ def test_build_takes_a_name_too():
 def test_build_passes_the_controls_on():
     sizes = {"base_filters": 2, "embedding_dim": 4}
     plain = build("MetricUNet-HCP", **sizes)[1]
-    assert (plain.control, plain.soft_dice, plain.metric_loss.hinge) == (None, None, True)
-    assert build("MetricUNet-HCP", **sizes, control="shuffled")[1].control == "shuffled"
-    assert build("MetricUNet-HCN", **sizes, control="voxels")[1].control == "voxels"
+    assert (plain.shuffled, plain.soft_dice, plain.metric_loss.hinge) == (False, None, True)
+    assert type(plain.metric_loss) is VoxelMetricLoss
+    shuffled = build("MetricUNet-HCP", **sizes, control="shuffled")[1]
+    assert shuffled.shuffled
+    assert shuffled.metric_loss.pair_weight == 0.1
+    assert isinstance(build("MetricUNet-HCN", **sizes, control="voxels")[1].metric_loss, DrawnCrossEntropy)
     assert build("MetricUNet-HCP", **sizes, hinge=False)[1].metric_loss.hinge is False
     assert build("UNet", **sizes, dice=True)[1].soft_dice
     infonce = build("MetricUNet-HC", **sizes, infonce_temperature=0.3)[1].metric_loss
@@ -218,22 +222,57 @@ def test_build_passes_the_controls_on():
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("UNet", {"control": "voxels"}, "UNet: control 'voxels' would do nothing: it has no samplers"),
+        ("UNet", {"control": "voxels"}, "UNet: control would do nothing, for it draws no voxels"),
+        ("UNet", {"control": "shuffled", "dice": True}, "UNet: control would do nothing"),
+        ("UNet", {"hinge": False}, "UNet: hinge False would do nothing"),
         ("UNet++", {"hinge": False, "infonce_temperature": 0.1}, "infonce_temperature, hinge False would do nothing"),
-        ("MetricUNet-HP", {"control": "voxels"}, "the P in the name would do nothing: control 'voxels'"),
-        ("MetricUNet-H", {"control": "voxels", "hinge": False}, "hinge False would do nothing: control 'voxels'"),
+        ("MetricUNet-HP", {"control": "voxels"}, "the P in the name would do nothing, for another loss"),
+        ("MetricUNet-H", {"control": "voxels", "hinge": False}, "hinge False would do nothing"),
         ("MetricUNet-H", {"control": "voxels", "normalize": True}, "normalize True would do nothing"),
         ("MetricUNet-H", {"control": "voxels", "infonce_temperature": 0.1}, "infonce_temperature would do nothing"),
         ("MetricUNet-R-Sep", {"control": "voxels"}, "only the head would learn; leave out -Sep"),
-        ("MetricUNet-HCP", {"infonce_temperature": 0.1}, "the P in the name would do nothing: InfoNCE"),
-        ("MetricUNet-HC", {"infonce_temperature": 0.1, "hinge": False}, "hinge False would do nothing: InfoNCE"),
+        ("MetricUNet-HCP", {"infonce_temperature": 0.1}, "the P in the name would do nothing, for another"),
+        ("MetricUNet-HC", {"infonce_temperature": 0.1, "hinge": False}, "hinge False would do nothing"),
         ("MetricUNet-HC", {"infonce_temperature": 0.1, "normalize": True}, "normalize True would do nothing"),
-        ("MetricUNet-HC", {"infonce_temperature": 0}, "temperature must be a finite number above 0"),
+        ("MetricUNet-HC", {"infonce_temperature": 0}, "temperature of InfoNCE must be above 0"),
+        ("MetricUNet-H", {"control": "voxel"}, 'control must be None, "voxels" or "shuffled", not \'voxel\''),
     ],
 )
-def test_a_control_that_would_do_nothing_is_refused(name, options, said):
+def test_a_control_that_would_do_nothing_or_is_none_is_refused(name, options, said, unchecked):
     with pytest.raises(ValueError, match=said):
         build(name, base_filters=2, embedding_dim=4, **options)
+
+
+@pytest.mark.parametrize("name", ["UNet", "UNet++", "MetricUNet-R", "MetricUNet-HCP"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("threshold", 7),
+        ("threshold", 1),
+        ("anchors", 0),
+        ("anchors", 2.0),
+        ("pairs", True),
+        ("margin", True),
+        ("margin", -1),
+        ("weight", float("nan")),
+        ("pair_weight", float("inf")),
+        ("pair_distance", "0.01"),
+        ("normalize", "yes"),
+        ("hinge", 0),
+        ("dice", 1),
+    ],
+)
+def test_options_are_checked_whether_or_not_the_configuration_uses_them(name, option, value, unchecked):
+    """Regression: a threshold of 7 passed for R, which has none, and 0 anchors for UNet."""
+    with pytest.raises(ValueError, match=option):
+        build(name, base_filters=2, embedding_dim=4, **{option: value})
+
+
+def test_numbers_of_numpy_are_taken(unchecked):
+    sizes = dict.fromkeys(("in_channels", "base_filters", "embedding_dim", "num_classes", "anchors"), np.int64(2))
+    network, loss = build("MetricUNet-H", **sizes, margin=np.float32(0.5), weight=np.int64(1))
+    assert (network.down[0][0][0].in_channels, loss.samplers[0].anchors) == (2, 2)
+    assert (loss.metric_loss.margin, loss.weight) == (0.5, 1)
 
 
 @pytest.mark.parametrize("name", ["in_channels", "base_filters", "embedding_dim", "num_classes"])

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from watching import Watch
 
 from mupkg.losses import (
+    DrawnCrossEntropy,
     InfoNCELoss,
     SegmentationMetricLoss,
     VoxelMetricLoss,
@@ -119,23 +120,37 @@ def test_normalising_a_zero_vector_gives_finite_gradients():
     assert embeddings.grad.isfinite().all()
 
 
+LAYOUTS = {
+    "contiguous": lambda e: e,
+    "channels last": lambda e: e.movedim(1, -1).contiguous().movedim(-1, 1),
+    "cut out": lambda e: F.pad(e, (1, 2, 3, 4))[..., 3:-4, 1:-2],
+    "half the channels": lambda e: torch.cat([e, e], dim=1)[:, : e.shape[1]],
+}
+
+
 def test_memory_layout_does_not_matter():
     embeddings = torch.randn(2, 6, 8, 8, generator=seeded())
-    layouts = {
-        "contiguous": embeddings,
-        "channels last": embeddings.to(memory_format=torch.channels_last),
-        "transposed": embeddings.transpose(2, 3).contiguous().transpose(2, 3),
-        "cut out": F.pad(embeddings, (1, 2, 3, 4))[..., 3:-4, 1:-2],
-    }
     tuples, loss = random_tuples(embeddings.shape, 40), VoxelMetricLoss(pair_weight=0.1)
     values, gradients = {}, {}
-    for name, tensor in layouts.items():
-        leaf = tensor.detach().requires_grad_()
+    for name, layout in LAYOUTS.items():
+        leaf = layout(embeddings).detach().requires_grad_()
         values[name] = loss(leaf, tuples)
         gradients[name] = torch.autograd.grad(values[name], leaf)[0]
     assert all(torch.equal(value, values["contiguous"]) for value in values.values())
-    for gradient in gradients.values():
-        torch.testing.assert_close(gradient, gradients["contiguous"])
+    assert all(torch.equal(gradient, gradients["contiguous"]) for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 6, 4, 5), (1, 5, 3, 4), (4, 1, 3, 2), (2, 6, 3, 4, 5)], ids=str)
+def test_gathering_and_its_gradient_are_the_same_in_every_layout(shape, layout, dtype):
+    embeddings = LAYOUTS[layout](torch.randn(shape, generator=seeded()).to(dtype)).requires_grad_()
+    voxels = random_tuples(shape, 40).anchors
+    gathered, expected = gather_embeddings(embeddings, voxels), embeddings.movedim(1, -1).flatten(0, -2)[voxels]
+    assert torch.equal(gathered, expected.float())
+    weights = torch.randn(gathered.shape, generator=seeded())
+    gradient, wanted = (torch.autograd.grad((g * weights).sum(), embeddings)[0] for g in (gathered, expected))
+    torch.testing.assert_close(gradient, wanted, **({} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -146,17 +161,33 @@ def test_gathering_picks_the_voxel_of_the_flattened_labels(shape):
     assert picked.tolist() == [[0, 1000], [7, 1007], [59, 1059]]
 
 
-def test_channels_last_embeddings_are_gathered_without_a_copy_of_them_all():
-    embeddings = torch.zeros(4, 16, 32, 32).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("spatial", [(32, 32), (4, 16, 16)])
+def test_embeddings_are_gathered_without_a_copy_of_them_all(spatial, layout):
+    """Regression: contiguous ones, as a stranger's network gives them, were copied in every step."""
+    embeddings = LAYOUTS[layout](torch.zeros(4, 16, *spatial))
     with Watch() as watch:
         gather_embeddings(embeddings, torch.arange(10))
     assert watch.largest_new <= 10 * 16
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"margin": -0.1}, {"pair_weight": float("nan")}, {"pair_distance": float("inf")}, {"margin": -1}]
+    "wrong",
+    [
+        {"margin": -0.1},
+        {"margin": True},
+        {"margin": "0.7"},
+        {"margin": None},
+        {"pair_weight": float("nan")},
+        {"pair_weight": False},
+        {"pair_distance": float("inf")},
+        {"normalize": "no"},
+        {"normalize": 1},
+        {"hinge": None},
+    ],
+    ids=str,
 )
-def test_options_that_make_no_sense_are_refused_by_name(wrong):
+def test_options_that_make_no_sense_are_refused_by_name(wrong, unchecked):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         VoxelMetricLoss(**wrong)
 
@@ -210,9 +241,9 @@ def test_infonce_without_tuples_is_a_zero_that_back_propagates():
     assert torch.equal(embeddings.grad, torch.zeros_like(embeddings))
 
 
-@pytest.mark.parametrize("temperature", [0, -0.1, float("nan"), float("inf")])
-def test_a_temperature_that_makes_no_sense_is_refused(temperature):
-    with pytest.raises(ValueError, match="temperature must be a finite number above 0"):
+@pytest.mark.parametrize("temperature", [0, -0.1, float("nan"), float("inf"), True, "0.1"])
+def test_a_temperature_that_makes_no_sense_is_refused(temperature, unchecked):
+    with pytest.raises(ValueError, match="the temperature of InfoNCE must be"):
         InfoNCELoss(temperature)
 
 
@@ -268,19 +299,20 @@ def naive_cross_entropy(logits, labels, voxels):
 def test_a_control_learns_from_the_very_voxels_that_would_be_drawn_without_it(spatial, control, near):
     output, labels = batch(spatial)
     samplers = [SAMPLERS[letter](3, 2, near_negatives=near) for letter in "HC"]
-    metric_loss, control = (InfoNCELoss(0.3), None) if control == "infonce" else (None, control)
-    terms = SegmentationMetricLoss(samplers, metric_loss, 0.05, control=control)(output, labels, seeded())
+    metric_loss = {"voxels": DrawnCrossEntropy(), "shuffled": None, "infonce": InfoNCELoss(0.3)}[control]
+    shuffled = control == "shuffled"
+    terms = SegmentationMetricLoss(samplers, metric_loss, 0.05, shuffled=shuffled)(output, labels, seeded())
 
     probability, generator = output.logits.softmax(dim=1)[:, 1], seeded()
     draws = [sampler.draw(labels, probability, generator) for sampler in samplers]
     for sampler, (drawn, valid) in zip(samplers, draws, strict=True):
         assert valid.sum() == 2 * 3 * 2  # images 2 and 3 contribute none
-        if control == "shuffled":
+        if shuffled:
             drawn = shuffle_roles(drawn, len(labels), generator)
         tuples = VoxelTuples(*(t[valid] for t in drawn))
         if control == "voxels":
             expected = naive_cross_entropy(output.logits, labels, torch.cat(tuples))
-        elif control == "shuffled":
+        elif shuffled:
             expected = naive_loss(output.embeddings, tuples, 0.7, 0.0, 0.01, False)
         else:
             expected = naive_infonce(output.embeddings, tuples, 0.3)
@@ -333,13 +365,6 @@ def test_soft_dice_of_a_batch_without_prostate_is_finite(dtype):
     terms.total.backward()
     assert output.logits.grad.isfinite().all()
     assert terms.total.item() == pytest.approx(terms.cross_entropy.item() + 1, abs=1e-5)
-
-
-def test_a_control_without_samplers_or_of_another_name_is_refused(unchecked):
-    with pytest.raises(ValueError, match="control 'shuffled' does nothing without samplers"):
-        SegmentationMetricLoss(control="shuffled")
-    with pytest.raises(ValueError, match='control must be None, "voxels" or "shuffled", not \'voxel\''):
-        SegmentationMetricLoss([RandomSampler()], control="voxel")
 
 
 def test_without_samplers_the_total_is_the_cross_entropy():
@@ -418,6 +443,63 @@ def test_voxels_marked_minus_100_count_nowhere():
     assert not output.embeddings.grad[:, :, 5:].any()
 
 
+@pytest.mark.parametrize("options", [{}, {"dice": True}, {"samplers": [HardNegativeSampler(), ContourSampler()]}])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_batch_of_nothing_but_ignored_voxels_gives_a_zero_that_back_propagates(options, deterministic):
+    """Regression: the mean of no voxels was NaN, and so were all weights after the step."""
+    output, labels = batch()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        terms = SegmentationMetricLoss(**options)(output, torch.full_like(labels, -100), seeded())
+        terms.total.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert terms.total == terms.cross_entropy == 0
+    assert torch.equal(output.logits.grad, torch.zeros_like(output.logits))
+
+
+def test_logits_that_are_no_numbers_still_give_a_loss_that_is_none():
+    output, labels = batch()
+    assert SegmentationMetricLoss()(output._replace(logits=output.logits * torch.nan), labels).total.isnan()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("value", [255, 3, -1, -101])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("spatial", [(8, 8), (6, 7, 8)], ids=["2D", "3D"])
+def test_labels_of_no_class_are_named_with_the_way_out(spatial, deterministic, value, classes):
+    """Regression: an IndexError, "Target 255 is out of bounds"."""
+    output, labels = batch(spatial)
+    logits = torch.zeros(4, classes, *spatial)
+    labels[0, 0], labels[1, 0] = value, -100
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with pytest.raises(ValueError) as error:
+            SegmentationMetricLoss([RandomSampler()], dice=True)(output._replace(logits=logits), labels, seeded())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert str(error.value) == (
+        f"labels must be 0 to {classes - 1} or -100, but hold [{value}]; "
+        f"to ignore voxels, labels.long().masked_fill(labels == {value}, -100)"
+    )
+    cured = labels.long().masked_fill(labels == value, -100)
+    assert SegmentationMetricLoss([RandomSampler()])(output._replace(logits=logits), cured).total.isfinite()
+
+
+def test_every_label_of_no_class_is_named():
+    output, labels = batch()
+    labels[0, 0, :3] = torch.tensor([2, 255, -1])
+    with pytest.raises(ValueError, match=r"0 to 1 or -100, but hold \[-1, 2, 255\]"):
+        SegmentationMetricLoss()(output, labels.to(torch.int16))
+
+
+def test_labels_that_are_no_whole_numbers_are_refused(unchecked):
+    """Else 0.7, as resampling may give it, would be background."""
+    output, labels = batch()
+    with pytest.raises(ValueError, match="labels must be whole numbers or boolean, not torch"):
+        SegmentationMetricLoss()(output, labels * 0.7)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_outputs_give_a_float32_loss(dtype):
     output, labels = batch()
@@ -469,10 +551,16 @@ def test_a_sampler_may_not_be_there_twice():
         SegmentationMetricLoss([RandomSampler(), RandomSampler(5)])
 
 
-@pytest.mark.parametrize("weight", [-0.01, float("nan"), float("inf")])
-def test_a_weight_that_makes_no_sense_is_refused(weight):
+@pytest.mark.parametrize("weight", [-0.01, float("nan"), float("inf"), True])
+def test_a_weight_that_makes_no_sense_is_refused(weight, unchecked):
     with pytest.raises(ValueError, match="weight"):
         SegmentationMetricLoss([RandomSampler()], weight=weight)
+
+
+@pytest.mark.parametrize("name", ["shuffled", "dice"])
+def test_a_switch_is_true_or_false(name, unchecked):
+    with pytest.raises(ValueError, match=f"{name} must be True or False, not 'no'"):
+        SegmentationMetricLoss([RandomSampler()], **{name: "no"})
 
 
 # --- what a step costs ---
@@ -484,7 +572,7 @@ SAMPLERS_HCR = [HardNegativeSampler(), ContourSampler(), RandomSampler()]
 @pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"control": "voxels"}, {"control": "shuffled"}, {"dice": True}, {"metric_loss": InfoNCELoss()}],
+    [{}, {"metric_loss": DrawnCrossEntropy()}, {"shuffled": True}, {"dice": True}, {"metric_loss": InfoNCELoss()}],
     ids=str,
 )
 def test_a_training_step_never_waits_for_the_device(near, options):
@@ -510,9 +598,10 @@ def test_no_tensor_of_a_step_is_larger_than_the_embeddings():
     assert watch.largest_new <= output.embeddings.numel()
 
 
-def test_gradients_are_the_same_to_the_bit_in_every_run_on_several_threads():
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_gradients_are_the_same_to_the_bit_in_every_run_on_several_threads(layout):
     """Regression: indexing's backward adds up a voxel drawn more than once in any order if there are threads."""
-    embeddings = torch.randn(16, 64, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
+    embeddings = LAYOUTS[layout](torch.randn(16, 64, 32, 32)).requires_grad_()
     drawn = torch.randint(0, 60, (9, 16, 20)) + 1024 * torch.arange(16)[:, None]  # each voxel about three times
     weights = torch.randn(drawn.numel(), 64)
     threads = torch.get_num_threads()

@@ -8,7 +8,7 @@ import torch
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from scipy import ndimage
 
-from mupkg.metrics import METRICS, segmentation_metrics, surface
+from mupkg.metrics import METRICS, dice, segmentation_metrics, surface
 
 ANISOTROPIC = {2: (2.5, 0.8), 3: (3.0, 1.25, 0.9)}
 
@@ -231,6 +231,31 @@ def test_empty_masks_are_never_an_exception_and_never_a_silent_zero(empty, shape
 
 
 # --- arguments ---
+
+
+# --- the DSC alone ---
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.float32])
+def test_dice_is_the_dsc_of_all_metrics(seed, dtype):
+    prediction, truth = blob((9, 10, 11), seed), blob((9, 10, 11), seed + 100)
+    found = dice(prediction.astype(dtype), truth)
+    assert type(found) is float
+    assert found == segmentation_metrics(prediction, truth, spacing_mm=ANISOTROPIC[3])["DSC"]
+    assert found == pytest.approx(naive_metrics(prediction, truth, ANISOTROPIC[3])["DSC"])
+
+
+def test_dice_by_hand_and_of_empty_masks():
+    nothing, one, two = np.zeros((3, 4), bool), np.eye(3, 4) > 0, np.ones((3, 4), bool)
+    assert dice(one, two) == 2 * 3 / (3 + 12)
+    assert (dice(nothing, nothing), dice(nothing, two), dice(two, nothing)) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((3, 5), bool), np.full((3, 4), 2), np.zeros(4, bool)], ids=str)
+def test_dice_of_masks_that_do_not_fit_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"bring them to one grid|truth must be"):
+        dice(np.zeros((3, 4), bool), wrong)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from monai.networks.nets import BasicUNet, BasicUNetPlusPlus, SegResNet
+from monai.networks.nets import BasicUNet, BasicUNetPlusPlus, DynUNet, SegResNet
 from monai.networks.nets import UNet as MonaiUNet
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -266,6 +266,39 @@ def test_a_dict_without_out_is_refused_with_its_keys():
     tap = EmbeddingTap(Small(lambda logits: {"logits": logits, "loss": 0}), "relu")
     with pytest.raises(ValueError, match='without "out": logits, loss'):
         tap(torch.rand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_stacked_heads_of_deep_supervision_are_told_from_a_wrong_layer(dims):
+    """Regression: DynUNet stacks them in an extra axis while it trains, and the layer was blamed."""
+    options = {"kernel_size": [3] * 4, "strides": [1, 2, 2, 2], "upsample_kernel_size": [2] * 3, "filters": [4] * 4}
+    network = DynUNet(dims, 3, 2, **options, deep_supervision=True, deep_supr_num=2)
+    tap, images = EmbeddingTap(network, "upsamples.2"), torch.rand(2, 3, *(16,) * dims)
+    stacked = (2, 3, 2, *(16,) * dims)
+    with pytest.raises(ValueError, match=r"deep supervision.*switch that off") as error:
+        tap(images)
+    assert f"the network returned a tensor {stacked}, not logits (N, classes, *spatial)" in str(error.value)
+    assert "layer" not in str(error.value)
+    assert tap.eval()(images).embeddings.shape == (2, 4, *(16,) * dims)  # then there is one head
+    cured = DynUNet(dims, 3, 2, **options)  # what the message advises
+    assert EmbeddingTap(cured, "upsamples.2")(images).logits.shape == (2, 2, *(16,) * dims)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "found"),
+    [
+        (lambda logits: [[logits]], "list"),
+        (lambda logits: [], "list"),
+        (lambda logits: None, "NoneType"),
+        (lambda logits: {"out": {"logits": logits}}, "dict"),
+        (lambda logits: logits.mean(dim=(2, 3)), "a tensor (2, 2)"),
+        (lambda logits: torch.stack([logits, logits], dim=1), "a tensor (2, 2, 2, 8, 8)"),
+    ],
+)
+def test_what_is_no_logits_is_told_from_a_wrong_layer(wrap, found):
+    with pytest.raises(ValueError, match="not logits") as error:
+        EmbeddingTap(Small(wrap), "relu")(torch.rand(2, 3, 8, 8))
+    assert f"the network returned {found}, not logits (N, classes, *spatial) of 4 axes" in str(error.value)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

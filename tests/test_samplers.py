@@ -141,11 +141,25 @@ def test_gradients_stay_out_of_the_choice():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"anchors": 0}, {"pairs": 0}, {"anchors": 2.5}, {"pairs": True}, {"threshold": 1.0}, {"threshold": -0.1}],
+    [
+        *({"anchors": value} for value in (0, -1, 2.5, np.float64(20), "20", None, np.True_)),
+        {"pairs": 0},
+        {"pairs": True},
+        *({"threshold": value} for value in (1.0, -0.1, float("nan"), False, "0.1", None)),
+        {"near_negatives": 1},
+    ],
+    ids=str,
 )
 def test_options_that_make_no_sense_are_refused_by_name(wrong, unchecked):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         HardNegativeSampler(**wrong)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, torch.tensor])
+def test_whole_numbers_of_any_type_are_taken(kind, unchecked):
+    sampler = HardNegativeSampler(kind(20), kind(2), np.float32(0.25))
+    assert (sampler.anchors, sampler.pairs, sampler.threshold) == (20, 2, 0.25)
+    assert type(sampler.anchors) is type(sampler.pairs) is int
 
 
 # --- contours ---
