@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mupkg.metrics import dice
 from mupkg.models import MULTIPLE, SegmentationOutput
 
 VOXELS_AT_ONCE = 2**16  # 4 slices of 128 x 128: a quarter of the memory of 16, and on a CPU no slower (caches)
@@ -66,12 +67,6 @@ def predict_volume(
         logits = run_slices(network, volume, middle, channels, precision).logits
         probability[middle] = logits.softmax(dim=1)[:, 1].cpu().numpy()
     return probability
-
-
-def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """DSC of two masks; 1 if both are empty."""
-    size = np.count_nonzero(prediction) + np.count_nonzero(truth)
-    return 2 * np.count_nonzero(np.logical_and(prediction, truth)) / size if size else 1.0
 
 
 def mean_dice(network: nn.Module, volumes: list, labels: list, *, channels: int) -> float:
