@@ -7,7 +7,7 @@ from torch import nn
 
 from mupkg.models import SegmentationOutput, UNet, light_unet
 from mupkg.stages import prediction
-from mupkg.stages.prediction import dice, mean_dice, neighbouring_slices, predict_volume, run_slices
+from mupkg.stages.prediction import mean_dice, neighbouring_slices, predict_volume, run_slices
 
 
 def volume(shape=(7, 13, 18)):
@@ -101,13 +101,6 @@ def test_a_read_only_memory_map_will_do(tmp_path):
     np.save(tmp_path / "scan.npy", volume())
     mapped = np.load(tmp_path / "scan.npy", mmap_mode="r")
     np.testing.assert_array_equal(predict_volume(Watching(), mapped), predict_volume(Watching(), volume()))
-
-
-def test_dice_on_masks_done_by_hand():
-    a, b = np.array([1, 1, 1, 0], bool), np.array([0, 1, 1, 0], np.uint8)
-    assert dice(a, b) == 2 * 2 / 5
-    assert dice(a, ~a) == 0
-    assert dice(a & False, b & 0) == 1
 
 
 def test_mean_dice_is_over_cases():
