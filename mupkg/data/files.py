@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,22 +12,13 @@ import numpy as np
 import SimpleITK as sitk
 
 from mupkg.data.geometry import RESAMPLE, check_affines, image_affine, series_geometry, series_image
-from mupkg.data.headers import (
-    AGAIN,
-    MOST_VOXELS,  # noqa: F401
-    Fault,
-    check_claim,
-    meta_voxels,
-    named,
-    nifti_affines,
-    nrrd_voxels,
-    unpacked_size,
-)
+from mupkg.data.headers import AGAIN, Fault, meta_voxels, named, nifti_affines, nrrd_voxels, unpacked_size
 from mupkg.data.writing import whole_file
 
 TWO_FILES = (".mhd", ".nhdr", ".hdr", ".img")  # a header and its voxels apart: never whole at one stroke
 READERS = {".nii": "NiftiImageIO", ".nii.gz": "NiftiImageIO", ".nrrd": "NrrdImageIO"}
 READERS |= {".mha": "MetaImageIO", ".mhd": "MetaImageIO"}  # these formats say where voxels lie
+MOST_VOXELS = 2**30  # in one file; what claims more is broken, or no scan of a pelvis
 HEADER_BYTES = 2**20  # read of a file to see its header
 
 
@@ -114,48 +104,44 @@ def _checked(path: Path) -> sitk.ImageFileReader:
 
     ITK checks none of it: it reads what is cut off as voxels of 0, and takes a guess for a missing spacing.
     """
-    name, start = path.name.lower(), _start(path)
+    name, start, reader = path.name.lower(), _start(path), sitk.ImageFileReader()
     if name.removesuffix(".gz").endswith(TWO_FILES[1:]):
         raise ValueError(f"{path}: is one of two files, header and voxels apart; convert them to one .nii.gz or .mha")
-    reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(next((io for ending, io in READERS.items() if name.endswith(ending)), ""))
-    if not reader.GetImageIO():
-        raise ValueError(f"{path}: its format does not say where voxels lie; convert it to .nii.gz, .mha or .nrrd")
     voxels, begin, packed, needed, affines = path, 0, start.startswith(b"\x1f\x8b"), 0, {}
-    with named(path):
+    with named(path), np.errstate(all="ignore"):
         if reader.GetImageIO() == "MetaImageIO":
             voxels, begin, packed = meta_voxels(path, start)
         elif reader.GetImageIO() == "NrrdImageIO":
             begin, packed = nrrd_voxels(start)
+        elif reader.GetImageIO() == "NiftiImageIO":
+            size, needed, affines = nifti_affines(start)
+            check_affines([*size, 1, 1][:3], affines)  # ITK has no words for some faults
         else:
-            needed, affines = nifti_affines(start)
+            raise Fault("its format does not say where voxels lie", "convert it to .nii.gz, .mha or .nrrd")
         reader.ReadImageInformation()
-        size, stored = reader.GetSize(), path.stat().st_size + (0 if voxels == path else voxels.stat().st_size)
-        check_claim([*size, reader.GetNumberOfComponents()], stored)
-        if not all(0 < spacing < math.inf for spacing in reader.GetSpacing()[:3]):
-            raise Fault(f"its spacing is {reader.GetSpacing()} mm", "export it again with a positive one")
+        size, spacing = reader.GetSize(), reader.GetSpacing()
+        if not 0 < min(spacing[:3]) <= max(spacing[:3]) < math.inf:
+            raise Fault(f"its spacing is {spacing} mm", "export it again with a positive one")
         check_affines([*size, 1, 1][:3], affines | {"reading by SimpleITK": image_affine(reader)})
-        if not needed:
-            one = sitk.Image([1] * len(size), reader.GetPixelID(), reader.GetNumberOfComponents())
-            needed = math.prod(size) * one.GetNumberOfComponentsPerPixel() * one.GetSizeOfPixelComponent()
-    held = voxels.stat().st_size - begin
-    try:
-        if packed:
-            with voxels.open("rb") as file:
-                file.seek(begin)
-                held = unpacked_size(file)
-    except zlib.error as error:
-        raise ValueError(f"{voxels}: is damaged ({error}); {AGAIN}") from error
-    if held < needed:
-        what = f"cut short, {held} of {needed} bytes are there"
-        raise ValueError(f"{voxels}: cannot be read as an image ({what}); {AGAIN}")
+    if not needed:
+        one = sitk.Image([1] * len(size), reader.GetPixelID(), reader.GetNumberOfComponents())
+        needed = math.prod(size) * one.GetNumberOfComponentsPerPixel() * one.GetSizeOfPixelComponent()
+    with voxels.open("rb") as file, named(voxels):
+        file.seek(begin)
+        held = unpacked_size(file) if packed else voxels.stat().st_size - begin
+    if held < needed or math.prod(size) > MOST_VOXELS:
+        claims = f"it claims {' x '.join(map(str, size))} voxels, {needed} bytes; {voxels.name} holds {held} bytes"
+        raise ValueError(f"{path}: cannot be read as an image ({claims}); {AGAIN}")
     return reader
 
 
 def _read_series(path: Path) -> sitk.Image:
     """The DICOM series in a folder or an enhanced file; GDCM unpacks voxels and applies each file's rescale."""
     series, reader, voxels = series_geometry(path), sitk.ImageFileReader(), {}
+    if math.prod(series.size) * len(series.files) > MOST_VOXELS:
+        raise ValueError(f"{path}: claims more than {MOST_VOXELS} voxels; copy the series again")
     reader.SetImageIO("GDCMImageIO")
     for file in dict.fromkeys(series.files):
         reader.SetFileName(str(file))

@@ -15,31 +15,36 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from scipy.spatial.transform import Rotation
 
 AGAIN = "copy or export it again"
-MOST_VOXELS = 2**30  # in one file; what claims more is broken, or no scan of a pelvis
-MOST_PER_BYTE = 1100  # voxels a stored byte may stand for; deflate can pack no tighter
+WITH_AFFINE = "save it with the right affine (nibabel.Nifti1Image(voxels, affine)), or convert its DICOM series again"
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, NotImplementedError)
-MALFORMED += (struct.error, zlib.error)  # what reading a malformed header raises
+MALFORMED += (
+    OSError,
+    struct.error,
+    zlib.error,
+    BytesLengthException,
+    InvalidDicomError,
+)  # what malformed headers raise
 
 META_DIMENSIONS = 10  # ITK has room for so many
-META_LINE, NRRD_LINE = r"([^=:]+)[=:](.*)", r"#.*|[^:]*:=.*|([^:]{,99}): (.{,999})"  # a longer one crashes ITK
 META_SAME = {
     "Rotation": "TransformMatrix",
     "Orientation": "TransformMatrix",
     "Position": "Offset",
     "Origin": "Offset",
 }
+META_NEEDED = ("NDims", "DimSize", "ElementSpacing", "TransformMatrix", "Offset", "ElementDataFile")
 META_NUMBERS = {"TransformMatrix": 2, "ElementNumberOfChannels": 0}  # how many: NDims to this power
 META_NUMBERS |= dict.fromkeys(("DimSize", "ElementSpacing", "ElementSize", "Offset", "CenterOfRotation"), 1)
 META_WORDS = {"BinaryData": ("True",), "CompressedData": ("False", "True"), "HeaderSize": ("0", "-1")}
 META_WORDS |= {"DistanceUnits": ("mm",)}  # ITK takes all numbers for mm
 NRRD_SPACES = ("left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las")
-NIFTI_1 = {"dim": (40, "8h"), "bitpix": (72, "h"), "pixdim": (76, "8f"), "vox_offset": (108, "f")}  # from which byte
-NIFTI_1 |= {"units": (123, "B"), "codes": (252, "2h"), "qform": (256, "6f"), "sform": (280, "12f")}
-NIFTI_2 = {"dim": (16, "8q"), "bitpix": (14, "h"), "pixdim": (104, "8d"), "vox_offset": (168, "q")}
-NIFTI_2 |= {"units": (500, "i"), "codes": (344, "2i"), "qform": (352, "6d"), "sform": (400, "12d")}
+META_LINE, NRRD_LINE = r"([^=:]+)[=:](.*)", r"#.*|[^:]*:=.*|([^:]{,99}): (.{,999})"  # a longer one crashes ITK
+NIFTI = {"dim": (40, "8h"), "bitpix": (72, "h"), "pixdim": (76, "8f"), "vox_offset": (108, "f"), "units": (123, "B")}
+NIFTI |= {"codes": (252, "2h"), "qform": (256, "6f"), "sform": (280, "12f")}  # from which byte, and of what kind
 NIFTI_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by the code of its units; most programs write 0, unknown
 
 
@@ -57,14 +62,10 @@ def named(path: Path) -> Iterator[None]:
         yield
     except Fault as error:
         raise ValueError(f"{path}: {error}") from error
+    except PermissionError:
+        raise
     except MALFORMED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error!r}); {AGAIN}") from error
-
-
-def check_claim(size: Sequence[int], stored: int) -> None:
-    """Fault if so many voxels cannot lie in so many bytes; before memory is asked for them."""
-    if not 0 < math.prod(size) <= min(MOST_VOXELS, stored * MOST_PER_BYTE):
-        raise Fault(f"claims {' x '.join(map(str, size))} voxels, which it cannot hold")
+        raise ValueError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
 def _fields(header: bytes, pattern: str, needed: Sequence[str]) -> dict[str, str]:
@@ -74,7 +75,7 @@ def _fields(header: bytes, pattern: str, needed: Sequence[str]) -> dict[str, str
         match = re.fullmatch(pattern, line.strip())
         key = match and match[1] and META_SAME.get(match[1].strip(), match[1].replace(" ", ""))
         if match is None or key in fields:
-            raise Fault(f"the line {line[:80]!r} of its header is malformed, or says again what another line says")
+            raise Fault(f"the line {line[:80]!r} of its header is malformed, or repeats another one")
         if key is not None:
             fields[key] = match[2].strip()
     for key in needed:
@@ -86,9 +87,7 @@ def _fields(header: bytes, pattern: str, needed: Sequence[str]) -> dict[str, str
 def meta_voxels(path: Path, start: bytes) -> tuple[Path, int, bool]:
     """Where an MHA or MHD has its voxels, from which byte on, and whether packed, if its header is in order."""
     end = re.search(rb"^ElementDataFile[ \t]*[=:][^\r\n]*\r?(\n|\Z)", start, re.MULTILINE)
-    spacing = "ElementSize" if b"ElementSize" in start and b"ElementSpacing" not in start else "ElementSpacing"
-    needed = ("ElementDataFile", "NDims", "DimSize", spacing, "TransformMatrix", "Offset")
-    fields = _fields(start[: end.end()] if end else b"", META_LINE, needed)
+    fields = _fields(start[: end.end()] if end else b"", META_LINE, META_NEEDED)
     n, file = int(fields["NDims"]), fields["ElementDataFile"]
     if not 1 <= n <= META_DIMENSIONS:
         raise Fault(f"its NDims is {n}")
@@ -100,9 +99,9 @@ def meta_voxels(path: Path, start: bytes) -> tuple[Path, int, bool]:
     for key, allowed in META_WORDS.items():
         if fields.get(key, allowed[0]) not in allowed:
             raise Fault(f"its {key} is {fields[key]}, not {' or '.join(allowed)}")
-    if (path.suffix.lower() == ".mha") != (file == "LOCAL") or file.startswith("LIST") or "%" in file:
-        raise Fault(f"its ElementDataFile is {file}: a .mha holds its voxels (LOCAL), a .mhd names their file")
     voxels, begin = (path, end.end()) if file == "LOCAL" else (path.parent / file, 0)
+    if (path.suffix.lower() == ".mha") != (file == "LOCAL") or "%" in file or file.startswith("LIST"):
+        raise Fault(f"its ElementDataFile is {file}: a .mha holds its voxels (LOCAL), a .mhd names their file")
     packed, size = fields.get("CompressedData") == "True", str(voxels.stat().st_size - begin)
     if packed and fields.get("CompressedDataSize", size if begin == 0 else "missing") != size:  # as ITK needs it
         raise Fault(f"its CompressedDataSize is not {size}, the bytes there are in {voxels.name}")
@@ -118,6 +117,8 @@ def nrrd_voxels(start: bytes) -> tuple[int, bool]:
     fields = _fields(lines, NRRD_LINE, ("encoding", "space", "space directions", "space origin"))
     if fields["space"] not in NRRD_SPACES:
         raise Fault(f"its space is {fields['space']}, not one of {', '.join(NRRD_SPACES)}", "export it again")
+    if fields["spacedirections"].count("(") < 3:
+        raise Fault(f"its space directions are {fields['spacedirections']}, not those of three axes")
     if units := set(re.findall('"([^"]*)"', fields.get("units", "") + fields.get("spaceunits", ""))) - {"mm", ""}:
         raise Fault(f"its units are {', '.join(units)}, not mm", "export it again in mm")
     if fields["encoding"] not in ("raw", "gzip", "gz"):
@@ -127,35 +128,30 @@ def nrrd_voxels(start: bytes) -> tuple[int, bool]:
     return end.end(), fields["encoding"] != "raw"
 
 
-def nifti_affines(start: bytes) -> tuple[int, dict[str, np.ndarray]]:
-    """How many bytes an unpacked NIfTI must have, and all that places its voxels: affines (see `geometry`) by name."""
+def nifti_affines(start: bytes) -> tuple[list[int], int, dict[str, np.ndarray]]:
+    """A NIfTI's size, its bytes when unpacked, and all that places its voxels: affines (see `geometry`) by name."""
     header = zlib.decompressobj(47).decompress(start, 1024) if start.startswith(b"\x1f\x8b") else start
-    second = header[4:7] == b"n+2"
-    if not second and header[344:347] != b"n+1":
-        raise Fault("lacks the mark of NIfTI, so its orientation is unknown", "export it again")
-    order = "<" if header[:4] in (struct.pack("<i", 348), struct.pack("<i", 540)) else ">"
-    layout = NIFTI_2 if second else NIFTI_1
-    told = {key: np.array(struct.unpack_from(order + kind, header, at)) for key, (at, kind) in layout.items()}
-    spacing, (qcode, scode), (unit,) = told["pixdim"][1:4], told["codes"], told["units"] % 8
-    if not all(0 < mm < math.inf for mm in spacing):  # ITK would take 1 mm
-        raise Fault(f"its spacing is {tuple(spacing.tolist())} mm", "export it again with a positive one")
-    if unit not in NIFTI_MM:
-        raise Fault(f"its units (code {unit}) are none that NIfTI knows")
-    affines = {}
+    if header[344:347] != b"n+1":
+        raise Fault("cannot be read as an image: it lacks the mark of NIfTI-1", f"{AGAIN}, in this format")
+    order = "<" if header[:4] == struct.pack("<i", 348) else ">"
+    told = {key: np.array(struct.unpack_from(order + kind, header, at)) for key, (at, kind) in NIFTI.items()}
+    spacing, (qcode, scode), unit, affines = told["pixdim"][1:4], told["codes"], told["units"][0] % 8, {}
     if scode > 0:
-        affines["sform"] = np.reshape(told["sform"], (3, 4))
+        affines["sform"] = told["sform"].reshape(3, 4)
         scales = np.linalg.norm(affines["sform"][:, :3], axis=0)
         affines["pixdim"] = affines["sform"] / [*scales, 1] * [*spacing, 1]
     if qcode > 0:
-        handed = {-1: -1, 0: 1, 1: 1}[told["pixdim"][0]]  # 0 is read as 1, as the standard has it
-        bcd = told["qform"][:3]
-        rotation = Rotation.from_quat([*bcd, math.sqrt(max(0, 1 - bcd @ bcd))]).as_matrix()
-        affines["qform"] = np.c_[rotation * spacing * [1, 1, handed], told["qform"][3:]]
-    if not affines:
-        raise Fault("does not say where its voxels lie (qform_code and sform_code are 0)", "write it with its affine")
+        handed = {-1: -1, 0: 1, 1: 1}.get(told["pixdim"][0], math.nan)  # 0 stands for 1, as the standard has it
+        b, c, d, *origin = told["qform"]
+        rotation = Rotation.from_quat([b, c, d, math.sqrt(max(0.0, 1 - b * b - c * c - d * d))]).as_matrix()
+        affines["qform"] = np.c_[rotation * spacing * [1, 1, handed], origin]
+    if not affines or unit not in NIFTI_MM or not (spacing.min() > 0 and np.isfinite(spacing).all()):
+        fault = f"pixdim {spacing.tolist()}, unit {unit}, qform_code {qcode}, sform_code {scode}"
+        raise Fault(f"does not say where its voxels lie ({fault})", WITH_AFFINE)
     mm = NIFTI_MM[unit] * np.array([[-1], [-1], [1]])  # NIfTI's x and y lead to the right and to the front
-    needed = math.prod(told["dim"][1 : told["dim"][0] + 1].tolist()) * told["bitpix"][0] // 8 + told["vox_offset"][0]
-    return int(needed), {name: np.vstack([affine * mm, [0, 0, 0, 1]]) for name, affine in affines.items()}
+    size = told["dim"][1 : told["dim"][0] + 1].tolist()
+    needed = math.prod(size) * int(told["bitpix"][0]) // 8 + int(told["vox_offset"][0])
+    return size, needed, {name: np.vstack([affine * mm, [0, 0, 0, 1]]) for name, affine in affines.items()}
 
 
 def unpacked_size(file: BinaryIO) -> int:
