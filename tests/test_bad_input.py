@@ -286,7 +286,7 @@ def line(name: str, value: str) -> Callable[[bytes], bytes]:
     return spoil
 
 
-POSITIVE = "export it again with a positive one"
+POSITIVE, AFFINE = "export it again with a positive one", "save it with the right affine"
 FILES = [
     bad_file("truncated NIfTI", ".nii", cut(0.9)),
     bad_file("truncated NIfTI, packed", ".nii.gz", cut(0.9)),
@@ -308,13 +308,13 @@ FILES = [
     bad_file("a bit flipped in a label", ".mha", flipped_bit, label=True, compress=True),
     bad_file("unknown type in NIfTI", ".nii", nifti("h", 70, 9999)),
     bad_file("unknown type in MHA", ".mha", line("ElementType", "MET_BANANA")),
-    bad_file("negative spacing in NIfTI", ".nii", nifti("f", 80, -2.0), POSITIVE),
+    bad_file("negative spacing in NIfTI", ".nii", nifti("f", 80, -2.0), AFFINE),
     bad_file("negative spacing in MHA", ".mha", line("ElementSpacing", "-2 2 5"), POSITIVE),
-    bad_file("spacing 0 in NIfTI", ".nii", nifti("f", 88, 0.0), POSITIVE),
+    bad_file("spacing 0 in NIfTI", ".nii", nifti("f", 88, 0.0), AFFINE),
     bad_file("spacing 0 in MHA", ".mha", line("ElementSpacing", "2 0 5"), POSITIVE),
-    bad_file("spacing NaN in NIfTI", ".nii.gz", packed(nifti("f", 80, np.nan)), POSITIVE),
+    bad_file("spacing NaN in NIfTI", ".nii.gz", packed(nifti("f", 80, np.nan)), AFFINE),
     bad_file("spacing infinite in MHA", ".mha", line("ElementSpacing", "inf 2 5"), POSITIVE),
-    bad_file("direction NaN in NIfTI", ".nii", nifti("4f", 280, *[np.nan] * 4), "export the scan again"),
+    bad_file("direction NaN in NIfTI", ".nii", nifti("4f", 280, *[np.nan] * 4)),
     bad_file("direction singular in MHA", ".mha", line("TransformMatrix", "1 0 0 1 0 0 0 0 1")),
     bad_file("an endless axis in MHA", ".mha", line("TransformMatrix", "1 0 0 0 1 0 1e308 0 1")),
     bad_file("no dimension", ".mha", line("NDims", "0")),
@@ -411,7 +411,7 @@ def huge_slices(folder: Path) -> None:
 
 DICOM = [
     bad_dicom("empty folder", lambda folder: None, "give a folder with exactly one image series"),
-    bad_dicom("no DICOM in it", lambda f: (f / "a.dcm").write_text("hello"), "give a folder with exactly one"),
+    bad_dicom("no DICOM in it", lambda f: (f / "a.dcm").write_text("hello"), "copy it again"),
     bad_dicom("two series", two_series, "give a folder with exactly one image series"),
     bad_dicom("a missing slice", lambda f: write_series(f, slices=[0, 1, 2, 4, 5, 6]), "copy the series again"),
     bad_dicom("a slice cut short", a_slice_cut_short, "again"),

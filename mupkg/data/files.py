@@ -1,25 +1,24 @@
-"""Scans read and written: a damaged file is refused by name, and none is left half-written."""
+"""Scans read and written: a file is read rightly or refused by name, and none is left half-written."""
 
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
-from mupkg.data.headers import check_nifti, meta_voxels, nrrd_voxels, unpacked_size
+from mupkg.data.geometry import RESAMPLE, check_affines, image_affine, series_geometry, series_image
+from mupkg.data.headers import AGAIN, Fault, meta_voxels, named, nifti_affines, nrrd_voxels, unpacked_size
 from mupkg.data.writing import whole_file
 
 TWO_FILES = (".mhd", ".nhdr", ".hdr", ".img")  # a header and its voxels apart: never whole at one stroke
-UNCHECKED = TWO_FILES[1:]  # ITK reads the missing end of such a pair as zeros
-UNEVEN_SLICES = 0.1  # of the slice distance; more means that slices are missing
+READERS = {".nii": "NiftiImageIO", ".nii.gz": "NiftiImageIO", ".nrrd": "NrrdImageIO"}
+READERS |= {".mha": "MetaImageIO", ".mhd": "MetaImageIO"}  # these formats say where voxels lie
 MOST_VOXELS = 2**30  # in one file; what claims more is broken, or no scan of a pelvis
-MOST_PER_BYTE = 1100  # voxels a stored byte may stand for; deflate can pack no tighter
-LONGEST_AXIS = 10.0  # of a direction's numbers, which should be no larger than 1
 HEADER_BYTES = 2**20  # read of a file to see its header
 
 
@@ -30,7 +29,7 @@ def write_image(image: sitk.Image, path: str | Path, *, compress: bool = True) -
     with whole_file(path) as temporary:
         try:
             sitk.WriteImage(image, str(temporary), useCompression=compress)
-            _check_file(temporary)  # ITK says nothing when a full disk cuts a NIfTI file
+            _checked(temporary)  # ITK says nothing when a full disk cuts a NIfTI file
         except RuntimeError as error:
             raise OSError(_reason(error)) from error
         except ValueError as error:
@@ -38,32 +37,35 @@ def write_image(image: sitk.Image, path: str | Path, *, compress: bool = True) -
 
 
 def read_scan(path: str | Path, *, channel: int | None = None) -> sitk.Image:
-    """A 3D scan: a file that SimpleITK reads (NIfTI, MHA, MHD, NRRD, ...), or a folder with one DICOM series.
+    """A 3D scan: a NIfTI, MHA, MHD or NRRD file, an enhanced DICOM file, or a folder with one DICOM series.
+
+    A series whose slices lean or are unevenly spaced is resampled (see `geometry.series_image`), with a warning.
 
     Args:
         channel: which volume of a 4D file to take (Decathlon's prostate: 0 is T2).
 
     Raises:
-        ValueError: naming the file and the way out, if it cannot be read, is damaged or claims more than it holds,
-            is not a 3D scalar volume, or if the folder holds no series or several.
+        ValueError: naming the file and the way out, if it cannot be read, is damaged, claims more than it holds, does
+            not say unambiguously where its voxels lie, or is not a 3D scalar volume.
     """
     path = Path(path)
     with readable(path):
-        if path.is_dir():
-            return _read_dicom(path)
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"{path}: cannot be read as an image (there is no such file); check its name")
         try:
-            _check_file(path)
-            image = sitk.ReadImage(str(path))
+            if path.is_dir() or _start(path)[128:132] == b"DICM":
+                image = _read_series(path)
+            else:
+                image = _checked(path).Execute()
         except RuntimeError as error:
-            reason = _reason(error)
-            raise ValueError(f"{path}: cannot be read as an image ({reason}); copy or export it again") from error
-    if image.GetDimension() == 4 and channel is not None:
-        if not 0 <= channel < image.GetSize()[3]:
-            last = image.GetSize()[3] - 1
+            cure = RESAMPLE if "orthonormal" in str(error) else AGAIN
+            raise ValueError(f"{path}: cannot be read as an image ({_reason(error)}); {cure}") from error
+    size = image.GetSize()
+    if len(size) == 4 and (channel is not None or size[3] == 1):
+        if not 0 <= (channel or 0) < size[3]:
+            last = size[3] - 1
             raise ValueError(f"{path}: has {last + 1} channels, no channel {channel}; choose one from 0 to {last}")
-        image = sitk.Extract(image, [*image.GetSize()[:3], 0], [0, 0, 0, channel])
+        image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, channel or 0])
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(
             f"{path}: {image.GetDimension()}D with {image.GetNumberOfComponentsPerPixel()} component(s) per voxel; "
@@ -92,94 +94,63 @@ def readable(path: Path) -> Iterator[None]:
         raise ValueError(closed(error.filename or path, error)) from error
 
 
-def _check_file(path: Path) -> None:
-    """What ITK passes over: it reads damaged files with voxels of 0, guesses a missing spacing, trusts any size."""
-    name = path.name.lower()
-    if name.removesuffix(".gz").endswith(UNCHECKED):
-        raise ValueError(f"{path}: is one of two files, header and voxels apart; convert them to one .nii.gz or .mha")
-    nifti = name.endswith((".nii", ".nii.gz"))
+def _start(path: Path) -> bytes:
     with path.open("rb") as file:
-        start = file.read(HEADER_BYTES)
-    voxels, begin, packed = path, 0, start.startswith(b"\x1f\x8b")
-    try:  # ITK trusts these headers: a wrong one can crash the process
-        if meta := name.endswith((".mha", ".mhd")):
+        return file.read(HEADER_BYTES)
+
+
+def _checked(path: Path) -> sitk.ImageFileReader:
+    """A reader of one file whose header is in order, says where its voxels lie, and claims no more than there is.
+
+    ITK checks none of it: it reads what is cut off as voxels of 0, and takes a guess for a missing spacing.
+    """
+    name, start, reader = path.name.lower(), _start(path), sitk.ImageFileReader()
+    if name.removesuffix(".gz").endswith(TWO_FILES[1:]):
+        raise ValueError(f"{path}: is one of two files, header and voxels apart; convert them to one .nii.gz or .mha")
+    reader.SetFileName(str(path))
+    reader.SetImageIO(next((io for ending, io in READERS.items() if name.endswith(ending)), ""))
+    voxels, begin, packed, needed, affines = path, 0, start.startswith(b"\x1f\x8b"), 0, {}
+    with named(path), np.errstate(all="ignore"):
+        if reader.GetImageIO() == "MetaImageIO":
             voxels, begin, packed = meta_voxels(path, start)
-        elif name.endswith(".nrrd") or start.startswith(b"NRRD"):
+        elif reader.GetImageIO() == "NrrdImageIO":
             begin, packed = nrrd_voxels(start)
-    except (KeyError, ValueError, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        fault = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"{path}: cannot be read as an image (its header: {fault}); copy or export it again"
-        ) from error
-    reader = _header([path], path.stat().st_size + (0 if voxels == path else voxels.stat().st_size))
-    if not all(0 < spacing < math.inf for spacing in reader.GetSpacing()[:3]):
-        raise ValueError(f"{path}: its spacing is {reader.GetSpacing()} mm; export it again with a positive one")
-    if any(abs(axis) > LONGEST_AXIS for axis in reader.GetDirection()):  # ITK would never come back
-        raise ValueError(f"{path}: its axes are {reader.GetDirection()}, which no scan has; copy or export it again")
-    if start[128:132] == b"DICM" and reader.GetSize()[2:] in ((), (1,)):
-        raise ValueError(f"{path}: is one slice of a DICOM series; give the folder of the series")
-    needed, held = 0, voxels.stat().st_size - begin
-    if nifti:
-        sizes = [int(reader.GetMetaData(f"dim[{axis}]")) for axis in range(1, 1 + int(reader.GetMetaData("dim[0]")))]
-        needed = math.prod(sizes) * int(reader.GetMetaData("bitpix")) // 8 + int(reader.GetMetaData("vox_offset"))
-    elif packed or meta:
-        needed = _bytes_of(reader)
-    try:
-        if nifti:
-            check_nifti(path, zlib.decompressobj(47).decompress(start, 1024) if packed else start)
-        if packed:
-            with voxels.open("rb") as file:
-                file.seek(begin)
-                held = unpacked_size(file)
-    except zlib.error as error:
-        raise ValueError(f"{voxels}: is damaged ({error}); copy or export it again") from error
-    if held < needed:
-        what = f"cut short, {held} of {needed} bytes are there"
-        raise ValueError(f"{voxels}: cannot be read as an image ({what}); copy or export it again")
-
-
-def _header(files: Sequence[Path], stored: int) -> sitk.ImageFileReader:
-    """The header of the first of files that make a volume together; ValueError if they cannot hold what it claims."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(files[0]))
-    reader.ReadImageInformation()
-    voxels = math.prod(reader.GetSize()) * reader.GetNumberOfComponents() * len(files)
-    if not 0 < voxels <= min(MOST_VOXELS, stored * MOST_PER_BYTE):
-        sizes = " x ".join(map(str, reader.GetSize()))
-        raise ValueError(f"{files[0]}: claims {sizes} voxels, which it cannot hold; copy or export it again")
+        elif reader.GetImageIO() == "NiftiImageIO":
+            size, needed, affines = nifti_affines(start)
+            check_affines([*size, 1, 1][:3], affines)  # ITK has no words for some faults
+        else:
+            raise Fault("its format does not say where voxels lie", "convert it to .nii.gz, .mha or .nrrd")
+        reader.ReadImageInformation()
+        size, spacing = reader.GetSize(), reader.GetSpacing()
+        if not 0 < min(spacing[:3]) <= max(spacing[:3]) < math.inf:
+            raise Fault(f"its spacing is {spacing} mm", "export it again with a positive one")
+        check_affines([*size, 1, 1][:3], affines | {"reading by SimpleITK": image_affine(reader)})
+    if not needed:
+        one = sitk.Image([1] * len(size), reader.GetPixelID(), reader.GetNumberOfComponents())
+        needed = math.prod(size) * one.GetNumberOfComponentsPerPixel() * one.GetSizeOfPixelComponent()
+    with voxels.open("rb") as file, named(voxels):
+        file.seek(begin)
+        held = unpacked_size(file) if packed else voxels.stat().st_size - begin
+    if held < needed or math.prod(size) > MOST_VOXELS:
+        claims = f"it claims {' x '.join(map(str, size))} voxels, {needed} bytes; {voxels.name} holds {held} bytes"
+        raise ValueError(f"{path}: cannot be read as an image ({claims}); {AGAIN}")
     return reader
 
 
-def _bytes_of(reader: sitk.ImageFileReader) -> int:
-    """Bytes that the voxels of this header take, unpacked."""
-    one = sitk.Image([1] * reader.GetDimension(), reader.GetPixelID(), reader.GetNumberOfComponents())
-    return math.prod(reader.GetSize()) * one.GetNumberOfComponentsPerPixel() * one.GetSizeOfPixelComponent()
-
-
-def _read_dicom(folder: Path) -> sitk.Image:
-    for path in folder.iterdir():  # GDCM passes over what it may not read
-        if path.is_file():
-            path.open("rb").close()
-    reader = sitk.ImageSeriesReader()
-    series = reader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
-        found = f"holds {len(series)} DICOM series: {', '.join(series)}" if series else "holds no DICOM series"
-        raise ValueError(f"{folder}: {found}; give a folder with exactly one image series")
-    names = reader.GetGDCMSeriesFileNames(str(folder), series[0])
-    reader.SetFileNames(names)
-    reader.MetaDataDictionaryArrayUpdateOn()
-    try:
-        _header([Path(name) for name in names], sum(Path(name).stat().st_size for name in names))
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: its DICOM series cannot be read ({_reason(error)}); copy it again") from error
-    if image.HasMetaDataKey("ITK_non_uniform_sampling_deviation"):  # ITK only warns and stretches the slice distance
-        origins = [reader.GetMetaData(z, "0020|0032").split("\\") for z in range(image.GetSize()[2])]
-        gaps = np.linalg.norm(np.diff(np.array(origins, float), axis=0), axis=1)
-        if np.ptp(gaps) > UNEVEN_SLICES * np.median(gaps):
-            raise ValueError(
-                f"{folder}: its slices are not evenly spaced, some may be missing; copy the series again"
-            )
+def _read_series(path: Path) -> sitk.Image:
+    """The DICOM series in a folder or an enhanced file; GDCM unpacks voxels and applies each file's rescale."""
+    series, reader, voxels = series_geometry(path), sitk.ImageFileReader(), {}
+    if math.prod(series.size) * len(series.files) > MOST_VOXELS:
+        raise ValueError(f"{path}: claims more than {MOST_VOXELS} voxels; copy the series again")
+    reader.SetImageIO("GDCMImageIO")
+    for file in dict.fromkeys(series.files):
+        reader.SetFileName(str(file))
+        try:
+            voxels[file] = sitk.GetArrayFromImage(reader.Execute()).reshape(-1, *series.size[::-1])
+        except RuntimeError as error:
+            raise ValueError(f"{file}: cannot be read as an image ({_reason(error)}); copy it again") from error
+    image = series_image(series, np.stack([voxels[at][k] for at, k in zip(series.files, series.frames, strict=True)]))
+    if image.HasMetaDataKey("resampled"):
+        why = image.GetMetaData("resampled")
+        warnings.warn(f"{path}: {why}; it was resampled onto a grid with right angles", stacklevel=3)
     return image

@@ -1,6 +1,6 @@
-"""What ITK trusts in a file's first bytes: headers of MHA, MHD, NRRD and NIfTI, checked before it sees them.
+"""Headers of NIfTI, MHA, MHD and NRRD, checked before ITK sees them.
 
-A wrong one can crash the process, or be read as voxels of 0 or of 1 mm.
+A malformed header can crash ITK, and what is missing ITK replaces without a word: 1 mm, an origin of 0, no rotation.
 """
 
 from __future__ import annotations
@@ -9,94 +9,149 @@ import math
 import re
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-MOST_DIMENSIONS = 10  # in the header of an MHA or MHD; ITK has room for so many
-META_NUMBERS = dict.fromkeys(("TransformMatrix", "Rotation", "Orientation"), 2)  # key: how often times NDims
-META_NUMBERS |= dict.fromkeys(("DimSize", "ElementSpacing", "ElementSize", "Offset", "Position", "Origin"), 1)
-META_NUMBERS |= {"CenterOfRotation": 1, "ElementNumberOfChannels": 0}
-NRRD_FIELD = re.compile(  # of its specification, without those that lead to another file or skip bytes
-    "type|dimension|sizes|spacings|encoding|endian|space|kinds|units|labels|content|min|max|number|centers|centerings|"
-    "thicknesses|oldmin|oldmax|axismins|axismaxs|blocksize|sampleunits|spacedimension|spaceunits|spaceorigin|"
-    "spacedirections|measurementframe"
-)
-NRRD_LINE = 1000  # characters of a field; a longer one that is wrong crashes the process
+import numpy as np
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from scipy.spatial.transform import Rotation
+
+AGAIN = "copy or export it again"
+WITH_AFFINE = "save it with the right affine (nibabel.Nifti1Image(voxels, affine)), or convert its DICOM series again"
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, NotImplementedError)
+MALFORMED += (
+    OSError,
+    struct.error,
+    zlib.error,
+    BytesLengthException,
+    InvalidDicomError,
+)  # what malformed headers raise
+
+META_DIMENSIONS = 10  # ITK has room for so many
+META_SAME = {
+    "Rotation": "TransformMatrix",
+    "Orientation": "TransformMatrix",
+    "Position": "Offset",
+    "Origin": "Offset",
+}
+META_NEEDED = ("NDims", "DimSize", "ElementSpacing", "TransformMatrix", "Offset", "ElementDataFile")
+META_NUMBERS = {"TransformMatrix": 2, "ElementNumberOfChannels": 0}  # how many: NDims to this power
+META_NUMBERS |= dict.fromkeys(("DimSize", "ElementSpacing", "ElementSize", "Offset", "CenterOfRotation"), 1)
 META_WORDS = {"BinaryData": ("True",), "CompressedData": ("False", "True"), "HeaderSize": ("0", "-1")}
+META_WORDS |= {"DistanceUnits": ("mm",)}  # ITK takes all numbers for mm
+NRRD_SPACES = ("left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las")
+META_LINE, NRRD_LINE = r"([^=:]+)[=:](.*)", r"#.*|[^:]*:=.*|([^:]{,99}): (.{,999})"  # a longer one crashes ITK
+NIFTI = {"dim": (40, "8h"), "bitpix": (72, "h"), "pixdim": (76, "8f"), "vox_offset": (108, "f"), "units": (123, "B")}
+NIFTI |= {"codes": (252, "2h"), "qform": (256, "6f"), "sform": (280, "12f")}  # from which byte, and of what kind
+NIFTI_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by the code of its units; most programs write 0, unknown
+
+
+class Fault(ValueError):
+    """What is wrong with a file and the way out; `named` says with which file."""
+
+    def __init__(self, fault: str, cure: str = AGAIN):
+        super().__init__(f"{fault}; {cure}")
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """What is wrong with a file inside the block becomes a ValueError that names it."""
+    try:
+        yield
+    except Fault as error:
+        raise ValueError(f"{path}: {error}") from error
+    except PermissionError:
+        raise
+    except MALFORMED as error:
+        raise ValueError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); {AGAIN}") from error
+
+
+def _fields(header: bytes, pattern: str, needed: Sequence[str]) -> dict[str, str]:
+    """The lines of a header by their keys; Fault if one is malformed, told twice, or needed and not there."""
+    fields: dict[str, str] = {}
+    for line in filter(str.strip, header.decode("latin-1").split("\n")):
+        match = re.fullmatch(pattern, line.strip())
+        key = match and match[1] and META_SAME.get(match[1].strip(), match[1].replace(" ", ""))
+        if match is None or key in fields:
+            raise Fault(f"the line {line[:80]!r} of its header is malformed, or repeats another one")
+        if key is not None:
+            fields[key] = match[2].strip()
+    for key in needed:
+        if key.replace(" ", "") not in fields:
+            raise Fault(f"its header has no line `{key}`", f"{AGAIN}, or add the line if you know what it must say")
+    return fields
 
 
 def meta_voxels(path: Path, start: bytes) -> tuple[Path, int, bool]:
     """Where an MHA or MHD has its voxels, from which byte on, and whether packed, if its header is in order."""
-    header, end = _meta_header(start)
-    dimensions, file = int(header["NDims"]), header["ElementDataFile"]
-    if not 1 <= dimensions <= MOST_DIMENSIONS:
-        raise ValueError(f"NDims is {dimensions}")
-    for key, power in META_NUMBERS.items():
-        numbers = header.get(key, "").split()
-        if key in header and len([float(number) for number in numbers]) != dimensions**power:
-            raise ValueError(f"{key} does not hold {dimensions**power} number(s)")
-    if not all(size.isdecimal() and int(size) > 0 for size in header["DimSize"].split()):
-        raise ValueError(f"DimSize is {header['DimSize']}")
-    if "ElementSpacing" not in header and "ElementSize" not in header:  # ITK would take 1 mm
-        raise ValueError("ElementSpacing is missing")
-    for key, allowed in META_WORDS.items():
-        if header.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{key} is {header[key]}, not {' or '.join(allowed)}")
-    if (path.suffix.lower() == ".mha") != (file == "LOCAL") or file.startswith("LIST") or "%" in file:
-        raise ValueError(f"ElementDataFile is {file}: a .mha holds its voxels (LOCAL), a .mhd names their file")
-    voxels, begin = (path, end) if file == "LOCAL" else (path.parent / file, 0)
-    packed = header.get("CompressedData") == "True"
-    size = str(voxels.stat().st_size - begin)
-    if packed and header.get("CompressedDataSize", size if begin == 0 else "missing") != size:  # as ITK needs it
-        raise ValueError(f"CompressedDataSize is not {size}, the bytes there are in {voxels.name}")
-    return voxels, begin, packed
-
-
-def _meta_header(start: bytes) -> tuple[dict[str, str], int]:
-    """The lines `key = value` of an MHA or MHD from its first bytes, and the byte after the last of them."""
     end = re.search(rb"^ElementDataFile[ \t]*[=:][^\r\n]*\r?(\n|\Z)", start, re.MULTILINE)
-    if end is None:
-        raise ValueError("ElementDataFile is missing")
-    header: dict[str, str] = {}
-    for line in filter(str.strip, start[: end.end()].decode("latin-1").split("\n")):
-        key, *value = re.split("[=:]", line, maxsplit=1)
-        if not value or key.strip() in header:
-            raise ValueError(f"a line is {line[:80]!r}, not `key = value`, or not once")
-        header[key.strip()] = value[0].strip()
-    return header, end.end()
+    fields = _fields(start[: end.end()] if end else b"", META_LINE, META_NEEDED)
+    n, file = int(fields["NDims"]), fields["ElementDataFile"]
+    if not 1 <= n <= META_DIMENSIONS:
+        raise Fault(f"its NDims is {n}")
+    for key, power in META_NUMBERS.items():
+        if key in fields and len([float(number) for number in fields[key].split()]) != n**power:
+            raise Fault(f"its {key} does not hold {n**power} number(s)")
+    if not all(size.isdecimal() and int(size) > 0 for size in fields["DimSize"].split()):
+        raise Fault(f"its DimSize is {fields['DimSize']}")
+    for key, allowed in META_WORDS.items():
+        if fields.get(key, allowed[0]) not in allowed:
+            raise Fault(f"its {key} is {fields[key]}, not {' or '.join(allowed)}")
+    voxels, begin = (path, end.end()) if file == "LOCAL" else (path.parent / file, 0)
+    if (path.suffix.lower() == ".mha") != (file == "LOCAL") or "%" in file or file.startswith("LIST"):
+        raise Fault(f"its ElementDataFile is {file}: a .mha holds its voxels (LOCAL), a .mhd names their file")
+    packed, size = fields.get("CompressedData") == "True", str(voxels.stat().st_size - begin)
+    if packed and fields.get("CompressedDataSize", size if begin == 0 else "missing") != size:  # as ITK needs it
+        raise Fault(f"its CompressedDataSize is not {size}, the bytes there are in {voxels.name}")
+    return voxels, begin, packed
 
 
 def nrrd_voxels(start: bytes) -> tuple[int, bool]:
     """From which byte on a NRRD has its voxels, and whether packed, if its header is in order."""
     end = re.search(rb"\r?\n\r?\n", start)
     if end is None or not start.startswith(b"NRRD"):
-        raise ValueError("it does not begin with NRRD, or an empty line does not end it")
-    fields: dict[str, str] = {}
-    for line in start[: end.start()].decode("latin-1").split("\n")[1:]:
-        if line.startswith("#") or ":=" in line:
-            continue
-        name, _, value = line.partition(": ")
-        name = name.replace(" ", "").lower()
-        if not NRRD_FIELD.fullmatch(name) or name in fields or len(value) > NRRD_LINE:
-            raise ValueError(
-                f"a line is {line[:80]!r}, which one file with all its voxels does not have, or once only"
-            )
-        fields[name] = value.strip()
-    if "spacings" not in fields and "spacedirections" not in fields:  # ITK would take 1 mm
-        raise KeyError("spacings")
-    if fields["encoding"].lower() not in ("raw", "gzip", "gz"):
-        raise ValueError(f"encoding is {fields['encoding']}, not raw or gzip")
-    return end.end(), fields["encoding"].lower() != "raw"
+        raise Fault("does not begin with NRRD, or no empty line ends its header")
+    lines = start[: end.start()].lower().partition(b"\n")[2]
+    fields = _fields(lines, NRRD_LINE, ("encoding", "space", "space directions", "space origin"))
+    if fields["space"] not in NRRD_SPACES:
+        raise Fault(f"its space is {fields['space']}, not one of {', '.join(NRRD_SPACES)}", "export it again")
+    if fields["spacedirections"].count("(") < 3:
+        raise Fault(f"its space directions are {fields['spacedirections']}, not those of three axes")
+    if units := set(re.findall('"([^"]*)"', fields.get("units", "") + fields.get("spaceunits", ""))) - {"mm", ""}:
+        raise Fault(f"its units are {', '.join(units)}, not mm", "export it again in mm")
+    if fields["encoding"] not in ("raw", "gzip", "gz"):
+        raise Fault(f"its encoding is {fields['encoding']}, not raw or gzip")
+    if elsewhere := {"datafile", "lineskip", "byteskip"} & set(fields):
+        raise Fault(f"its header has the line `{elsewhere.pop()}`, so its voxels lie elsewhere")
+    return end.end(), fields["encoding"] != "raw"
 
 
-def check_nifti(path: Path, header: bytes) -> None:
-    second = header[4:7] == b"n+2"
-    if not second and header[344:347] != b"n+1":
-        raise ValueError(f"{path}: lacks the mark of NIfTI, so its orientation is unknown; export it again")
-    order = "<" if header[:4] in (struct.pack("<i", 348), struct.pack("<i", 540)) else ">"
-    spacing = struct.unpack_from(f"{order}3{'d' if second else 'f'}", header, 112 if second else 80)
-    if not all(0 < s < math.inf for s in spacing):  # ITK would take 1 mm
-        raise ValueError(f"{path}: its spacing is {spacing} mm; export it again with a positive one")
+def nifti_affines(start: bytes) -> tuple[list[int], int, dict[str, np.ndarray]]:
+    """A NIfTI's size, its bytes when unpacked, and all that places its voxels: affines (see `geometry`) by name."""
+    header = zlib.decompressobj(47).decompress(start, 1024) if start.startswith(b"\x1f\x8b") else start
+    if header[344:347] != b"n+1":
+        raise Fault("cannot be read as an image: it lacks the mark of NIfTI-1", f"{AGAIN}, in this format")
+    order = "<" if header[:4] == struct.pack("<i", 348) else ">"
+    told = {key: np.array(struct.unpack_from(order + kind, header, at)) for key, (at, kind) in NIFTI.items()}
+    spacing, (qcode, scode), unit, affines = told["pixdim"][1:4], told["codes"], told["units"][0] % 8, {}
+    if scode > 0:
+        affines["sform"] = told["sform"].reshape(3, 4)
+        scales = np.linalg.norm(affines["sform"][:, :3], axis=0)
+        affines["pixdim"] = affines["sform"] / [*scales, 1] * [*spacing, 1]
+    if qcode > 0:
+        handed = {-1: -1, 0: 1, 1: 1}.get(told["pixdim"][0], math.nan)  # 0 stands for 1, as the standard has it
+        b, c, d, *origin = told["qform"]
+        rotation = Rotation.from_quat([b, c, d, math.sqrt(max(0.0, 1 - b * b - c * c - d * d))]).as_matrix()
+        affines["qform"] = np.c_[rotation * spacing * [1, 1, handed], origin]
+    if not affines or unit not in NIFTI_MM or not (spacing.min() > 0 and np.isfinite(spacing).all()):
+        fault = f"pixdim {spacing.tolist()}, unit {unit}, qform_code {qcode}, sform_code {scode}"
+        raise Fault(f"does not say where its voxels lie ({fault})", WITH_AFFINE)
+    mm = NIFTI_MM[unit] * np.array([[-1], [-1], [1]])  # NIfTI's x and y lead to the right and to the front
+    size = told["dim"][1 : told["dim"][0] + 1].tolist()
+    needed = math.prod(size) * int(told["bitpix"][0]) // 8 + int(told["vox_offset"][0])
+    return size, needed, {name: np.vstack([affine * mm, [0, 0, 0, 1]]) for name, affine in affines.items()}
 
 
 def unpacked_size(file: BinaryIO) -> int:
