@@ -265,7 +265,7 @@ REFUSED = {
     "a table of values": (
         changed("ModalityLUTSequence", [Dataset()], 1),
         "01.dcm: its RescaleSlope is 0",
-        ALL_FIELDS,
+        "single-frame",
     ),
     "inverted": (
         changed("PhotometricInterpretation", "MONOCHROME1"),
