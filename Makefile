@@ -1,10 +1,11 @@
 # make demo    installs, runs the quick study on phantoms from raw scans to tables and figures, says where to look
 # make trial   a question with replicates and a protocol: make trial TRIAL=e1; see notebooks/studies/trials
+# make claims  recomputes the figures of README.md from outputs/reference
 # make test    installs, lints, runs all tests
 # make soak    kills a smoke study KILLS times (22) and compares it with an undisturbed one
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
-.PHONY: setup study trial demo demo-pair test soak lint lab gallery bench clean
+.PHONY: setup study trial reference claims demo demo-pair test soak lint lab gallery bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -57,6 +58,15 @@ test: lint
 KILLS ?= 22
 soak: setup
 	$(BIN)/python tests/soak/kill_study.py outputs/soak --kills $(KILLS)
+
+# What a trial has measured, kept as small tables under outputs/reference; and whether README.md still says so.
+reference: setup
+	mkdir -p outputs/reference/$(TRIAL)
+	cp outputs/trials/report/$(TRIAL)/*.csv outputs/trials/report/$(TRIAL)/*.png outputs/reference/$(TRIAL)/
+	cp notebooks/studies/trials/$(TRIAL).yaml outputs/reference/$(TRIAL)/protocol.yaml
+
+claims: setup
+	$(BIN)/python -m pytest tests/test_claims.py
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -30,10 +30,11 @@ def snakemake(folder: Path, *options: str, study: str = "smoke", **config: objec
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smoke study, run from scans to tables and figures in a folder of its own."""
+    """The smoke study and the smoke trial, run from scans to tables and figures in a folder of their own."""
     folder = tmp_path_factory.mktemp("smoke")
-    done = snakemake(folder)
-    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("smoke", "trials/smoke"):
+        done = snakemake(folder, study=name)
+        assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
@@ -75,7 +76,15 @@ def test_predictions_lie_on_the_scans_own_grids_and_segment_repeats_them(study: 
 
 def test_tables_are_csv_and_figures_png_and_svg(study: Path) -> None:
     report = study / "outputs/smoke/report"
-    for name in ("cases", "table", "table_all_components", "trivial", "paired_tests", "embedding_separation"):
+    for name in (
+        "cases",
+        "table",
+        "table_all_components",
+        "trivial",
+        "tests",
+        "table3_rankings",
+        "embedding_separation",
+    ):
         assert len(pd.read_csv(report / f"{name}.csv"))
     figures = ("figure1_heatmaps", "figure5_samplers", "figure7_convergence", "figure8_contours", "embeddings")
     for name in (*figures, "scans", "boxes"):
