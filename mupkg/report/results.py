@@ -101,7 +101,8 @@ def _check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Ite
     may_differ = {*may_differ, *tagged(Stage2Settings, Tag.NAME, Tag.SPEED)}
     values: dict[str, dict[str, str]] = {}  # of each parameter: value -> the first run that has it
     for run, given in parameters.items():
-        unused = set() if run.startswith("Metric") else tagged(Stage2Settings, Tag.METRIC)
+        plain = not str(given.get("configuration", run)).startswith("Metric")  # an arm's name may be anything
+        unused = tagged(Stage2Settings, Tag.METRIC) if plain else set()
         for name in given.keys() - may_differ - unused:
             values.setdefault(name, {}).setdefault(json.dumps(given[name]), run)
     differ = [

@@ -27,7 +27,11 @@ def study(tmp_path):
         folder.mkdir()
         scores = {"case_id": ["x", "NA"], "DSC": [0.5 + better, 0.6 + better]}
         pd.DataFrame(scores).to_csv(folder / "metrics.csv", index=False)
-        parameters = {"margin": 0.7 if told["arm"] == "A" else 1.0, "seed": told["seed"]}
+        parameters = {
+            "configuration": "MetricUNet-HCP",
+            "margin": 0.7 if told["arm"] == "A" else 1.0,
+            "seed": told["seed"],
+        }
         (folder / "run.json").write_text(json.dumps({"data_fingerprint": "f", "parameters": parameters}))
         rows = {"step": [10, 20, 40], "learning_rate": [0.1, 0.05, 0.01], "validation_dsc": [np.nan, 0.4, 0.5]}
         pd.DataFrame(rows | {"cross_entropy": 0.1}).to_csv(folder / HISTORY, index=False)
