@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,17 +86,20 @@ class Series(NamedTuple):
         return (self.positions - self.positions[0]) @ self.axes[:, 2]
 
 
-def series_geometry(folder: str | Path) -> Series:
+def series_geometry(folder: str | Path, files: Iterable[Path] | None = None) -> Series:
     """Where the slices of the one DICOM series in a folder (or in an enhanced file) lie, from their headers alone.
 
     Objects of radiotherapy, segmentations and reports beside it are passed over.
+
+    Args:
+        files: those of the series, where the folder holds others too.
 
     Raises:
         ValueError: naming the folder or file, if there is no series or several, if a slice lacks what places it, is
             of another size or orientation, shifted aside or at the place of another one, or if slices are missing.
     """
     folder, series, slices = Path(folder), defaultdict(list), []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
+    for path in files or (sorted(folder.iterdir()) if folder.is_dir() else [folder]):
         with named(path):
             if path.is_file() and path.name[0] != "." and (header := _header(path)) is not None:
                 series[str(header.get("SeriesInstanceUID"))].append((path, header))
