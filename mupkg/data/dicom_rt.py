@@ -39,6 +39,7 @@ from mupkg.data.headers import AGAIN, MALFORMED
 from mupkg.data.writing import whole_file
 
 NO_DEVICE = "Research software, no medical device: not for diagnosis or treatment planning."
+RESEARCH = "Research, no medical device"  # where there is room for 64 characters
 SCANS = ("CT", "MR")  # modalities that contours are drawn on
 OFF_PLANE = 0.1  # of the slice distance; a contour farther from every slice was drawn on one that is not there
 FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")  # of tags: 2, or 8 where the part on the file itself is missing
@@ -315,23 +316,13 @@ def write_rtstruct(
         ValueError: if the folder holds no such series, or several, or the mask is empty or not on its grid.
         OSError: if the file cannot be written; then nothing is.
     """
-    found, _ = _found(Path(series_folder))
-    keys = [key for key in found if found[key].modality in SCANS]
-    if len(keys) != 1 or not keys[0].frame:
-        what = f"{len(keys)} CT or MR series" if len(keys) != 1 else "a series that names no frame of reference"
-        raise ValueError(f"{series_folder}: holds {what}; give a folder with exactly one that names it")
-    series = series_geometry(series_folder, found[keys[0]].files)
-    grid = series_image(series, np.zeros((len(series.uids), *series.size[::-1]), np.uint8), label=True)
-    if difference := grid_difference(grid, mask):
-        raise ValueError(f"{path}: the mask is not on the grid of {series_folder} ({difference}); resample it first")
-    if not sitk.GetArrayViewFromImage(mask).any():
-        raise ValueError(f"{path}: not written, because the mask is empty; look at the scan and the run")
+    series = _series_for(mask, series_folder, path)
     first, images, contours = dcmread(series.files[0], stop_before_pixels=True, force=True), [], []
-    for uid, frame, position, plane in zip(
+    for uid, number, position, plane in zip(
         series.uids, series.frames, series.positions, _planes(mask, series), strict=True
     ):
-        number = {"ReferencedFrameNumber": frame + 1} if "NumberOfFrames" in first else {}
-        images.append(_item(ReferencedSOPClassUID=first.SOPClassUID, ReferencedSOPInstanceUID=uid, **number))
+        enhanced = {"ReferencedFrameNumber": number + 1} if "NumberOfFrames" in first else {}
+        images.append(_item(ReferencedSOPClassUID=first.SOPClassUID, ReferencedSOPInstanceUID=uid, **enhanced))
         for line in contour_generator(z=np.pad(plane, 1).astype(float)).lines(0.5):
             points = position + (line[:-1] - 1) * series.spacing @ series.axes[:, :2].T  # its last point is its first
             contour = _item(ContourImageSequence=images[-1:], ContourGeometricType="CLOSED_PLANAR")
@@ -341,6 +332,62 @@ def write_rtstruct(
     structures = _structure_set(first, images, contours, name, f"{NO_DEVICE} {description}".strip(), colour)
     with whole_file(path) as temporary:
         structures.save_as(temporary, enforce_file_format=True)
+
+
+def write_dicom_seg(
+    mask: sitk.Image,
+    series_folder: str | Path,
+    path: str | Path,
+    *,
+    name: str = "Prostate",
+    description: str = "mupkg",
+) -> None:
+    """The same as DICOM SEG, which holds voxels instead of contours; by highdicom, the extra `dicomseg`."""
+    from highdicom import AlgorithmIdentificationSequence
+    from highdicom.seg import SegmentDescription, Segmentation
+    from pydicom.sr.codedict import codes
+
+    series = _series_for(mask, series_folder, path)
+    slices = [dcmread(file, stop_before_pixels=True, force=True) for file in dict.fromkeys(series.files)]
+    for keyword in PATIENT_AND_STUDY:
+        for slice_ in slices:
+            slice_.setdefault(keyword, "")
+    model = AlgorithmIdentificationSequence(description[:64], codes.DCM.ArtificialIntelligence, __version__)
+    organ = codes.SCT.Organ, codes.SCT.Prostate
+    segmentation = Segmentation(
+        source_images=slices,
+        pixel_array=np.stack(list(_planes(mask, series))),
+        segmentation_type="BINARY",
+        segment_descriptions=[SegmentDescription(1, name, *organ, "AUTOMATIC", algorithm_identification=model)],
+        series_instance_uid=generate_uid(),
+        series_number=1,
+        series_description=RESEARCH,
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+        manufacturer="mupkg",
+        manufacturer_model_name="mupkg",
+        software_versions=__version__,
+        device_serial_number="none",
+        content_description=RESEARCH,
+    )
+    with whole_file(path) as temporary:
+        segmentation.save_as(temporary)
+
+
+def _series_for(mask: sitk.Image, folder: str | Path, path: str | Path) -> Series:
+    """The one CT or MR series in a folder; ValueError if there is none or several, or the mask is not to be written."""
+    found, _ = _found(Path(folder))
+    keys = [key for key in found if found[key].modality in SCANS]
+    if len(keys) != 1 or not keys[0].frame:
+        what = f"{len(keys)} CT or MR series" if len(keys) != 1 else "a series that names no frame of reference"
+        raise ValueError(f"{folder}: holds {what}; give a folder with exactly one that names it")
+    series = series_geometry(folder, found[keys[0]].files)
+    grid = series_image(series, np.zeros((len(series.uids), *series.size[::-1]), np.uint8), label=True)
+    if difference := grid_difference(grid, mask):
+        raise ValueError(f"{path}: the mask is not on the grid of {folder} ({difference}); resample it first")
+    if not sitk.GetArrayViewFromImage(mask).any():
+        raise ValueError(f"{path}: not written, because the mask is empty; look at the scan and the run")
+    return series
 
 
 def _planes(mask: sitk.Image, series: Series) -> Iterator[np.ndarray]:
@@ -383,7 +430,7 @@ def _structure_set(
         SOPInstanceUID=generate_uid(),
         SeriesInstanceUID=generate_uid(),
         SeriesNumber=1,
-        SeriesDescription="Research, not for clinical use",
+        SeriesDescription=RESEARCH,
         Modality="RTSTRUCT",
         Manufacturer="mupkg",
         SoftwareVersions=__version__,

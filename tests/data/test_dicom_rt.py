@@ -18,7 +18,15 @@ from pydicom.uid import MRImageStorage, RLELossless
 from mupkg.data.build import write_cohort
 from mupkg.data.cases import grid_difference
 from mupkg.data.cohort import CohortError, name_faults
-from mupkg.data.dicom_rt import NO_DEVICE, list_dicom, read_rtstruct, sources_from_dicom_rt, write_rtstruct
+from mupkg.data.dicom_rt import (
+    NO_DEVICE,
+    RESEARCH,
+    list_dicom,
+    read_rtstruct,
+    sources_from_dicom_rt,
+    write_dicom_seg,
+    write_rtstruct,
+)
 from mupkg.data.files import read_scan
 from mupkg.data.phantom import make_phantom
 from mupkg.data.preprocessing import Preparation
@@ -231,6 +239,25 @@ def test_dciodvfy_finds_no_error_in_a_written_structure_set(tmp_path, axes):
     said = subprocess.run(["dciodvfy", tmp_path / "rs.dcm"], capture_output=True, text=True, check=True)
     assert "RTStructureSet" in said.stderr + said.stdout
     assert "Error" not in said.stderr + said.stdout
+
+
+@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+def test_a_segmentation_object_holds_the_same_voxels(tmp_path, axes):
+    highdicom = pytest.importorskip("highdicom", reason="highdicom, the extra dicomseg, is not installed")
+    image = scan(axes, shape=(4, 9, 11))
+    write_series(tmp_path / "ct", image)
+    mask = noise(read_scan(tmp_path / "ct"))
+    write_dicom_seg(mask, tmp_path / "ct", tmp_path / "seg.dcm", description="MetricUNet-HCP, phantoms")
+    written = highdicom.seg.segread(tmp_path / "seg.dcm")
+    assert RESEARCH in (written.ContentDescription, written.SeriesDescription)
+    volume = written.get_volume(combine_segments=True)
+    index = np.argwhere(np.asarray(volume.array) != 0)
+    points = index @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+    found = {mask.TransformPhysicalPointToIndex(point.tolist()) for point in points}
+    assert found == {tuple(int(i) for i in zyx[::-1]) for zyx in np.argwhere(voxels(mask))}
+    if shutil.which("dciodvfy"):
+        said = subprocess.run(["dciodvfy", tmp_path / "seg.dcm"], capture_output=True, text=True, check=True)
+        assert "Error" not in said.stderr + said.stdout
 
 
 @pytest.mark.parametrize(
