@@ -30,6 +30,7 @@ from mupkg.data.dicom_rt import (
 from mupkg.data.files import read_scan
 from mupkg.data.phantom import make_phantom
 from mupkg.data.preprocessing import Preparation
+from mupkg.stages import segment
 
 REAL = Path(os.environ.get("MUPKG_REALDATA", "")) / "rt_sts"
 needs_real = pytest.mark.skipif(
@@ -532,6 +533,18 @@ def test_five_phantom_patients_become_a_cohort(phantoms, tmp_path):
         np.testing.assert_array_equal(voxels(found.image), voxels(case.image))
         np.testing.assert_array_equal(voxels(found.label), voxels(case.label))
         assert grid_difference(found.image, case.image) is None
+
+
+def test_a_run_trained_on_contours_gives_contours_back(phantoms, tmp_path, trained_on):
+    """From structure sets to a structure set: prepared, trained for a dozen steps, segmented, written, read."""
+    sources = sources_from_dicom_rt(phantoms[0])
+    cohort = write_cohort(tmp_path / "cohort", sources, Preparation(spacing_mm=(6.0, 5.0, 5.0)), split_seed=0)
+    run = trained_on(cohort, tmp_path / "study")
+    series = phantoms[0] / "Doe 0" / "ct"
+    mask = segment(read_scan(series), run)
+    write_rtstruct(mask, series, tmp_path / "out.dcm", description=run.name)
+    assert voxels(mask).any()
+    np.testing.assert_array_equal(voxels(read_rtstruct(tmp_path / "out.dcm", series, "Prostate")), voxels(mask))
 
 
 def test_nothing_of_a_header_enters_a_cohort_but_what_the_table_needs(phantoms, tmp_path):
