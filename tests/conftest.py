@@ -72,7 +72,7 @@ def stage1_of(cohort, study: Path):
     return write_regions(cohort, network, folder, **grid)
 
 
-def run_of(regions, steps: int = 12, learning_rate: float = 0.2):
+def run_of(regions, *, base_filters=2, embedding_dim=4, batch_size=4, steps=12, learning_rate=0.2):
     """A run on these regions, a dozen steps of the narrowest network; its folder."""
     from mupkg.configurations import build, configuration
     from mupkg.data.patches import PatchSource
@@ -80,10 +80,11 @@ def run_of(regions, steps: int = 12, learning_rate: float = 0.2):
     from mupkg.stages.prediction import mean_dice
     from mupkg.stages.training import train
 
-    folder, sizes = regions.folder.parent / "MetricUNet-HCP-seed0", {"base_filters": 2, "embedding_dim": 4}
+    folder = regions.folder.parent / "MetricUNet-HCP-seed0"
+    sizes = {"base_filters": base_filters, "embedding_dim": embedding_dim}
     torch.manual_seed(0)
     network, loss = build(configuration("MetricUNet-HCP"), **sizes, anchors=4)
-    source = PatchSource(*regions.volumes("train"), patch_size=(16, 16), batch_size=4)
+    source = PatchSource(*regions.volumes("train"), patch_size=(16, 16), batch_size=batch_size)
     validation = regions.volumes("validation")
     train(
         network,
@@ -113,4 +114,5 @@ def run_folder(regions):
 @pytest.fixture(scope="session")
 def trained_on():
     """Both stages on another cohort, long enough that something is predicted; the run's folder."""
-    return lambda cohort, study: run_of(stage1_of(cohort, study), steps=60, learning_rate=0.5)
+    smoke = {"base_filters": 4, "embedding_dim": 8, "batch_size": 16, "steps": 60, "learning_rate": 0.5}
+    return lambda cohort, study: run_of(stage1_of(cohort, study), **smoke)

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from fnmatch import fnmatchcase
-from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,29 +24,21 @@ import SimpleITK as sitk
 from contourpy import contour_generator
 from matplotlib.path import Path as Polygon
 from pydicom import Dataset, FileMetaDataset, dcmread
-from pydicom.filereader import read_partial
-from pydicom.tag import Tag
-from pydicom.uid import ExplicitVRLittleEndian, MediaStorageDirectoryStorage, RTStructureSetStorage, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from mupkg import __version__
 from mupkg.data.build import Source, files_below
 from mupkg.data.cases import Case, checked_case, grid_difference
 from mupkg.data.cohort import CohortError
 from mupkg.data.files import read_series, readable
-from mupkg.data.geometry import Series, series_geometry, series_image
-from mupkg.data.headers import AGAIN, MALFORMED
+from mupkg.data.geometry import HEADER, Series, dicom_header, series_geometry, series_image
+from mupkg.data.headers import Fault, named
 from mupkg.data.writing import whole_file
 
 NO_DEVICE = "Research software, no medical device: not for diagnosis or treatment planning."
 RESEARCH = "Research, no medical device"  # where there is room for 64 characters
 SCANS = ("CT", "MR")  # modalities that contours are drawn on
 OFF_PLANE = 0.1  # of the slice distance; a contour farther from every slice was drawn on one that is not there
-FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")  # of tags: 2, or 8 where the part on the file itself is missing
-LAST_GROUP = 0x0028  # of a header: the image's description; frames, contours and voxels come after it
-HEADER = [  # all that is read of it
-    *("SOPClassUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality", "PatientID", "StudyDate", "StudyTime"),
-    *("Rows", "NumberOfFrames"),
-]
 PATIENT_AND_STUDY = [  # what a structure set repeats from its slices
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
@@ -127,66 +118,33 @@ def _found(folder: Path) -> tuple[dict[Key, Found], list[Path]]:
     structures, faults = [], []
     for path in sorted(files_below(folder, faults)):
         try:
-            header = _header(path)
+            with readable(path), named(path, "DICOM"):
+                header = dicom_header(path)
+                if header is not None and header.SOPClassUID == RTStructureSetStorage:
+                    structures.append(path)
+                elif header is not None and "Rows" in header:
+                    told = {name: str(header.get(name) or "").strip() for name in HEADER}
+                    key = Key(told["SeriesInstanceUID"], told["FrameOfReferenceUID"])
+                    date = told["StudyDate"] + told["StudyTime"]
+                    one = found.setdefault(key, Found(told["SOPClassUID"], told["Modality"], told["PatientID"], date))
+                    one.files.append(path)
+                    one.slices += int(header.get("NumberOfFrames") or 1)
         except ValueError as error:
             faults.append(str(error))
-            continue
-        if header is not None and header.SOPClassUID == RTStructureSetStorage:
-            structures.append(path)
-        elif header is not None and "Rows" in header:
-            told = {name: str(header.get(name) or "").strip() for name in HEADER}
-            key = Key(told["SeriesInstanceUID"], told["FrameOfReferenceUID"])
-            date = told["StudyDate"] + told["StudyTime"]
-            one = found.setdefault(key, Found(told["SOPClassUID"], told["Modality"], told["PatientID"], date))
-            one.files.append(path)
-            one.slices += int(header.get("NumberOfFrames") or 1)
     if faults:
         raise CohortError(faults)
     return found, structures
-
-
-class _Start(FileIO):
-    """A file of which little is read, whatever lengths are claimed by a damaged header, or by what is none."""
-
-    left = 2**20  # bytes; values that nobody asks for are not read
-
-    def read(self, size: int = -1) -> bytes:
-        self.left -= size
-        if size < 0 or self.left < 0:
-            raise ValueError("its header is deflated, or none")
-        return super().read(size)
-
-
-def _header(path: Path) -> Dataset | None:
-    """What a file says about itself, read no further than its voxels or contours; None if it is not DICOM."""
-    with readable(path), _Start(path) as file:
-        start = file.read(134)
-        preamble = start[128:132] == b"DICM"
-        if (start[132:] if preamble else start[:2]) not in FIRST_GROUPS:
-            return None
-        file.seek(0)
-        try:
-            tags = [Tag(name) for name in HEADER]
-            header = read_partial(file, lambda tag, *_: tag.group > LAST_GROUP, force=True, specific_tags=tags)
-            if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
-                return None  # DICOMDIR, a list of files
-            _ = header.SOPClassUID, header.SeriesInstanceUID
-        except (*MALFORMED, OSError) as error:
-            if not preamble:
-                return None
-            raise ValueError(f"{path}: is damaged ({error}); {AGAIN}") from error
-    return header
 
 
 def _rois(path: Path) -> list[Roi]:
     """All ROIs of a structure set; ValueError naming the file if it is none, or damaged."""
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; check its name")
-    header = _header(path)
-    if header is None or header.SOPClassUID != RTStructureSetStorage:
-        raise ValueError(f"{path}: is not a DICOM structure set (RTSTRUCT); give the file that holds the contours")
     contours, series, kinds, rois = defaultdict(list), defaultdict(set), defaultdict(set), []
-    try:
+    with readable(path), named(path, "a structure set"):
+        header = dicom_header(path)
+        if header is None or header.get("SOPClassUID") != RTStructureSetStorage:
+            raise Fault("is not a DICOM structure set (RTSTRUCT)", "give the file that holds the contours")
         structures = dcmread(path, force=True)
         for item in structures.ROIContourSequence:
             contours[int(item.ReferencedROINumber)] += item.get("ContourSequence") or []
@@ -201,8 +159,6 @@ def _rois(path: Path) -> list[Roi]:
             frame = str(item.get("ReferencedFrameOfReferenceUID") or structures.get("FrameOfReferenceUID") or "")
             known = str(item.get("ROIName") or "").strip(), frame, series[frame], kinds[frame]
             rois.append(Roi(path, patient, *known, contours[int(item.ROINumber)]))
-    except (*MALFORMED, OSError) as error:
-        raise ValueError(f"{path}: is damaged ({error}); {AGAIN}") from error
     return rois
 
 
@@ -344,7 +300,7 @@ def write_dicom_seg(
 ) -> None:
     """The same as DICOM SEG, which holds voxels instead of contours; by highdicom, the extra `dicomseg`."""
     from highdicom import AlgorithmIdentificationSequence
-    from highdicom.seg import SegmentDescription, Segmentation
+    from highdicom.seg import Segmentation, SegmentDescription
     from pydicom.sr.codedict import codes
 
     series = _series_for(mask, series_folder, path)
@@ -375,7 +331,7 @@ def write_dicom_seg(
 
 
 def _series_for(mask: sitk.Image, folder: str | Path, path: str | Path) -> Series:
-    """The one CT or MR series in a folder; ValueError if there is none or several, or the mask is not to be written."""
+    """The one CT or MR series in a folder; ValueError if it is not one, or the mask is empty or not on its grid."""
     found, _ = _found(Path(folder))
     keys = [key for key in found if found[key].modality in SCANS]
     if len(keys) != 1 or not keys[0].frame:
