@@ -2,6 +2,7 @@
 
 import locale
 from collections.abc import Iterator
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -54,16 +55,15 @@ def cohort(tmp_path_factory: pytest.TempPathFactory):
     )
 
 
-@pytest.fixture(scope="session")
-def regions(cohort, tmp_path_factory: pytest.TempPathFactory):
-    """Stage 1 of that cohort with an untrained light UNet of two channels: its folder is complete."""
+def stage1_of(cohort, study: Path):
+    """Stage 1 of a cohort with an untrained light UNet of two channels: its folder is complete."""
     from mupkg.models import light_unet
     from mupkg.stages.localization import COARSE_CHANNELS
     from mupkg.stages.regions import write_regions
     from mupkg.stages.runs import save_tensors, write_run
     from mupkg.stages.training import BEST
 
-    folder, grid = tmp_path_factory.mktemp("study") / "stage1", {"coarse_mm": 8.0, "region_mm": [96.0, 120.0, 120.0]}
+    folder, grid = study / "stage1", {"coarse_mm": 8.0, "region_mm": [96.0, 120.0, 120.0]}
     torch.manual_seed(1)
     network = light_unet(COARSE_CHANNELS, 2).eval()
     settings = {"filters": 2, **grid, "preparation": cohort.preparation.model_dump(mode="json")}
@@ -72,30 +72,47 @@ def regions(cohort, tmp_path_factory: pytest.TempPathFactory):
     return write_regions(cohort, network, folder, **grid)
 
 
-@pytest.fixture(scope="session")
-def run_folder(regions):
-    """A run of that study, a dozen steps of the narrowest network."""
+def run_of(regions, *, base_filters=2, embedding_dim=4, batch_size=4, steps=12, learning_rate=0.2):
+    """A run on these regions, a dozen steps of the narrowest network; its folder."""
     from mupkg.configurations import build, configuration
     from mupkg.data.patches import PatchSource
     from mupkg.stages.inference import copy_localizer
     from mupkg.stages.prediction import mean_dice
     from mupkg.stages.training import train
 
-    folder, sizes = regions.folder.parent / "MetricUNet-HCP-seed0", {"base_filters": 2, "embedding_dim": 4}
+    folder = regions.folder.parent / "MetricUNet-HCP-seed0"
+    sizes = {"base_filters": base_filters, "embedding_dim": embedding_dim}
     torch.manual_seed(0)
     network, loss = build(configuration("MetricUNet-HCP"), **sizes, anchors=4)
-    source = PatchSource(*regions.volumes("train"), patch_size=(16, 16), batch_size=4)
+    source = PatchSource(*regions.volumes("train"), patch_size=(16, 16), batch_size=batch_size)
     validation = regions.volumes("validation")
     train(
         network,
         loss,
         source,
         folder,
-        steps=12,
+        steps=steps,
         validate_every=6,
-        learning_rate=0.2,
+        learning_rate=learning_rate,
         validate=lambda net: mean_dice(net, *validation, channels=3),
         metadata={"configuration": "MetricUNet-HCP", **sizes},
     )
     copy_localizer(regions.folder, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def regions(cohort, tmp_path_factory: pytest.TempPathFactory):
+    return stage1_of(cohort, tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="session")
+def run_folder(regions):
+    return run_of(regions)
+
+
+@pytest.fixture(scope="session")
+def trained_on():
+    """Both stages on another cohort, long enough that something is predicted; the run's folder."""
+    smoke = {"base_filters": 4, "embedding_dim": 8, "batch_size": 16, "steps": 60, "learning_rate": 0.5}
+    return lambda cohort, study: run_of(stage1_of(cohort, study), **smoke)

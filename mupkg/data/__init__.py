@@ -7,6 +7,7 @@ __getattr__ = lazily(
     {
         "cases": ["Case"],
         "cohort": ["Cohort", "CohortError"],
+        "dicom_rt": ["list_dicom", "read_rtstruct", "write_rtstruct"],
         "patches": ["PatchSource"],
         "phantom": ["make_phantom"],
         "preprocessing": ["Preparation", "prepare"],

@@ -258,7 +258,7 @@ def check_pattern(pattern: str) -> str:
     return pattern
 
 
-def _files_below(folder: Path, faults: list[str]) -> Iterator[Path]:
+def files_below(folder: Path, faults: list[str]) -> Iterator[Path]:
     """Every file below a folder, through links too; what may not be read is added to the faults."""
     walk = os.walk(folder, followlinks=True, onerror=lambda error: faults.append(closed(error.filename, error)))
     for place, folders, names in walk:
@@ -298,7 +298,7 @@ def sources_from_pattern(
     matcher = re.compile(re.escape(image_pattern).replace(re.escape("{case}"), "(?P<case>[^/]+)"))
     label_matcher = re.compile(re.escape(label_pattern).replace(re.escape("{case}"), "[^/]+"))
     found, faults, files = [], [], defaultdict(list)
-    for path in sorted(_files_below(folder, faults)):
+    for path in sorted(files_below(folder, faults)):
         name = path.relative_to(folder).as_posix()
         match = matcher.fullmatch(name)
         if match is None or label_matcher.fullmatch(name):

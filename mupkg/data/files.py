@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def read_scan(path: str | Path, *, channel: int | None = None) -> sitk.Image:
             raise ValueError(f"{path}: cannot be read as an image (there is no such file); check its name")
         try:
             if path.is_dir() or _start(path)[128:132] == b"DICM":
-                image = _read_series(path)
+                image = read_series(path)
             else:
                 image = _checked(path).Execute()
         except RuntimeError as error:
@@ -137,9 +137,13 @@ def _checked(path: Path) -> sitk.ImageFileReader:
     return reader
 
 
-def _read_series(path: Path) -> sitk.Image:
-    """The DICOM series in a folder or an enhanced file; GDCM unpacks voxels and applies each file's rescale."""
-    series, reader, voxels = series_geometry(path), sitk.ImageFileReader(), {}
+def read_series(path: Path, files: Iterable[Path] | None = None) -> sitk.Image:
+    """The DICOM series in a folder or an enhanced file; GDCM unpacks voxels and applies each file's rescale.
+
+    Args:
+        files: those of the series, where the folder holds others too.
+    """
+    series, reader, voxels = series_geometry(path, files), sitk.ImageFileReader(), {}
     if math.prod(series.size) * len(series.files) > MOST_VOXELS:
         raise ValueError(f"{path}: claims more than {MOST_VOXELS} voxels; copy the series again")
     reader.SetImageIO("GDCMImageIO")

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from io import BytesIO
+from collections.abc import Iterable, Iterator, Sequence
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 from pydicom import Dataset, dcmread
+from pydicom.filereader import read_partial
+from pydicom.tag import Tag
+from pydicom.uid import MediaStorageDirectoryStorage
 from scipy.interpolate import interp1d
 from scipy.ndimage import affine_transform
 
-from mupkg.data.headers import WITH_AFFINE, Fault, named
+from mupkg.data.headers import MALFORMED, WITH_AFFINE, Fault, named
 
 AGREE = 0.1  # of a voxel: what is no farther apart lies at the same place
 RIGHT_ANGLE = 1e-3  # the largest cosine between rows and columns; the least volume that three axes span
@@ -27,6 +30,12 @@ WIDE_GAP = 1.5  # of the slices' thickness or usual distance: where slices are f
 SAME_PLACE = 0.5  # of the mean slice distance: closer slices show the same place twice
 MOST_LEAN = 1.5  # from the first to the last slice, against the way along their normal (48 degrees)
 MOST_PER_BYTE = 1100  # voxels a stored byte may stand for; no codec packs tighter
+FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")  # of DICOM's tags: 2, or 8 where the part on the file itself is missing
+LAST_GROUP = 0x0028  # of a header: the image's description; frames, contours and voxels come after it
+HEADER = [  # what it takes to tell files apart
+    *("SOPClassUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality", "PatientID", "StudyDate", "StudyTime"),
+    *("Rows", "NumberOfFrames"),
+]
 NO_SCAN = ("RT", "SEG", "SR", "REG", "PR", "KO")  # begin the modalities of what may lie beside a scan
 FIELDS = {"size": "Rows or Columns", "spacing": "PixelSpacing", "directions": "ImageOrientationPatient"}
 EXPORT = "export the series again from the archive, with all fields kept"
@@ -86,17 +95,20 @@ class Series(NamedTuple):
         return (self.positions - self.positions[0]) @ self.axes[:, 2]
 
 
-def series_geometry(folder: str | Path) -> Series:
+def series_geometry(folder: str | Path, files: Iterable[Path] | None = None) -> Series:
     """Where the slices of the one DICOM series in a folder (or in an enhanced file) lie, from their headers alone.
 
     Objects of radiotherapy, segmentations and reports beside it are passed over.
+
+    Args:
+        files: those of the series, where the folder holds others too.
 
     Raises:
         ValueError: naming the folder or file, if there is no series or several, if a slice lacks what places it, is
             of another size or orientation, shifted aside or at the place of another one, or if slices are missing.
     """
     folder, series, slices = Path(folder), defaultdict(list), []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
+    for path in files or (sorted(folder.iterdir()) if folder.is_dir() else [folder]):
         with named(path):
             if path.is_file() and path.name[0] != "." and (header := _header(path)) is not None:
                 series[str(header.get("SeriesInstanceUID"))].append((path, header))
@@ -111,18 +123,49 @@ def series_geometry(folder: str | Path) -> Series:
         return _in_order(slices)
 
 
+class _Start(FileIO):
+    """A file of which little is read, whatever lengths are claimed by a damaged header, or by what is none."""
+
+    left = 2**20  # bytes; values that nobody asks for are not read
+
+    def read(self, size: int = -1) -> bytes:
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise Fault("is cut short or damaged, or its header is deflated")
+        return super().read(size)
+
+
+def dicom_header(path: Path) -> Dataset | None:
+    """What a DICOM file says about itself, read no further than its frames, contours or voxels.
+
+    None if the file is no DICOM, or a DICOMDIR (a list of files).
+    """
+    with _Start(path) as file:
+        start = file.read(134)
+        preamble = start[128:132] == b"DICM"
+        if (start[132:] if preamble else start[:2]) not in FIRST_GROUPS:
+            return None
+        file.seek(0)
+        tags = [Tag(name) for name in HEADER]
+        try:
+            header = read_partial(file, lambda tag, *_: tag.group > LAST_GROUP, force=True, specific_tags=tags)
+        except MALFORMED:
+            if preamble:
+                raise
+            return None
+    directory = header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
+    return None if directory or not (preamble or "SOPClassUID" in header) else header
+
+
 def _header(path: Path) -> Dataset | None:
     """The header of a scan's file; None if the file is no DICOM, or something that may lie beside a scan."""
-    with path.open("rb") as file:
-        start = file.read(132)
-        if start[128:] != b"DICM" and start[:2] not in (b"\2\0", b"\10\0"):  # as a file without preamble begins
-            if path.suffix.lower() == ".dcm":
-                raise Fault("is no DICOM", "copy it again, or remove it from the folder")
-            return None
-        content = BytesIO(start + file.read())  # which gives no more than it has, whatever length a field claims
-    header = dcmread(content, stop_before_pixels=True, force=True)
-    if str(header.get("Modality")).startswith(NO_SCAN) or "DirectoryRecordSequence" in header:
+    header = dicom_header(path)
+    if header is None and path.suffix.lower() == ".dcm":
+        raise Fault("is no DICOM", "copy it again, or remove it from the folder")
+    if header is None or str(header.get("Modality")).startswith(NO_SCAN):
         return None
+    content = BytesIO(path.read_bytes())  # gives no more than it has, whatever length a field claims
+    header = dcmread(content, stop_before_pixels=True, force=True)
     remove = "copy it again, or remove it from the folder if it is no part of the scan"
     if header.get("PhotometricInterpretation") != "MONOCHROME2":  # ITK would turn MONOCHROME1 round
         raise Fault("is cut short, or is no MONOCHROME2 image", remove)

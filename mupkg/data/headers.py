@@ -56,7 +56,7 @@ class Fault(ValueError):
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def named(path: Path, kind: str = "an image") -> Iterator[None]:
     """What is wrong with a file inside the block becomes a ValueError that names it."""
     try:
         yield
@@ -65,7 +65,7 @@ def named(path: Path) -> Iterator[None]:
     except PermissionError:
         raise
     except MALFORMED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({type(error).__name__}: {error}); {AGAIN}") from error
+        raise ValueError(f"{path}: cannot be read as {kind} ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
 def _fields(header: bytes, pattern: str, needed: Sequence[str]) -> dict[str, str]:
