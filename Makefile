@@ -5,7 +5,7 @@
 # make soak    kills a smoke study KILLS times (22) and compares it with an undisturbed one
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
-.PHONY: setup study trial reference claims demo demo-pair test soak lint lab gallery bench clean
+.PHONY: setup study trial reference claims demo demo-pair test soak lint lab lessons gallery bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -70,6 +70,10 @@ claims: setup
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
+
+# The lessons' notebooks, blank and solved, from notebooks/lessons/source
+lessons: setup
+	$(BIN)/python notebooks/lessons/make_lessons.py
 
 # The trained pair of data/demo, anew: a few minutes
 demo-pair: setup

@@ -1,0 +1,440 @@
+# %% [markdown]
+# # Lesson 3 · Triplets, the margin, and Eq. 2 as printed
+#
+# We find out why a triplet loss needs a hinge, how a satisfied triplet differs from an unsatisfied one, and what
+# the margin is measured in.
+#
+# * **Time**: 45 minutes. The computer works for about 20 seconds.
+# * **In the paper**: Section III-B.3, Eq. (2). How we read it: `METHOD.md`, readings R6 and R7.
+# * **We need**: gradients by hand, a little PyTorch, and lesson 2.
+
+# %% [markdown]
+# ## A picture first
+#
+# Sixty points in the plane stand for the embeddings of sixty voxels, 30 of the prostate and 30 of the background.
+# We let a triplet loss move them, and nothing else. A triplet is an *anchor* and a *positive*, both from the
+# prostate, and a *negative* from the background. In every step the loss pulls 20 anchors to their positives and
+# pushes them away from their negatives.
+
+# %%
+import sys
+
+import torch
+from matplotlib import pyplot as plt
+
+from mupkg import repository
+from mupkg.losses import VoxelMetricLoss, gather_embeddings, squared_distance
+from mupkg.metrics import segmentation_metrics
+from mupkg.samplers import RandomSampler
+from mupkg.stages import predict_volume
+
+sys.path.append(str(repository() / "notebooks/lessons"))
+from classroom import BACKGROUND, PROSTATE, SPACING_MM, exercise, expect, narrow, phantoms, same, train
+
+
+# %%
+def move(loss, steps=60):
+    generator = torch.Generator().manual_seed(3)
+    points, values = torch.randn(60, 2, generator=generator) / 2, []
+    points[:30] += torch.tensor([0.6, 0.3])  # the prostate's; they overlap with the others
+    for _ in range(steps):
+        anchors, positives = torch.randint(30, (2, 20), generator=generator)
+        negatives = torch.randint(30, 60, (20,), generator=generator)
+        moving = points.requires_grad_()
+        value = loss.of_vectors(moving[anchors], moving[positives], moving[negatives])
+        points = (points - 0.3 * torch.autograd.grad(value, moving)[0]).detach()
+        values.append(value.item())
+    return points, values
+
+
+# %% [markdown]
+# Loss A is the first term of Eq. (2) as it is printed. Loss B is the one we use. Both begin with the same points
+# and see the same triplets.
+
+# %%
+losses = {"A": VoxelMetricLoss(hinge=False), "B": VoxelMetricLoss()}
+figure, axes = plt.subplots(1, 3, figsize=(11, 3.7))
+for ax, (name, steps) in zip(axes, {"start": 0, "A": 60, "B": 60}.items(), strict=True):
+    points, values = move(losses.get(name, losses["B"]), steps)
+    ax.scatter(*points[30:].T, c=BACKGROUND, marker="s", s=18, label="background")
+    ax.scatter(*points[:30].T, c=PROSTATE, marker="o", s=18, label="prostate")
+    ending = f", after {steps} steps: the loss is {values[-1]:.2f}" if values else ""
+    ax.set(title=name + ending, xlabel="channel 1", ylabel="channel 2", aspect="equal", box_aspect=1)
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+plt.show()
+
+# %% [markdown]
+# Look at the numbers along the axes, too.
+#
+# **Write down your guess** before you go on: which of the two has learned more? And where will A's loss be after
+# another 60 steps?
+
+# %%
+guess = "?"  # your number for A's loss after 120 steps
+
+# %%
+for name, loss in losses.items():
+    print(f"{name}: the loss is {move(loss, 120)[1][-1]:.2f} after 120 steps")
+print(f"your guess for A was {guess}")
+
+# %% [markdown]
+# A's loss has no lower end. It falls faster and faster, and more of it means nothing: the two kinds were apart long
+# ago. B came to rest. The rest of this lesson is about that difference.
+
+# %% [markdown]
+# ## Step 1: the loss
+#
+# Write $d(u, v) = \lVert u - v \rVert_2^2$ for the **squared** distance of two embeddings. For one triplet, Eq. (2)
+# prints
+#
+# $$d(a, p) - d(a, n) + \sigma .$$
+#
+# The triplet losses that the paper cites put a *hinge* around it,
+#
+# $$\max\bigl(0,\; d(a, p) - d(a, n) + \sigma\bigr),$$
+#
+# so that a triplet has nothing more to say once its negative is farther away than its positive by the margin
+# $\sigma$. Eq. (2) sums over triplets. We take the mean.
+
+# %% [markdown]
+# **Exercise 3.1** (8 minutes). Write the triplet loss with its hinge. The three tensors are `(triplets, channels)`,
+# and the answer is one number: the mean over all triplets.
+
+
+# %%
+def triplet_loss(anchors, positives, negatives, margin=0.7):
+    ### BEGIN SOLUTION
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_positive - to_negative + margin).clamp(min=0).mean()
+    ### END SOLUTION
+
+
+# %% tags=["mistake"]
+# hint: the hinge is missing
+def triplet_loss(anchors, positives, negatives, margin=0.7):
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_positive - to_negative + margin).mean()
+
+
+# %% tags=["mistake"]
+# hint: mean comes before the hinge
+def triplet_loss(anchors, positives, negatives, margin=0.7):
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return ((to_positive - to_negative).mean() + margin).relu()
+
+
+# %% tags=["mistake"]
+# hint: square is missing
+def triplet_loss(anchors, positives, negatives, margin=0.7):
+    to_positive = (anchors - positives).norm(dim=1)
+    to_negative = (anchors - negatives).norm(dim=1)
+    return (to_positive - to_negative + margin).relu().mean()
+
+
+# %% tags=["mistake"]
+# hint: changed places
+def triplet_loss(anchors, positives, negatives, margin=0.7):
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_negative - to_positive + margin).relu().mean()
+
+
+# %% tags=["mistake"]
+# hint: summed over the triplets
+def triplet_loss(anchors, positives, negatives, margin=0.7):
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_positive - to_negative + margin).relu().sum()
+
+
+# %% tags=["mistake"]
+# hint: over the channels
+def triplet_loss(anchors, positives, negatives, margin=0.7):
+    to_positive = (anchors - positives).square().mean(dim=1)
+    to_negative = (anchors - negatives).square().mean(dim=1)
+    return (to_positive - to_negative + margin).relu().mean()
+
+
+# %% tags=["check"]
+a, p, n = torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(0))
+raw = squared_distance(a, p) - squared_distance(a, n) + 0.7
+unsquared = (a - p).norm(dim=1) - (a - n).norm(dim=1) + 0.7
+mistakes = {
+    "the hinge is missing: a satisfied triplet must count 0, not less.": raw.mean(),
+    "the mean comes before the hinge, so that satisfied triplets pay for the others.": raw.mean().relu(),
+    "the square is missing: d is the squared distance.": unsquared.relu().mean(),
+    "positive and negative have changed places.": (1.4 - raw).relu().mean(),
+    "you summed over the triplets; we take the mean.": raw.relu().sum(),
+    "d is a sum over the channels, not a mean.": ((raw - 0.7) / 4 + 0.7).relu().mean(),
+}
+with exercise("3.1", "Begin with d(a, p) and d(a, n), a number for each triplet."):
+    same(triplet_loss(a, p, n), VoxelMetricLoss().of_vectors(a, p, n), mistakes, "Try it by hand on one triplet.")
+
+# %% [markdown]
+# ## Step 2: how hard does a triplet push?
+#
+# Training follows gradients, not losses. So look at the gradient of $d(a, p) - d(a, n) + \sigma$ with respect to
+# the anchor.
+#
+# **Guess first**: we move the negative twice as far away. Does it push harder, as hard as before, or less?
+
+# %% [markdown]
+# **Exercise 3.2** (10 minutes). Work the gradient of *one* triplet's loss **with the hinge** out on paper, then
+# write it down for all triplets at once, a row each. Do not call autograd: the check does.
+
+
+# %%
+def anchor_gradient(anchors, positives, negatives, margin=0.7):
+    ### BEGIN SOLUTION
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    active = to_positive - to_negative + margin > 0
+    return 2 * (negatives - positives) * active[:, None]
+    ### END SOLUTION
+
+
+# %% tags=["mistake"]
+# hint: satisfied triplet still pushes
+def anchor_gradient(anchors, positives, negatives, margin=0.7):
+    return 2 * (negatives - positives)
+
+
+# %% tags=["mistake"]
+# hint: factor 2
+def anchor_gradient(anchors, positives, negatives, margin=0.7):
+    raw = (anchors - positives).square().sum(dim=1) - (anchors - negatives).square().sum(dim=1) + margin
+    return (negatives - positives) * (raw > 0)[:, None]
+
+
+# %% tags=["mistake"]
+# hint: points the other way
+def anchor_gradient(anchors, positives, negatives, margin=0.7):
+    raw = (anchors - positives).square().sum(dim=1) - (anchors - negatives).square().sum(dim=1) + margin
+    return 2 * (positives - negatives) * (raw > 0)[:, None]
+
+
+# %% tags=["mistake"]
+# hint: margin
+def anchor_gradient(anchors, positives, negatives, margin=0.7):
+    raw = (anchors - positives).square().sum(dim=1) - (anchors - negatives).square().sum(dim=1)
+    return 2 * (negatives - positives) * (raw > 0)[:, None]
+
+
+# %% tags=["check"]
+a, p, n = torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(1))
+(right,) = torch.autograd.grad(len(a) * VoxelMetricLoss().of_vectors(a.requires_grad_(), p, n), a)
+a = a.detach()
+no_margin = (squared_distance(a, p) > squared_distance(a, n))[:, None]
+mistakes = {
+    "a satisfied triplet still pushes. What is the slope of max(0, x) below 0?": 2 * (n - p),
+    "the factor 2 of the square's derivative is missing.": right / 2,
+    "it points the other way. The gradient is where the loss grows.": -right,
+    "you left the margin out when you asked which triplets are satisfied.": 2 * (n - p) * no_margin,
+}
+with exercise("3.2", "The derivative of d(a, p) with respect to a is 2 (a - p)."):
+    same(anchor_gradient(a, p, n), right, mistakes, "Two pieces: which triplets push at all, and then 2 (n - p).")
+
+# %% [markdown]
+# The anchor itself has dropped out: the push of a triplet is $2(n - p)$, as long as the distance of negative and
+# positive. Now we draw it for a negative that moves away.
+
+# %%
+away = torch.linspace(0.1, 3, 100)[:, None]
+here, close = torch.zeros(100, 1), torch.full((100, 1), 0.5)  # the anchor, and its positive
+with_hinge = anchor_gradient(here, close, -away).abs()
+figure, ax = plt.subplots(figsize=(5.5, 3.2))
+ax.plot(away, 2 * (away + close), "--", label="A, as printed")
+ax.plot(away, with_hinge, label="B, with hinge")
+ax.axvline((0.25 + 0.7) ** 0.5, color="gray", lw=1, label="d(a, n) = d(a, p) + σ")
+ax.set(xlabel="distance from anchor to negative", ylabel="push on the anchor (gradient's length)")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# Without the hinge the push *grows* with the distance: what is far apart already is driven apart fastest. That is
+# exponential growth. With the hinge the push ends where the margin is met.
+
+# %% [markdown]
+# ## Step 3: in a network
+#
+# Now a real training: a narrow UNet, eight phantoms, 150 steps, random triplets (MetricUNet-R), and the paper's
+# weight of $\lambda = 0.01$. That is a hundredth, so perhaps the missing hinge does not matter?
+#
+# **Write down your guess**: the mean squared length of an embedding, $\lVert e \rVert^2$, starts near 8. What is it
+# after 150 steps with A, and with B? And what happens to the cross-entropy?
+
+# %%
+guess_a, guess_b = "?", "?"  # mean squared length after 150 steps
+
+
+# %%
+def length(output, labels):
+    return {"squared length": output.embeddings.square().sum(dim=1).mean().item()}
+
+
+volumes, networks, histories = phantoms(range(8)), {}, {}
+for name, hinge in {"A": False, "B": True}.items():
+    networks[name], loss = narrow("MetricUNet-R", hinge=hinge)
+    histories[name] = train(networks[name], loss, volumes, measure=length)
+    last = histories[name].tail(20).mean()  # over 20 steps, because single patches differ
+    print(f"{name}: metric loss {last['metric']:.3g}, squared length {last['squared length']:.3g}, ", end="")
+    print(f"cross-entropy {last['cross-entropy']:.3f}")
+print("your guesses for the squared length:", guess_a, guess_b)
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+for ax, column in zip(axes, ("squared length", "cross-entropy"), strict=True):
+    for name, style in {"A": "--", "B": "-"}.items():
+        smooth = histories[name][column].rolling(10, min_periods=1).mean()
+        ax.plot(smooth, style, label={"A": "A, as printed", "B": "B, with hinge"}[name])
+    ax.set(xlabel="SGD step", ylabel=f"{column} (mean of 10 steps)")
+    ax.legend()
+axes[0].set_yscale("log")
+plt.show()
+
+# %% [markdown]
+# What the two are worth, on four phantoms that neither has seen:
+
+# %%
+images, labels = phantoms(range(8, 12))
+for name, network in networks.items():
+    masks = [predict_volume(network, image) > 0.5 for image in images]
+    pairs = zip(masks, labels, strict=True)
+    dice = [segmentation_metrics(mask, label, spacing_mm=SPACING_MM)["DSC"] for mask, label in pairs]
+    print(f"{name}: DSC {', '.join(f'{value:.2f}' for value in dice)}")
+
+# %% [markdown]
+# A's loss is the "best" by far, and its network the worst. Its embeddings grow, and the cross-entropy has less and
+# less say. A hundredth of a term without an end is still a term without an end.
+#
+# **A lower loss is no better loss** if it has no lower end. Eq. (2) cannot have been trained as printed; we read it
+# with the hinges of the losses that it cites (reading R6).
+
+# %% [markdown]
+# ## Step 4: what is the margin measured in?
+#
+# The paper sets $\sigma = 0.7$ (and 1.0 in Table III). Is that much? We take B's network and draw triplets from a
+# slice of a phantom that it has not seen.
+
+# %%
+middle = torch.from_numpy(images[0][7:10])[None].float() / 255  # three neighbouring slices
+label = torch.from_numpy(labels[0][8])[None].long()
+with torch.no_grad():
+    embeddings = networks["B"](middle).embeddings
+tuples = RandomSampler(anchors=500, pairs=10)(label, generator=torch.Generator().manual_seed(0))
+seen = [gather_embeddings(embeddings, voxels) for voxels in tuples]  # anchors, positives, negatives
+to_positive, to_negative = (squared_distance(seen[0], other) for other in seen[1:])
+print(f"{len(to_positive)} triplets: d(a, p) is {to_positive.mean():.2f}", end=" ")
+print(f"and d(a, n) is {to_negative.mean():.2f} on average; the margin is 0.7")
+
+# %% [markdown]
+# A triplet that the hinge has not silenced is *active*: only active triplets teach.
+#
+# **Guess first**: we multiply all embeddings by 10. Nothing moves against anything else. What happens to the share
+# of active triplets?
+
+# %% [markdown]
+# **Exercise 3.3** (10 minutes). Write the share of active triplets. With `normalize=True` bring every embedding to
+# length 1 first, each by itself.
+
+
+# %%
+def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
+    ### BEGIN SOLUTION
+    if normalize:
+        anchors, positives, negatives = (x / x.norm(dim=1, keepdim=True) for x in (anchors, positives, negatives))
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_positive - to_negative + margin > 0).float().mean()
+    ### END SOLUTION
+
+
+# %% tags=["mistake"]
+# hint: satisfied ones
+def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
+    if normalize:
+        anchors, positives, negatives = (x / x.norm(dim=1, keepdim=True) for x in (anchors, positives, negatives))
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_negative > to_positive + margin).float().mean()
+
+
+# %% tags=["mistake"]
+# hint: left the margin out
+def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
+    if normalize:
+        anchors, positives, negatives = (x / x.norm(dim=1, keepdim=True) for x in (anchors, positives, negatives))
+    return ((anchors - positives).norm(dim=1) > (anchors - negatives).norm(dim=1)).float().mean()
+
+
+# %% tags=["mistake"]
+# hint: number, not the share
+def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
+    if normalize:
+        anchors, positives, negatives = (x / x.norm(dim=1, keepdim=True) for x in (anchors, positives, negatives))
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_positive - to_negative + margin > 0).sum()
+
+
+# %% tags=["mistake"]
+# hint: row by row
+def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
+    if normalize:
+        anchors, positives, negatives = (x / x.norm() for x in (anchors, positives, negatives))
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_positive - to_negative + margin > 0).float().mean()
+
+
+# %% tags=["mistake"]
+# hint: length of 1
+def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_positive - to_negative + margin > 0).float().mean()
+
+
+# %% tags=["check"]
+raw = squared_distance(seen[0], seen[1]) - squared_distance(seen[0], seen[2])
+right, active = (raw + 0.7 > 0).float().mean(), (raw + 0.7 > 0).sum()
+mistakes = {
+    "you count the satisfied ones. Active triplets are the others.": 1 - right,
+    "you left the margin out.": (raw > 0).float().mean(),
+    "that is the number, not the share.": active,
+}
+with exercise("3.3", "A triplet is active while d(a, p) - d(a, n) + σ is above 0."):
+    same(active_share(*seen), right, mistakes, "Count the triplets whose hinged loss is above 0.")
+    once, tenfold = (active_share(*(k * x for x in seen), normalize=True) for k in (1, 10))
+    expect(torch.isclose(once, tenfold), "with normalize=True every embedding must come to a length of 1.")
+    unit = [torch.nn.functional.normalize(x, dim=1) for x in seen]
+    expect(torch.isclose(once, active_share(*unit)), "normalise row by row: dim=1 and keepdim=True in the norm.")
+
+# %%
+for scale in (0.1, 1, 10):
+    raw, unit = (active_share(*(scale * x for x in seen), normalize=k) for k in (False, True))
+    print(f"embeddings × {scale:<4}: {raw:.3f} of the triplets are active, {unit:.3f} if normalised")
+
+# %% [markdown]
+# The same geometry, and anything between all and almost none of the triplets teach. So **σ has no meaning by
+# itself**. It is a length (squared) to be compared with the distances in the network at hand, and these depend on
+# the number of channels and on batch norm. Whoever compares two margins, or one margin in two networks, compares
+# scales as well. `VoxelMetricLoss(normalize=True)` takes the scale away; the paper does not.
+
+# %% [markdown]
+# ## What we have learned
+#
+# * A triplet loss without a hinge has no lower end; its push grows with the distance, and it drowns the
+#   cross-entropy.
+# * A satisfied triplet has a gradient of exactly zero. It teaches nothing.
+# * The margin is measured in the embeddings' own units.
+#
+# **To think about**: Eq. (2) adds ε in its second term, $d(a, p) + \varepsilon$, though the text calls ε "the
+# maximum distance of the positive pairs". What is the gradient of an added constant? What would a hinge make of it?
+#
+# **Read next**: the paper's Section III-B.3 once more, now with R6 and R7 of `METHOD.md`; *FaceNet* (Schroff et
+# al., CVPR 2015), Section 3, for where the hinge comes from; then lesson 4: of the triplets we draw, who still
+# teaches?

@@ -1,0 +1,394 @@
+# %% [markdown]
+# # Lesson 4 · Who still teaches?
+#
+# A satisfied triplet has no gradient (lesson 3). So we ask of each sampler how many of its triplets still teach,
+# and find out what "focal hard negative sampling" samples.
+#
+# * **Time**: 45 minutes. The computer works for about 20 seconds.
+# * **In the paper**: Section III-B.2, Eq. (1), Fig. 5. How we read it: `METHOD.md`, "Samplers" and reading R5.
+# * **We need**: lesson 3, and the shapes of PyTorch's tensors.
+
+# %% [markdown]
+# ## A picture first
+#
+# We train a narrow MetricUNet-R for 150 steps. In every step we draw 800 random triplets more, only to look at
+# them: a triplet is *active* while $d(a, p) - d(a, n) + \sigma > 0$. The line is the share of R's triplets that are
+# active.
+
+# %%
+import sys
+
+import torch
+from matplotlib import pyplot as plt
+from torch.nn import functional as F
+
+from mupkg import repository
+from mupkg.data import PatchSource
+from mupkg.losses import squared_distance
+from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
+
+sys.path.append(str(repository() / "notebooks/lessons"))
+from classroom import BLUE, VERMILION, activity, exercise, expect, narrow, phantoms, same, show_slice, train
+
+# %%
+samplers = [RandomSampler(100), HardNegativeSampler(100), ContourSampler(100)]  # anchors an image
+volumes = phantoms(range(8))
+network, loss = narrow("MetricUNet-R")
+history = train(network, loss, volumes, measure=activity(*samplers))
+
+figure, ax = plt.subplots(figsize=(6, 3.4))
+ax.plot(history["R"].rolling(5, min_periods=1).mean(), label="R, random")
+ax.set(xlabel="SGD step", ylabel="share of active triplets\n(mean of 5 steps)", ylim=(0, 0.5))
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# Two things to notice. The line falls, as it should: the network learns. But look where it starts: *before the
+# first step* most random triplets are satisfied already. Most of the background is fat, muscle or bone, and looks
+# like no prostate even to a network that has learned nothing.
+#
+# The paper says so, too: "the common tuples which satisfy the triplet and pair-wise distance assumption will
+# dominate the training process". Its remedies are H and C.
+#
+# **Write down your guess**: which share of H's and of C's triplets is active at the end? And of R's, if the network
+# is a plain UNet that has never seen a triplet?
+
+# %%
+guess_h, guess_c, guess_unet = "?", "?", "?"  # shares between 0 and 1, mean of the last 20 steps
+
+# %% [markdown]
+# ## Step 1: look at it ourselves
+#
+# We take 16 patches of phantoms that the network has not seen, and draw with R. A sampler gives no vectors, only
+# *where* to look: flat indices into `labels.flatten()`, so that no gradient runs through the choice.
+
+# %%
+source = PatchSource(*phantoms(range(8, 12)), patch_size=(32, 32), batch_size=16, seed=1)
+images, labels = source.batch(0)
+with torch.no_grad():
+    logits, embeddings = network(images)
+probability = logits.softmax(dim=1)[:, 1]
+tuples = RandomSampler(100)(labels, generator=torch.Generator().manual_seed(0))
+print("labels", tuple(labels.shape), " embeddings", tuple(embeddings.shape), " tuples", len(tuples.anchors))
+print("the first anchor is voxel", tuples.anchors[0].item(), "of", labels.numel())
+
+# %% [markdown]
+# **Exercise 4.1** (8 minutes). Write the share of active triplets from the embeddings `(N, E, H, W)` and the
+# tuples. Mind the order of the axes: voxel number $i$ of `labels.flatten()` has its embedding in the *second* axis.
+
+
+# %%
+def active_share(embeddings, tuples, margin=0.7):
+    ### BEGIN SOLUTION
+    rows = embeddings.movedim(1, -1).flatten(0, 2)  # a row a voxel
+    anchors, positives, negatives = (rows[voxels] for voxels in tuples)
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_positive - to_negative + margin > 0).float().mean()
+    ### END SOLUTION
+
+
+# %% tags=["mistake"]
+# hint: not one voxel's embedding
+def active_share(embeddings, tuples, margin=0.7):
+    rows = embeddings.reshape(-1, embeddings.shape[1])
+    anchors, positives, negatives = (rows[voxels] for voxels in tuples)
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_positive - to_negative + margin > 0).float().mean()
+
+
+# %% tags=["mistake"]
+# hint: left the margin out
+def active_share(embeddings, tuples, margin=0.7):
+    rows = embeddings.movedim(1, -1).flatten(0, 2)
+    anchors, positives, negatives = (rows[voxels] for voxels in tuples)
+    return ((anchors - positives).norm(dim=1) > (anchors - negatives).norm(dim=1)).float().mean()
+
+
+# %% tags=["mistake"]
+# hint: satisfied ones
+def active_share(embeddings, tuples, margin=0.7):
+    rows = embeddings.movedim(1, -1).flatten(0, 2)
+    anchors, positives, negatives = (rows[voxels] for voxels in tuples)
+    to_positive = (anchors - positives).square().sum(dim=1)
+    to_negative = (anchors - negatives).square().sum(dim=1)
+    return (to_negative >= to_positive + margin).float().mean()
+
+
+# %% tags=["check"]
+def raw(rows):
+    a, p, n = (rows[voxels] for voxels in tuples)
+    return squared_distance(a, p) - squared_distance(a, n)
+
+
+right_order = embeddings.movedim(1, -1).flatten(0, 2)
+wrong_order = embeddings.reshape(-1, embeddings.shape[1])
+right = (raw(right_order) + 0.7 > 0).float().mean()
+mistakes = {
+    "your rows are not one voxel's embedding each: move the channels last, then flatten.": (
+        (raw(wrong_order) + 0.7 > 0).float().mean()
+    ),
+    "you left the margin out.": (raw(right_order) > 0).float().mean(),
+    "you count the satisfied ones. Active triplets are the others.": 1 - right,
+}
+with exercise("4.1", "`gather_embeddings` of mupkg.losses shows one way to pick voxels; lesson 3 has the rest."):
+    same(active_share(embeddings, tuples), right, mistakes, "Take the vectors of all voxels first, then distances.")
+
+# %% [markdown]
+# ## Step 2: focal hard negative sampling
+#
+# Eq. (1) calls a voxel hard if $|\hat y - y| > \tau$ with $\tau = 0.1$: the head is off by more than a tenth. The
+# anchors are "the intersection of [the] hard sample map and [the] positive sample map".
+#
+# **Exercise 4.2** (8 minutes). Write the mask of H's anchor candidates, `(N, H, W)`, from labels and foreground
+# probabilities.
+
+
+# %%
+def hard_anchors(labels, probability, threshold=0.1):
+    ### BEGIN SOLUTION
+    hard = (probability - labels).abs() > threshold
+    return hard & (labels == 1)
+    ### END SOLUTION
+
+
+# %% tags=["mistake"]
+# hint: background voxels
+def hard_anchors(labels, probability, threshold=0.1):
+    return (probability - labels).abs() > threshold
+
+
+# %% tags=["mistake"]
+# hint: absolute value
+def hard_anchors(labels, probability, threshold=0.1):
+    return (probability - labels > threshold) & (labels == 1)
+
+
+# %% tags=["mistake"]
+# hint: probability itself
+def hard_anchors(labels, probability, threshold=0.1):
+    return (probability > threshold) & (labels == 1)
+
+
+# %% tags=["mistake"]
+# hint: on the wrong side of 0.5
+def hard_anchors(labels, probability, threshold=0.1):
+    return (probability < 0.5) & (labels == 1)
+
+
+# %% tags=["check"]
+error = (probability - labels).abs()
+right, _, _ = HardNegativeSampler().candidates(labels, probability)
+mistakes = {
+    "there are background voxels among your anchors. Intersect with the positive map.": error > 0.1,
+    "without the absolute value, p - y is never above 0 in the prostate.": torch.zeros_like(right),
+    "you compare the probability itself; Eq. (1) compares its error.": (probability > 0.1) & (labels == 1),
+    "you take only voxels on the wrong side of 0.5; τ is 0.1, so p = 0.8 is hard, too.": right & (error > 0.5),
+}
+with exercise("4.2", "Two masks, joined by &: where the error is above τ, and where the label is 1."):
+    same(hard_anchors(labels, probability), right, mistakes, "Compare it with Eq. (1) voxel by voxel.")
+
+# %% [markdown]
+# In the prostate $y = 1$, so "hard" means $p < 0.9$. **Guess**: how much of the prostate is hard at the beginning
+# of training, and what does H then have in common with R?
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+smooth = history.rolling(5, min_periods=1).mean()
+axes[0].plot(smooth["H anchors"], color=VERMILION)
+axes[0].set(xlabel="SGD step", ylabel="share of the prostate that is hard", ylim=(0, 1.05))
+for letter, style in {"R": "-", "H": "--", "C": ":"}.items():
+    axes[1].plot(smooth[letter], style, label=letter)
+axes[1].set(xlabel="SGD step", ylabel="share of active triplets\n(mean of 5 steps)", ylim=(0, 0.5))
+axes[1].legend()
+plt.show()
+end = history.tail(20).mean()
+print(f"active at the end: R {end['R']:.3f}, H {end['H']:.3f} (you: {guess_h}), C {end['C']:.3f} (you: {guess_c})")
+alike = (history["R"] == history["H"]).cumprod().sum()
+print(f"in the first {alike} steps H's triplets are R's, because the whole prostate is hard")
+
+# %% [markdown]
+# As long as the head calls no voxel prostate with more than 0.9, **H is R**. And later? H's share is above R's, but
+# not by much, and C's is no better. Hard negative sampling was to find the triplets that still teach. Why does it
+# find so few?
+
+# %% [markdown]
+# We look where the negatives come from. We draw with R and with H from the *same* random numbers.
+
+# %%
+draws = {}
+for name, sampler in {"R": RandomSampler(100), "H": HardNegativeSampler(100)}.items():
+    draws[name] = sampler(labels, probability, torch.Generator().manual_seed(0))
+for role in ("anchors", "positives", "negatives"):
+    equal = (getattr(draws["R"], role) == getattr(draws["H"], role)).float().mean()
+    print(f"{role:9}: {equal:.2f} of H's are R's, voxel by voxel")
+
+# %%
+number = int(labels.flatten(1).sum(dim=1).argmax())  # the patch with most prostate
+figure, axes = plt.subplots(1, 2, figsize=(9, 4.3), sharey=True)
+for ax, name in zip(axes, draws, strict=True):
+    show_slice(ax, images[number, 1], {"true contour": (BLUE, labels[number])}, f"{name}: 100 triplets of one patch")
+    for role, marker in {"negatives": "o", "anchors": "x"}.items():
+        here = getattr(draws[name], role)
+        here = here[here // labels[0].numel() == number] % labels[0].numel()
+        y, x = here // 32, here % 32
+        ax.scatter(2.5 * x + 1.25, 2.5 * y + 1.25, c=VERMILION, marker=marker, s=16, linewidths=1, label=role)
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+plt.show()
+
+# %% [markdown]
+# Every single negative is the same. **Hard negative sampling does not sample hard negatives**: it samples hard
+# *anchors*, prostate voxels that look too little like prostate, and sets them against any background. So do R and
+# C. The name promises something else, and Fig. 5(b) hides it, because it draws the anchors only.
+
+# %% [markdown]
+# ## Step 3: near negatives
+#
+# Which background is hard to tell from prostate? What touches it: the neighbouring organ, and voxels that hold both.
+#
+# **Exercise 4.3** (12 minutes). Write a sampler that draws anchors and positives as R does, and negatives among the
+# background voxels at most `width` voxels from the prostate (diagonals count as one). `candidates` gives three
+# masks `(N, H, W)`: who may be anchor, positive, negative. *Hint*: the largest label in a window of $2 \cdot
+# \mathrm{width} + 1$ voxels, `F.max_pool2d` with `stride=1`.
+
+
+# %%
+class NearSampler(RandomSampler):
+    def __init__(self, anchors=20, width=1):
+        super().__init__(anchors)
+        self.width = width
+
+    def candidates(self, labels, foreground_probability=None):
+        ### BEGIN SOLUTION
+        prostate = labels == 1
+        around = F.max_pool2d(prostate.float(), 2 * self.width + 1, stride=1, padding=self.width) > 0
+        return prostate, prostate, around & (labels == 0)
+        ### END SOLUTION
+
+
+# %% tags=["mistake"]
+# hint: prostate voxels among the negatives
+class NearSampler(RandomSampler):
+    def __init__(self, anchors=20, width=1):
+        super().__init__(anchors)
+        self.width = width
+
+    def candidates(self, labels, foreground_probability=None):
+        prostate = labels == 1
+        around = F.max_pool2d(prostate.float(), 2 * self.width + 1, stride=1, padding=self.width) > 0
+        return prostate, prostate, around
+
+
+# %% tags=["mistake"]
+# hint: farther than
+class NearSampler(RandomSampler):
+    def __init__(self, anchors=20, width=1):
+        super().__init__(anchors)
+        self.width = width
+
+    def candidates(self, labels, foreground_probability=None):
+        around = F.max_pool2d((labels == 0).float(), 2 * self.width + 1, stride=1, padding=self.width) > 0
+        near = around & (labels == 1)
+        return near, near, labels == 0
+
+
+# %% tags=["mistake"]
+# hint: no negatives
+class NearSampler(RandomSampler):
+    def __init__(self, anchors=20, width=1):
+        super().__init__(anchors)
+        self.width = width
+
+    def candidates(self, labels, foreground_probability=None):
+        prostate = labels == 1
+        around = F.max_pool2d(prostate.float(), self.width, stride=1) > 0
+        return prostate, prostate, around & (labels == 0)
+
+
+# %% tags=["mistake"]
+# hint: anchors
+class NearSampler(RandomSampler):
+    def __init__(self, anchors=20, width=1):
+        super().__init__(anchors)
+        self.width = width
+
+    def candidates(self, labels, foreground_probability=None):
+        around = F.max_pool2d((labels == 1).float(), 2 * self.width + 1, stride=1, padding=self.width) > 0
+        return around, around, around & (labels == 0)
+
+
+# %% tags=["check"]
+with exercise("4.3", "Where is the largest label of the window around a voxel 1, though the voxel itself is 0?"):
+    for width in (1, 2):
+        anchor, positive, negative = NearSampler(width=width).candidates(labels)
+        prostate, window = labels == 1, 2 * width + 1
+        reach = F.max_pool2d(prostate.float(), window, stride=1, padding=width) > 0
+        touching = F.max_pool2d(prostate.float(), (3, 1), 1, (1, 0)) + F.max_pool2d(
+            prostate.float(), (1, 3), 1, (0, 1)
+        )
+        expect(negative.any(), "no negatives are left. Is your window wide enough to reach a neighbour?")
+        expect(not (negative & prostate).any(), "there are prostate voxels among the negatives.")
+        expect(not (negative & ~reach).any(), f"some negatives lie farther than {width} from the prostate.")
+        expect(negative[(touching > 0) & ~prostate].all(), "background that touches the prostate is left out.")
+        expect(torch.equal(anchor, prostate), "the anchors should be R's, any prostate voxel.")
+        expect(torch.equal(positive, prostate), "the positives should be R's, any prostate voxel.")
+
+# %% [markdown]
+# **Guess**: how many times as many of its triplets are active as of R's?
+
+# %%
+shares = {}
+for width in (1, 2, 3, 4, 6, 8, 12):
+    tuples = NearSampler(100, width)(labels, generator=torch.Generator().manual_seed(0))
+    shares[width] = active_share(embeddings, tuples).item()
+lines = {letter: active_share(embeddings, drawn).item() for letter, drawn in draws.items()}
+figure, ax = plt.subplots(figsize=(6, 3.4))
+ax.plot(shares.keys(), shares.values(), "o-", label="near negatives")
+for (letter, share), style in zip(lines.items(), ("--", ":"), strict=True):
+    ax.axhline(share, color=VERMILION, ls=style, label=f"{letter}: negatives from anywhere")
+ax.set(xlabel="negatives lie at most this many voxels from the prostate", ylabel="share of active triplets", ylim=0)
+ax.legend()
+plt.show()
+print(f"negatives that touch the prostate: {shares[1] / lines['R']:.1f} times as active as R's")
+
+# %% [markdown]
+# It is the *negative* that decides whether a triplet teaches, and it has to be near. The choice of the anchor,
+# which the paper's three samplers differ in, matters little.
+
+# %% [markdown]
+# ## Step 4: who satisfied the triplets?
+#
+# The share of R's active triplets fell during training. Was it the metric loss that did it? We train a plain UNet,
+# with the same patches and the same first weights, and only *look* at its triplets.
+
+# %%
+plain, cross_entropy = narrow("UNet")
+alone = train(plain, cross_entropy, volumes, measure=activity(*samplers))
+figure, ax = plt.subplots(figsize=(6, 3.4))
+for name, table, style in (("MetricUNet-R", history, "-"), ("UNet", alone, "--")):
+    ax.plot(table["R"].rolling(5, min_periods=1).mean(), style, label=name)
+ax.set(xlabel="SGD step", ylabel="share of R's triplets that are active\n(mean of 5 steps)", ylim=(0, 0.5))
+ax.legend()
+plt.show()
+last = {name: table["R"].tail(20).mean() for name, table in {"MetricUNet-R": history, "UNet": alone}.items()}
+print(", ".join(f"{name}: {share:.3f}" for name, share in last.items()), f"(your guess for the UNet: {guess_unet})")
+
+# %% [markdown]
+# Cross-entropy satisfies random triplets all by itself. It has to: a head of two small layers can only tell the
+# kinds apart if their embeddings differ. What the metric loss adds must come from the few triplets that
+# cross-entropy leaves open.
+
+# %% [markdown]
+# ## What we have learned
+#
+# * Most random triplets teach nothing from the very first step, and plain cross-entropy satisfies most of the others.
+# * H is R until some voxel is predicted above 0.9. Afterwards it picks harder anchors, never harder negatives.
+# * Near negatives keep teaching.
+#
+# **To think about**: more active triplets are more gradient. Is that a better segmentation? Configurations with an
+# N (`MetricUNet-RN`) draw near negatives; train one with `narrow` and `train`. Then read lesson 6 before you
+# believe what you see.
+#
+# **Read next**: the paper's Section III-B.2; Wu et al., *Sampling Matters in Deep Embedding Learning* (ICCV 2017),
+# on how the choice of negatives decides; then lesson 5: does contour-aware sampling sharpen contours?
