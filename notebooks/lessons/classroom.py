@@ -20,7 +20,8 @@ from mupkg.samplers import Sampler
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-PROSTATE, BACKGROUND = BLUE, ORANGE
+PROSTATE, BACKGROUND = BLUE, ORANGE  # of points and curves
+TRUTH, PREDICTION = SKY, VERMILION  # of outlines on grey
 plt.rcParams["axes.prop_cycle"] = plt.cycler(color=[BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY])
 plt.rcParams["figure.constrained_layout.use"] = True
 
@@ -155,18 +156,21 @@ def expect(true: object, hint: str) -> None:
         raise Hint(hint)
 
 
-def same(answer: object, right: object, mistakes: Mapping[str, object], otherwise: str) -> None:
+def same(
+    answer: object, right: object, mistakes: Mapping[str, object], otherwise: str, tolerance: float = 1e-4
+) -> None:
     """Stop unless the answer is right: with the hint of the mistake that gives the same answer, or `otherwise`.
 
     Args:
         mistakes: hint -> what comes out if one makes that mistake.
+        tolerance: relative, for answers that may be right in more than one way.
     """
     expect(answer is not None, "your code gives back None. Is a `return` missing?")
     answer, right = _array(answer), _array(right)
-    if _equal(answer, right):
+    if _equal(answer, right, tolerance):
         return
     for hint, wrong in mistakes.items():
-        expect(not _equal(answer, _array(wrong)), hint)
+        expect(not _equal(answer, _array(wrong), tolerance), hint)
     expect(answer.shape == right.shape, f"the shape is {answer.shape}, but {right.shape} is wanted. {otherwise}")
     values = f"You get {answer:.4g}, we get {right:.4g}. " if answer.ndim == 0 else ""
     raise Hint(values + otherwise)
@@ -176,5 +180,5 @@ def _array(values: object) -> np.ndarray:
     return np.squeeze(np.asarray(values.detach() if isinstance(values, torch.Tensor) else values, dtype=float))
 
 
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-6)
+def _equal(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
+    return a.shape == b.shape and np.allclose(a, b, rtol=tolerance, atol=1e-6)

@@ -28,7 +28,7 @@ from mupkg.losses import squared_distance
 from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
 
 sys.path.append(str(repository() / "notebooks/lessons"))
-from classroom import BLUE, VERMILION, activity, exercise, expect, narrow, phantoms, same, show_slice, train
+from classroom import TRUTH, VERMILION, activity, exercise, expect, narrow, phantoms, same, show_slice, train
 
 # %%
 samplers = [RandomSampler(100), HardNegativeSampler(100), ContourSampler(100)]  # anchors an image
@@ -228,7 +228,7 @@ for role in ("anchors", "positives", "negatives"):
 number = int(labels.flatten(1).sum(dim=1).argmax())  # the patch with most prostate
 figure, axes = plt.subplots(1, 2, figsize=(9, 4.3), sharey=True)
 for ax, name in zip(axes, draws, strict=True):
-    show_slice(ax, images[number, 1], {"true contour": (BLUE, labels[number])}, f"{name}: 100 triplets of one patch")
+    show_slice(ax, images[number, 1], {"true contour": (TRUTH, labels[number])}, f"{name}: 100 triplets of one patch")
     for role, marker in {"negatives": "o", "anchors": "x"}.items():
         here = getattr(draws[name], role)
         here = here[here // labels[0].numel() == number] % labels[0].numel()
