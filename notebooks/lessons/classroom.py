@@ -21,7 +21,7 @@ from mupkg.samplers import Sampler
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 PROSTATE, BACKGROUND = BLUE, ORANGE  # of points and curves
-TRUTH, PREDICTION = SKY, VERMILION  # of outlines on grey
+OUTLINES = {"truth": SKY, "prediction": VERMILION}  # on grey
 plt.rcParams["axes.prop_cycle"] = plt.cycler(color=[BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY])
 plt.rcParams["figure.constrained_layout.use"] = True
 
@@ -120,14 +120,14 @@ def activity(*samplers: Sampler) -> Callable[[SegmentationOutput, torch.Tensor],
     return measure
 
 
-def show_slice(ax: Axes, image: np.ndarray, outlines: Mapping[str, tuple[str, np.ndarray]], title: str = "") -> None:
-    """An axial slice in mm, with masks drawn as outlines: name -> (colour, mask)."""
+def show_slice(ax: Axes, image: np.ndarray, masks: Mapping[str, np.ndarray], title: str = "") -> None:
+    """An axial slice in mm, with the outlines of "truth" and "prediction", if given."""
     height, width = np.multiply(image.shape, SPACING_MM[1:])
     extent = (0, width, height, 0)
     ax.imshow(image, cmap="gray", extent=extent)
-    for name, (colour, mask) in outlines.items():
-        ax.contour(mask, [0.5], colors=colour, linewidths=1.6, extent=extent, origin="upper")
-        ax.plot([], color=colour, label=name)
+    for name, mask in masks.items():
+        ax.contour(mask, [0.5], colors=OUTLINES[name], linewidths=1.6, extent=extent, origin="upper")
+        ax.plot([], color=OUTLINES[name], label=name)
     ax.set(title=title, xlabel="to the patient's left, mm", ylabel="to the back, mm")
 
 

@@ -1,7 +1,7 @@
 """Write the lessons' notebooks from source/*.py: a blank one for students, and a solved one in solutions/.
 
-Cells tagged `mistake` stay in the source: the tests put them in place of the solution. Code between the two markers
-is left out of the blank notebooks. Markers and cell metadata are nbgrader's.
+Cells tagged `mistake` or `alternative` stay in the source: the tests put them in place of the solution. Code between
+the two markers is left out of the blank notebooks. Markers and cell metadata are nbgrader's.
 """
 
 import re
@@ -31,17 +31,17 @@ def tagged(cell: nbformat.NotebookNode, tag: str) -> bool:
 def notebooks(source: Path) -> dict[Path, str]:
     """The text of both notebooks of a lesson, by path."""
     lesson = jupytext.read(source)
-    lesson.cells = [cell for cell in lesson.cells if not tagged(cell, "mistake")]
+    lesson.cells = [cell for cell in lesson.cells if not tagged(cell, "mistake") and not tagged(cell, "alternative")]
     lesson.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
     for number, cell in enumerate(lesson.cells):
-        cell.id = f"{source.stem}-{number:02d}"
+        cell.id = str(number)  # as nbstripout numbers them
         if SOLUTION.search(cell.source) or tagged(cell, "check"):
             check = tagged(cell, "check")
             cell.metadata["nbgrader"] = {
-                "grade": check, "grade_id": cell.id, "locked": check, "schema_version": 3,
+                "grade": check, "grade_id": f"{source.stem}-{number}", "locked": check, "schema_version": 3,
                 "solution": not check, "task": False, **({"points": 1} if check else {}),
             }  # fmt: skip
     solved = nbformat.writes(lesson) + "\n"

@@ -1,4 +1,4 @@
-"""The lessons: notebooks are not stale, solutions run, blanks and typical mistakes stop at the check with a hint."""
+"""The lessons: notebooks are not stale, solutions run, and checks tell blanks and typical mistakes what is wrong."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def test_the_solution_runs_to_its_end(source: Path, tmp_path: Path) -> None:
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-def run(code: str, names: dict, what: str) -> None:
+def run(code: str, names: dict, what: str) -> dict:
     exec(compile(code, what, "exec"), names)
+    return names
 
 
 def hint_of(attempt: str, check: str, names: dict) -> str:
@@ -88,18 +89,18 @@ def hint_of(attempt: str, check: str, names: dict) -> str:
 @each_lesson
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
-def test_blanks_and_typical_mistakes_stop_at_the_check_each_with_its_own_hint(
+def test_checks_pass_what_is_right_and_tell_blanks_and_typical_mistakes_each_its_own_hint(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cell by cell, in this process; the blank cell and the mistakes are tried before each solution."""
+    """Cell by cell, in this process; before a solution, the blank cell, its mistakes and alternatives are tried."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     plt.switch_backend("agg")
     cells = [cell for cell in jupytext.read(source).cells if cell.cell_type == "code"]
     last = max(number for number, cell in enumerate(cells) if tagged(cell, "check"))
-    names, attempts = {"__name__": "__main__", "display": display}, []
+    names, attempts, alternatives = {"__name__": "__main__", "display": display}, [], []
     for cell in cells[: last + 1]:
-        if tagged(cell, "mistake"):
-            attempts.append(cell.source)
+        if tagged(cell, "mistake") or tagged(cell, "alternative"):
+            (attempts if tagged(cell, "mistake") else alternatives).append(cell.source)
             continue
         if tagged(cell, "check"):
             blank, *mistakes = attempts
@@ -109,7 +110,9 @@ def test_blanks_and_typical_mistakes_stop_at_the_check_each_with_its_own_hint(
             assert mistakes
             assert not [(part, hint) for part, hint in zip(wanted, hints, strict=True) if part not in hint]
             assert len(set(hints)) == len(hints)
-            attempts = []
+            for other in alternatives:
+                run(cell.source, run(other, dict(names), "alternative"), "check")
+            attempts, alternatives = [], []
         elif "### BEGIN SOLUTION" in cell.source:
             attempts = [make_lessons.blank(cell.source)]
         run(cell.source, names, source.name)

@@ -4,7 +4,7 @@
 # A UNet turns every voxel into a list of numbers before it decides. We look at these *embeddings*, learn three ways
 # to measure them, and learn to mistrust each.
 #
-# * **Time**: 45 minutes. The computer works for about 20 seconds.
+# * **Time**: 45 minutes. The computer works for about 15 seconds.
 # * **In the paper**: Section III-B.2, first paragraph; layer conv6d of Table I; Fig. 3 and 4.
 # * **We need**: lesson 1, and to have heard of principal components (PCA) and logistic regression.
 
@@ -31,6 +31,9 @@ from mupkg.report.embeddings import EmbeddedVoxels, separation
 sys.path.append(str(repository() / "notebooks/lessons"))
 from classroom import BACKGROUND, PROSTATE, SPACING_MM, embed, exercise, expect, narrow, phantoms, same, train
 
+# %% [markdown]
+# Both networks begin with the same weights and see the same patches.
+
 # %%
 volumes, unseen = phantoms(range(8)), phantoms(range(8, 12))
 networks = {}
@@ -46,8 +49,13 @@ def rim(label, within_mm=5):
     return sum(depth) <= within_mm
 
 
+# %% [markdown]
+# The rim first, then the voxels: their label, their grey value, and their embedding in each network, a list a
+# phantom.
+
+# %%
 at_rim = [rim(label) for label in unseen[1]]
-is_prostate = [label[where] == 1 for label, where in zip(unseen[1], at_rim, strict=True)]  # a list a phantom
+is_prostate = [label[where] == 1 for label, where in zip(unseen[1], at_rim, strict=True)]
 vectors = {"grey": [image[where][:, None] / 255 for image, where in zip(unseen[0], at_rim, strict=True)]}
 for name, network in networks.items():
     maps = [embed(network, image).embeddings.movedim(1, -1).numpy() for image in unseen[0]]
@@ -64,6 +72,11 @@ def scatter(ax, points, y, title):
     ax.set(title=title, xlabel="first principal component", ylabel="second principal component")
 
 
+# %% [markdown]
+# On the left, one number a voxel; in the other two, 16 numbers a voxel, of which we see the two directions in which
+# they vary most.
+
+# %%
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.8))
 grey = np.concatenate(vectors["grey"])[:, 0] * 400 - 160
 for kind, colour, name in ((False, BACKGROUND, "background"), (True, PROSTATE, "prostate")):
@@ -77,9 +90,6 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 plt.show()
 
 # %% [markdown]
-# On the left, one number a voxel; on the right, 16 numbers a voxel, of which we see the two directions in which
-# they vary most.
-#
 # **Write down your guess**: put the three in order. In which can prostate and background be told apart best, by a
 # straight cut? How often would each rank a random prostate voxel above a random background voxel (0.5 is chance, 1
 # is always)?
@@ -104,6 +114,12 @@ def fisher_ratio(prostate, background):
     within = prostate.var(axis=0).sum() + background.var(axis=0).sum()
     return between / within
     ### END SOLUTION
+
+
+# %% tags=["alternative"]
+def fisher_ratio(prostate, background):
+    means = prostate.mean(axis=0) - background.mean(axis=0)
+    return means @ means / (np.trace(np.cov(prostate.T)) + np.trace(np.cov(background.T)))  # divides by n - 1
 
 
 # %% tags=["mistake"]
@@ -181,6 +197,14 @@ def probe_auc(x_fit, y_fit, x_judge, y_judge):
     ### END SOLUTION
 
 
+# %% tags=["alternative"]
+def probe_auc(x_fit, y_fit, x_judge, y_judge):
+    direction = np.linalg.lstsq(np.c_[x_fit, np.ones(len(x_fit))], y_fit * 2.0 - 1, rcond=None)[0][:-1]
+    ranks = (x_judge @ direction).argsort().argsort() + 1
+    inside = y_judge == 1
+    return (ranks[inside].mean() - (inside.sum() + 1) / 2) / (~inside).sum()
+
+
 # %% tags=["mistake"]
 # hint: same voxels
 def probe_auc(x_fit, y_fit, x_judge, y_judge):
@@ -225,6 +249,9 @@ with exercise("2.2", "Fit on x_fit and y_fit; score x_judge; compare the scores 
     expect(found > 0.89, f"{found:.2f}, where 0.92 is right. You judge yes and no; an AUC needs scores.")
     expect(found < 0.95, f"{found:.2f}, where 0.92 is right: too good.")
 
+# %% [markdown]
+# Two phantoms to fit the probe, two to judge it:
+
 # %%
 for name, parts in vectors.items():
     x_fit, x_judge = (np.concatenate(some) for some in (parts[:2], parts[2:]))
@@ -234,10 +261,8 @@ for name, parts in vectors.items():
 
 # %% [markdown]
 # The embedding is far better than the grey value: it has seen the neighbourhood. But **a plain UNet has a good
-# embedding, too.** It must
-# have, because its head decides from nothing else. The paper says that metric learning
-# learns "more representative voxel-level features compared with the conventional learning methods" and shows
-# heatmaps and segmentations for it, but measures no embedding.
+# embedding, too.** It must have, because its head decides from nothing else. The paper claims "more representative
+# voxel-level features" for metric learning, and shows heatmaps and segmentations for it, but measures no embedding.
 #
 # Compare the order by AUC with the order by Fisher ratio. Two sound measures, and they need not agree: the ratio
 # counts *all* width, the probe only what lies across the cut.
@@ -261,6 +286,15 @@ def hidden(n, rng):
     x[:, 5] += 5 * y  # what it will not
     return x, y
     ### END SOLUTION
+
+
+# %% tags=["alternative"]
+def hidden(n, rng):
+    y = rng.permutation(np.arange(2 * n) % 2)
+    mixed, _ = np.linalg.qr(np.random.default_rng(5).normal(size=(16, 16)))
+    x = rng.normal(size=(2 * n, 16)) * np.linspace(20, 1, 16)
+    x[:, 15] += 6 * y
+    return x @ mixed, y
 
 
 # %% tags=["mistake"]

@@ -4,7 +4,7 @@
 # We find out why a triplet loss needs a hinge, how a satisfied triplet differs from an unsatisfied one, and what
 # the margin is measured in.
 #
-# * **Time**: 45 minutes. The computer works for about 20 seconds.
+# * **Time**: 45 minutes. The computer works for about 15 seconds.
 # * **In the paper**: Section III-B.3, Eq. (2). How we read it: `METHOD.md`, readings R6 and R7.
 # * **We need**: gradients by hand, a little PyTorch, and lesson 2.
 
@@ -48,8 +48,8 @@ def move(loss, steps=60):
 
 
 # %% [markdown]
-# Loss A is the first term of Eq. (2) as it is printed. Loss B is the one we use. Both begin with the same points
-# and see the same triplets.
+# Loss A is the first term of Eq. (2) as it is printed, as a mean over the triplets. Loss B is the one we use. Both
+# begin with the same points and see the same triplets.
 
 # %%
 losses = {"A": VoxelMetricLoss(hinge=False), "B": VoxelMetricLoss()}
@@ -108,6 +108,14 @@ def triplet_loss(anchors, positives, negatives, margin=0.7):
     to_negative = (anchors - negatives).square().sum(dim=1)
     return (to_positive - to_negative + margin).clamp(min=0).mean()
     ### END SOLUTION
+
+
+# %% tags=["alternative"]
+def triplet_loss(anchors, positives, negatives, margin=0.7):
+    losses = []
+    for a, p, n in zip(anchors, positives, negatives, strict=True):
+        losses.append(max(0.0, float((a - p) @ (a - p) - (a - n) @ (a - n)) + margin))
+    return sum(losses) / len(losses)
 
 
 # %% tags=["mistake"]
@@ -194,6 +202,14 @@ def anchor_gradient(anchors, positives, negatives, margin=0.7):
     active = to_positive - to_negative + margin > 0
     return 2 * (negatives - positives) * active[:, None]
     ### END SOLUTION
+
+
+# %% tags=["alternative"]
+def anchor_gradient(anchors, positives, negatives, margin=0.7):
+    gradient = 2 * (anchors - positives) - 2 * (anchors - negatives)
+    silent = torch.cdist(anchors, negatives).diag() ** 2 >= torch.cdist(anchors, positives).diag() ** 2 + margin
+    gradient[silent] = 0
+    return gradient
 
 
 # %% tags=["mistake"]
@@ -310,8 +326,8 @@ for name, network in networks.items():
 # A's loss is the "best" by far, and its network the worst. Its embeddings grow, and the cross-entropy has less and
 # less say. A hundredth of a term without an end is still a term without an end.
 #
-# **A lower loss is no better loss** if it has no lower end. Eq. (2) cannot have been trained as printed; we read it
-# with the hinges of the losses that it cites (reading R6).
+# **A lower loss is no better loss** if it has no lower end. We doubt that Eq. (2) was trained as it is printed, and
+# read it with the hinges of the losses that the paper cites (reading R6).
 
 # %% [markdown]
 # ## Step 4: what is the margin measured in?
@@ -432,8 +448,8 @@ for scale in (0.1, 1, 10):
 # * A satisfied triplet has a gradient of exactly zero. It teaches nothing.
 # * The margin is measured in the embeddings' own units.
 #
-# **To think about**: Eq. (2) adds ε in its second term, $d(a, p) + \varepsilon$, though the text calls ε "the
-# maximum distance of the positive pairs". What is the gradient of an added constant? What would a hinge make of it?
+# **To think about**: Eq. (2) adds ε in its second term, $d(a, p) + \varepsilon$, though the text calls ε the
+# greatest distance of positive pairs. What is the gradient of an added constant? What would a hinge make of it?
 #
 # **Read next**: the paper's Section III-B.3 once more, now with R6 and R7 of `METHOD.md`; *FaceNet* (Schroff et
 # al., CVPR 2015), Section 3, for where the hinge comes from; then lesson 4: of the triplets we draw, who still

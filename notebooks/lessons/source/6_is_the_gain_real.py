@@ -1,0 +1,445 @@
+# %% [markdown]
+# # Lesson 6 · Is the gain real?
+#
+# A new method has a higher mean than the old one. We learn what can produce such a difference: one odd case, many
+# tests, the draw of a seed, an easy task. And the method.
+#
+# * **Time**: 50 minutes. The computer works for about 10 seconds.
+# * **In the paper**: Table III, and Section IV-D and IV-E, "pair-wise t-test". How we judge a difference:
+#   `METHOD.md`, "How a difference is judged".
+# * **We need**: mean, standard deviation, and the idea of a p-value. Lesson 1 for the DSC.
+
+# %% [markdown]
+# ## A picture first
+#
+# Eight patients, segmented by a method A and by a method B; a line for each patient. The numbers are **simulated**,
+# so that we know the truth; how, we tell in a minute.
+
+# %%
+import sys
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from scipy import stats
+
+from mupkg import repository
+from mupkg.metrics import segmentation_metrics
+from mupkg.report import results, statistics
+
+sys.path.append(str(repository() / "notebooks/lessons"))
+from classroom import BLUE, SPACING_MM, VERMILION, exercise, expect, phantoms, same
+
+# %%
+rng = np.random.default_rng(3)
+a = rng.normal(0.86, 0.03, 8)
+b = a + rng.normal(0, 0.006, 8)
+a[5] -= 0.10  # in one patient A has a stray island
+figure, ax = plt.subplots(figsize=(4.5, 3.6))
+ax.plot([0, 1], [a, b], "o-", color=BLUE, alpha=0.7)
+ax.plot([0, 1], [a.mean(), b.mean()], "s--", color=VERMILION, label="mean")
+ax.set(xticks=[0, 1], xticklabels=["A", "B"], xlim=(-0.3, 1.3), ylabel="DSC", title="n = 8 patients, simulated")
+ax.legend()
+plt.show()
+print(f"mean DSC: A {a.mean():.3f}, B {b.mean():.3f}; B gains {np.mean(b - a):+.3f}")
+
+# %% [markdown]
+# **Write down your guess**: is B the better method? And how much of B's gain is left if we leave out one patient,
+# the one of our choice?
+
+# %%
+guess = {"B is better": "?", "gain that is left": "?"}
+
+# %%
+without = np.array([np.delete(b - a, k).mean() for k in range(8)])
+print(f"leaving out one patient, B's gain is between {without.min():+.3f} and {without.max():+.3f}")
+print("your guess:", guess)
+
+# %% [markdown]
+# One patient carries the gain. In the simulation B has no advantage but that A made an island there. Look at the
+# lines before the means.
+
+# %% [markdown]
+# ## Step 1: the paired t-test
+#
+# The paper tests "pair-wise": the same patients, two methods. With the differences $d_i$ of $n$ patients, $t = \bar
+# d / (s / \sqrt n)$, where $s$ is the standard deviation of the differences (dividing by $n - 1$). The two-sided
+# p-value is the chance of a $|t|$ at least as large, from Student's distribution with $n - 1$ degrees of freedom:
+# `2 * stats.t.sf(abs(t), n - 1)`.
+#
+# **Exercise 6.1** (8 minutes). Write t and p by hand. Do not call `stats.ttest_rel`: the check does.
+
+
+# %%
+def paired_t(old, new):
+    ### BEGIN SOLUTION
+    d = new - old
+    t = d.mean() / (d.std(ddof=1) / np.sqrt(len(d)))
+    return t, 2 * stats.t.sf(abs(t), len(d) - 1)
+    ### END SOLUTION
+
+
+# %% tags=["alternative"]
+def paired_t(old, new):
+    return tuple(stats.ttest_1samp(new - old, 0))
+
+
+# %% tags=["mistake"]
+# hint: pairs are lost
+def paired_t(old, new):
+    return tuple(stats.ttest_ind(new, old))
+
+
+# %% tags=["mistake"]
+# hint: divides by n - 1
+def paired_t(old, new):
+    d = new - old
+    t = d.mean() / (d.std() / np.sqrt(len(d)))
+    return t, 2 * stats.t.sf(abs(t), len(d) - 1)
+
+
+# %% tags=["mistake"]
+# hint: square root of n
+def paired_t(old, new):
+    d = new - old
+    t = d.mean() / d.std(ddof=1)
+    return t, 2 * stats.t.sf(abs(t), len(d) - 1)
+
+
+# %% tags=["mistake"]
+# hint: two sides
+def paired_t(old, new):
+    d = new - old
+    t = d.mean() / (d.std(ddof=1) / np.sqrt(len(d)))
+    return t, stats.t.sf(abs(t), len(d) - 1)
+
+
+# %% tags=["check"]
+rng = np.random.default_rng(0)
+old, new = rng.normal(0.8, 0.05, (2, 12)) + rng.normal(0, 0.05, 12)
+right = np.array(stats.ttest_rel(new, old))
+d, n = new - old, len(new)
+by_n, no_root = (d.mean() / s for s in (d.std() / n**0.5, d.std(ddof=1)))
+mistakes = {
+    "the pairs are lost. Take the differences first, patient by patient.": stats.ttest_ind(new, old),
+    "the sample's standard deviation divides by n - 1: ddof=1.": (by_n, 2 * stats.t.sf(abs(by_n), n - 1)),
+    "the square root of n is missing: a mean of n varies less than one value.": (
+        no_root,
+        2 * stats.t.sf(abs(no_root), n - 1),
+    ),
+    "a two-sided p has two sides.": right * [1, 0.5],
+}
+with exercise("6.1", "Begin with d = new - old."):
+    same(paired_t(old, new), right, mistakes, "Return t first, then p.")
+
+# %%
+t, p = paired_t(a, b)
+print(f"A against B: t = {t:.2f}, p = {p:.2f}")
+
+# %% [markdown]
+# ## Step 2: which rankings of Table III are beyond chance?
+#
+# The paper prints means and standard deviations over its test patients, 20 % of 339, so $n = 68$. To compare two
+# rows we also need the correlation $r$ of their values over the patients, which it does not print: $s^2 = s_1^2 +
+# s_2^2 - 2 r s_1 s_2$. We take $r = 0.3$ and $r = 0.8$.
+
+# %%
+table = results.published(3).set_index("configuration")
+best, others = table.loc["MetricUNet-HCP"], table.drop("MetricUNet-HCP")
+
+
+def p_against_best(r, n=68):
+    s1, s2 = best["DSC_std"], others["DSC_std"]
+    t = (best["DSC_mean"] - others["DSC_mean"]) / np.sqrt((s1**2 + s2**2 - 2 * r * s1 * s2) / n)
+    return 2 * stats.t.sf(np.abs(t), n - 1)
+
+
+# %% [markdown]
+# **Guess**: HCP has the highest mean of the table. Against how many of the other eleven rows is p below 0.05?
+
+# %%
+guess = "?"
+
+# %% [markdown]
+# That makes eleven tests, and with eleven tests of nothing, one will often fall below 0.05. *Holm's* method holds
+# the chance of **any** false alarm at 5 %: sort the m p-values; multiply the smallest by m, the next by m - 1, and
+# so on; let none be smaller than the one before; cut at 1.
+#
+# **Exercise 6.2** (10 minutes). Write it. The adjusted p-values come back in the order in which they were given.
+
+
+# %%
+def holm(p):
+    ### BEGIN SOLUTION
+    p, order = np.asarray(p), np.argsort(p)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(adjusted, 1)
+    ### END SOLUTION
+
+
+# %% tags=["alternative"]
+def holm(p):
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, k in enumerate(sorted(range(len(p)), key=lambda k: p[k])):
+        largest = max(largest, (len(p) - rank) * p[k])
+        adjusted[k] = min(1.0, largest)
+    return adjusted
+
+
+# %% tags=["mistake"]
+# hint: Bonferroni
+def holm(p):
+    return np.minimum(np.asarray(p) * len(p), 1)
+
+
+# %% tags=["mistake"]
+# hint: smaller than the one before
+def holm(p):
+    p, order = np.asarray(p), np.argsort(p)
+    adjusted = np.empty(len(p))
+    adjusted[order] = p[order] * np.arange(len(p), 0, -1)
+    return np.minimum(adjusted, 1)
+
+
+# %% tags=["mistake"]
+# hint: order
+def holm(p):
+    p = np.sort(p)
+    return np.minimum(np.maximum.accumulate(p * np.arange(len(p), 0, -1)), 1)
+
+
+# %% tags=["mistake"]
+# hint: false discovery
+def holm(p):
+    return stats.false_discovery_control(p)
+
+
+# %% tags=["mistake"]
+# hint: above 1
+def holm(p):
+    p, order = np.asarray(p), np.argsort(p)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return adjusted
+
+
+# %% tags=["check"]
+p = [0.01, 0.04, 0.03, 0.005]
+mistakes = {
+    "that is Bonferroni: all times m. Only the smallest is multiplied by m.": [0.04, 0.16, 0.12, 0.02],
+    "an adjusted p is smaller than the one before it.": [0.03, 0.04, 0.06, 0.02],
+    "right numbers, but sorted. Give them back in the order they came in.": [0.02, 0.03, 0.06, 0.06],
+    "that holds the false discovery rate (Benjamini and Hochberg), another promise.": [0.02, 0.04, 0.04, 0.02],
+}
+with exercise("6.2", "np.argsort, np.maximum.accumulate; the factors are np.arange(m, 0, -1)."):
+    same(holm(p), statistics.holm(p), mistakes, "By hand: 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1.")
+    expect(max(holm([0.6, 0.7])) <= 1, "a p-value is above 1.")
+
+# %%
+columns = {"HCP gains": best["DSC_mean"] - others["DSC_mean"]}
+for r in (0.3, 0.8):
+    p = p_against_best(r)
+    columns |= {f"p, r = {r}": p, f"Holm, r = {r}": holm(p)}
+shown = pd.DataFrame(columns, index=others.index)
+for r in (0.3, 0.8):
+    behind = shown.index[shown[f"Holm, r = {r}"] < 0.05]
+    print(f"r = {r}: Holm's p is below 0.05 against {len(behind)} of {len(shown)} rows: {', '.join(behind)}")
+print("your guess:", guess)
+shown.round(4)
+
+# %% [markdown]
+# UNet, UNet++, the training in two parts (Sep) and the other backbone are behind. Among the UNets that learn from
+# both losses together, only row H is told from the best, and that row is probably misprinted (`METHOD.md`,
+# "Misprints"). So **the ranking of the samplers, on which the paper builds its discussion, is within chance**. And
+# all this still assumes that a row *is* its method.
+
+# %% [markdown]
+# ## Step 3: one training is one draw
+#
+# It is not. Every row was trained once. Another seed gives other weights, and all its patients move together. So
+# the difference in patient $c$ and training $r$ is
+#
+# $$d_{cr} = \delta + \mathrm{case}_c + \mathrm{replicate}_r + \mathrm{rest}_{cr}.$$
+#
+# We **simulate** two *equal* methods, $\delta = 0$, with standard deviations of 0.005 for cases, 0.010 for
+# replicates and 0.020 for the rest: 68 patients, one training each, and then the paper's paired t-test over
+# patients.
+#
+# **Write down your guess**: in what share of such comparisons is p below 0.05?
+
+# %%
+guess = "?"  # an honest test gives 0.05
+
+
+# %%
+def simulate(rng, cases=68, replicates=1, delta=0.0):
+    """Simulated DSC differences (cases, replicates); 0.005, 0.010 and 0.020 are our assumptions."""
+    case, replicate = rng.normal(0, 0.005, (cases, 1)), rng.normal(0, 0.010, (1, replicates))
+    return delta + case + replicate + rng.normal(0, 0.020, (cases, replicates))
+
+
+rng = np.random.default_rng(0)
+alarms = [stats.ttest_1samp(simulate(rng)[:, 0], 0).pvalue < 0.05 for _ in range(1000)]
+print(f"equal methods, one training: p < 0.05 in {np.mean(alarms):.0%} of 1000 simulated comparisons", end=" ")
+print(f"(your guess: {guess})")
+
+# %% [markdown]
+# The test is not broken. It answers another question: "would *these two trained networks* differ on other
+# patients?" They would. Whether the *methods* differ, one training cannot tell, however many patients there are.
+
+# %% [markdown]
+# ## Step 4: over cases and replicates
+#
+# So we train several replicates, and ask how much the mean of all $d_{cr}$ varies, over patients *and* trainings.
+# In a table of $C$ cases and $R$ replicates, take three mean squares:
+#
+# * $MS_c = R \cdot$ (variance of the case means), $MS_r = C \cdot$ (variance of the replicate means), both with
+#   `ddof=1`;
+# * $MS_e = \sum \mathrm{rest}^2 / ((C - 1)(R - 1))$, where the rest is $d$ minus its case mean, minus its replicate
+#   mean, plus the mean of all.
+#
+# Then $\mathrm{var}(\bar d) = (MS_c + MS_r - MS_e) / (C R)$, and never less than $\max(MS_c, MS_r) / (C R)$.
+#
+# **Exercise 6.3** (12 minutes). Write the standard error of the mean, the square root of that.
+
+
+# %%
+def standard_error(d):
+    ### BEGIN SOLUTION
+    cases, replicates = d.shape
+    of_case, of_replicate = d.mean(axis=1), d.mean(axis=0)
+    rest = d - of_case[:, None] - of_replicate + d.mean()
+    ms_case, ms_replicate = replicates * of_case.var(ddof=1), cases * of_replicate.var(ddof=1)
+    ms_rest = np.sum(rest**2) / ((cases - 1) * (replicates - 1))
+    total = max(ms_case + ms_replicate - ms_rest, ms_case, ms_replicate)
+    return np.sqrt(total / (cases * replicates))
+    ### END SOLUTION
+
+
+# %% tags=["alternative"]
+def standard_error(d):
+    return statistics.random_effects(d).variance ** 0.5
+
+
+# %% tags=["mistake"]
+# hint: all differences
+def standard_error(d):
+    return d.std(ddof=1) / np.sqrt(d.size)
+
+
+# %% tags=["mistake"]
+# hint: only over cases
+def standard_error(d):
+    return d.mean(axis=1).std(ddof=1) / np.sqrt(len(d))
+
+
+# %% tags=["mistake"]
+# hint: only over replicates
+def standard_error(d):
+    return d.mean(axis=0).std(ddof=1) / np.sqrt(d.shape[1])
+
+
+# %% tags=["mistake"]
+# hint: counts the rest twice
+def standard_error(d):
+    of_case, of_replicate = d.mean(axis=1), d.mean(axis=0)
+    return np.sqrt(of_case.var(ddof=1) / len(of_case) + of_replicate.var(ddof=1) / len(of_replicate))
+
+
+# %% tags=["mistake"]
+# hint: less than max
+def standard_error(d):
+    cases, replicates = d.shape
+    of_case, of_replicate = d.mean(axis=1), d.mean(axis=0)
+    rest = d - of_case[:, None] - of_replicate + d.mean()
+    ms_rest = np.sum(rest**2) / ((cases - 1) * (replicates - 1))
+    total = replicates * of_case.var(ddof=1) + cases * of_replicate.var(ddof=1) - ms_rest
+    return np.sqrt(max(total, 0) / (cases * replicates))
+
+
+# %% tags=["check"]
+rng = np.random.default_rng(1)
+d = rng.normal(0.01, 0.02, (20, 6)) + rng.normal(0, 0.02, (20, 1)) + rng.normal(0, 0.01, 6)
+over_cases, over_replicates = (d.mean(axis=k).std(ddof=1) / np.sqrt(d.shape[1 - k]) for k in (1, 0))
+mistakes = {
+    "you take all differences for independent. Those of one training move together.": d.std(ddof=1) / d.size**0.5,
+    "that is only over cases: another training would change it.": over_cases,
+    "that is only over replicates: other patients would change it.": over_replicates,
+    "it counts the rest twice. Subtract MS_e.": np.hypot(over_cases, over_replicates),
+}
+even = d - d.mean(axis=0) - d.mean(axis=1, keepdims=True)  # cases and replicates do not differ at all
+with exercise("6.3", "Case means: d.mean(axis=1). Replicate means: d.mean(axis=0)."):
+    right = statistics.random_effects(d).variance ** 0.5
+    same(standard_error(d), right, mistakes, "Compute the three mean squares one by one.")
+    even[:, 0] += 1e-3
+    floor = statistics.random_effects(even).variance ** 0.5
+    same(standard_error(even), floor, {}, "the variance must never be less than max(MS_c, MS_r) / (C R).")
+
+# %% [markdown]
+# Does it keep its promise? Equal methods once more, with five trainings each. Student's t with 4 degrees of freedom
+# serves us here; `statistics.random_effects` computes better ones.
+
+# %%
+rng, alarms = np.random.default_rng(0), {"over cases only": [], "over cases and replicates": []}
+for _ in range(1000):
+    d = simulate(rng, replicates=5)
+    alarms["over cases only"].append(stats.ttest_1samp(d.mean(axis=1), 0).pvalue < 0.05)
+    t = abs(d.mean()) / standard_error(d)
+    alarms["over cases and replicates"].append(2 * stats.t.sf(t, 4) < 0.05)
+for name, found in alarms.items():
+    print(f"{name:26}: false alarms in {np.mean(found):.1%} of 1000 simulated trials")
+
+# %% [markdown]
+# Averaging over five trainings and testing over patients does not help enough; counting both does. And what does it
+# say of a real trial? If the suite's trial E0 is at hand (a UNet against itself with other seeds), we take it, else
+# a simulated table.
+
+# %%
+real = repository() / "outputs/reference/e0/cases.csv"  # the real table is read here
+if real.exists():
+    e0 = pd.read_csv(real, dtype={"case_id": str})
+    d, what = statistics.differences(e0, "UNet-again", "UNet", "DSC").to_numpy(), "trial E0, UNet against UNet"
+else:
+    d, what = simulate(np.random.default_rng(7), cases=100, replicates=20), "SIMULATED equal methods"
+single = [stats.ttest_1samp(d[:, k], 0).pvalue < 0.05 for k in range(d.shape[1])]
+found = statistics.random_effects(d)
+print(f"{what}: {d.shape[0]} cases, {d.shape[1]} replicates")
+print(f"p < 0.05 over the cases of one training: {sum(single)} of {len(single)} trainings")
+low, high = found.interval
+print(f"over both: {found.mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, p = {found.p:.2f}")
+
+# %% [markdown]
+# ## Step 5: an answer that never looks
+#
+# Last, what does a DSC of 0.8 mean? We take 12 training prostates, place their regions on each other (by the
+# femoral heads), and call prostate what is prostate in at least half of them. That is the answer for *every*
+# patient. It never looks at the scan.
+#
+# **Guess** its mean DSC on eight other patients.
+
+# %%
+guess = "?"
+
+# %%
+mean_shape = np.mean(phantoms(range(12))[1], axis=0) >= 0.5
+scores = []
+for label in phantoms(range(12, 20))[1]:
+    scores.append(segmentation_metrics(mean_shape, label == 1, spacing_mm=SPACING_MM)["DSC"])
+print(f"never looking at the scan: DSC {np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f} (your guess: {guess})")
+
+# %% [markdown]
+# That is the floor to measure a network's DSC from, not 0. Notebook 04 prints it beside every table.
+
+# %% [markdown]
+# ## What we have learned
+#
+# * Look at the cases before the mean.
+# * Eleven tests need a correction; "p < .05 somewhere" is no result.
+# * A method is judged over patients *and* trainings. Without replicates there is no p-value for a method.
+# * A DSC needs a floor beside it.
+#
+# **To think about**: the paper finds p = 0.014 against nnU-Net (Table IV). Which of the sentences above apply?
+#
+# **Read next**: `METHOD.md`, "How a difference is judged"; Bouthillier et al., *Accounting for variance in machine
+# learning benchmarks* (MLSys 2021); notebook `10_does_it_help`, which does all this for real.
