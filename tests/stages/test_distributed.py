@@ -232,7 +232,7 @@ def endless(folder):
     return launcher, psutil.Process(launcher.pid).children(recursive=True)
 
 
-def endless_accelerate_launch(folder):
+def endless_accelerated(folder):
     """The same by `accelerate launch`."""
     launcher = accelerate_launch(folder, steps=10**6)
     wait_for_checkpoint(launcher, folder)
@@ -243,8 +243,8 @@ def endless_accelerate_launch(folder):
     ("how", "begin"),
     [
         ("Ctrl-C", endless),
-        ("Ctrl-C", endless_accelerate_launch),
-        ("the launcher is killed", endless_accelerate_launch),
+        ("Ctrl-C", endless_accelerated),
+        ("the launcher is killed", endless_accelerated),
     ],
 )
 def test_no_process_survives_an_interrupt(tmp_path, how, begin):
