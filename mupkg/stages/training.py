@@ -40,7 +40,7 @@ def poly_learning_rate(initial: float, step: int, steps: int, power: float = 0.9
     return initial * (1 - step / steps) ** power * min(1.0, (step + 1) / (warm_up + 1))
 
 
-def collapsed(history: pd.DataFrame) -> bool:
+def collapsed(history: pd.DataFrame, choose_from: float = 0.0) -> bool:
     """Whether a training has collapsed: even its best weights have a validation DSC of 0.
 
     They find no prostate in any validation case, most often because the network calls every voxel background. Such
@@ -48,8 +48,10 @@ def collapsed(history: pd.DataFrame) -> bool:
 
     Args:
         history: what `train` returns, or a run's history.csv.
+        choose_from: as given to `train`.
     """
-    return bool(history["validation_dsc"].max() == 0)
+    eligible = history["step"] >= choose_from * history["step"].max()
+    return bool(history.loc[eligible, "validation_dsc"].max() == 0)
 
 
 def train(
@@ -72,6 +74,7 @@ def train(
     channels_last: bool = True,
     compile: bool = False,
     workers: int = 0,
+    choose_from: float = 0.0,
     on_validation: Callable[[nn.Module, int], None] | None = None,
 ) -> pd.DataFrame:
     """Train, or go on from the checkpoint in the folder; returns the history, a row every few steps.
@@ -79,8 +82,8 @@ def train(
     The folder then holds the weights with the best validation DSC (used at test, reading R15), the last weights,
     the checkpoint and history.csv; a fresh training first removes what an earlier one left. On a CPU with the same
     number of threads, a training that was interrupted ends with the same bits as one that was not.
-    Under one of Accelerate's launchers, each process has its own batches, batch norm and draws, and gradients are
-    averaged; the first process validates and writes, and history.csv is about its batches.
+    Under Accelerate's launchers each process has its own batches, batch norm and draws, and gradients are averaged.
+    The first process validates and writes; history.csv is about its batches.
 
     Args:
         network: trained in place, on a GPU if there is one; it maps images to a `SegmentationOutput`.
@@ -91,16 +94,15 @@ def train(
         channels_last, compile: memory layout and torch.compile. They change speed and rounding, and through
             rounding now and then a draw of the hard sampler.
         workers: processes that cut batches ahead, if the cohort does not fit into a GPU's memory; same batches.
+        choose_from: the share of the steps after which the best weights are looked for (not in the paper). At a high
+            learning rate, earlier weights may do well on a few validation cases by luck.
         on_validation: called by the first process with network and step before a fresh run and after validations.
 
     Raises:
         ValueError: for a checkpoint of other settings, a folder in use, and what this machine cannot do.
         FloatingPointError: if the loss or the validation DSC is no longer finite.
     """
-    if steps < 1 or validate_every < 1:
-        raise ValueError(f"steps and validate_every must be at least 1, not {steps} and {validate_every}")
-    if not 0 <= warm_up < steps:
-        raise ValueError(f"warm_up must be at least 0 and less than steps ({steps}), not {warm_up}")
+    _check(steps, validate_every, warm_up, choose_from)
     accelerator = join_processes()
     device, processes = accelerator.device, accelerator.num_processes
     check_speed(device, precision, compile)
@@ -110,7 +112,7 @@ def train(
     scaler = GradScaler(device.type, enabled=precision == "fp16")
     rates = [poly_learning_rate(learning_rate, step, steps, power, warm_up) for step in range(steps)]
     with _exclusive(Path(folder)) if accelerator.is_main_process else nullcontext():
-        run = _Run(Path(folder), accelerator, network, optimizer, scaler, dict(metadata))
+        run = _Run(Path(folder), accelerator, network, optimizer, scaler, dict(metadata), choose_from * steps)
         run.begin(steps)
         model = DistributedDataParallel(network) if processes > 1 else network
         model = torch.compile(model) if compile else model  # a wrapper: the weights of `network` keep their names
@@ -118,6 +120,15 @@ def train(
         with closing(batches(nearest(source, accelerator), numbers, workers, device, layout)) as feed:
             _loop(run, model, loss, feed, rates, seed, precision, validate, validate_every, on_validation)
         return run.finish()
+
+
+def _check(steps: int, validate_every: int, warm_up: int, choose_from: float) -> None:
+    if steps < 1 or validate_every < 1:
+        raise ValueError(f"steps and validate_every must be at least 1, not {steps} and {validate_every}")
+    if not 0 <= warm_up < steps:
+        raise ValueError(f"warm_up must be at least 0 and less than steps ({steps}), not {warm_up}")
+    if not 0 <= choose_from <= 1:
+        raise ValueError(f"choose_from must be a share of the steps, from 0 to 1, not {choose_from}")
 
 
 def _forward(model: nn.Module, images: Tensor, precision: str) -> SegmentationOutput:
@@ -195,12 +206,19 @@ class _Run:
     optimizer: torch.optim.SGD
     scaler: GradScaler
     metadata: dict[str, Any]
+    choose_from: float  # the step
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def done(self) -> int:
         """The number of steps done."""
         return self.history[-1]["step"] if self.history else 0
+
+    @property
+    def scores(self) -> list[float]:
+        """The validation DSCs of all weights that may be the best."""
+        validated = [row for row in self.history if "validation_dsc" in row]
+        return [row["validation_dsc"] for row in validated if row["step"] >= self.choose_from]
 
     def begin(self, steps: int) -> None:
         """Go on from the checkpoint, or start afresh if there is none."""
@@ -234,7 +252,8 @@ class _Run:
                 f"{path}: belongs to a run with other settings ({', '.join(changed)}); "
                 "give this run another name or study, or delete the folder to start anew"
             )
-        if not (self.folder / BEST).exists():
+        self.history = history
+        if self.scores and not (self.folder / BEST).exists():
             raise ValueError(
                 f"{self.folder / BEST}: is missing beside its checkpoint; delete {CHECKPOINT} to train anew"
             )
@@ -249,17 +268,15 @@ class _Run:
         load_weights(self.network, weights, path)
         state = {int(number): {"momentum_buffer": tensor} for number, tensor in momentum.items()}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-        self.history = history
         return made_on or []
 
     def keep_if_best(self) -> None:
         """Keep these weights if no earlier validation DSC is as high; FloatingPointError if it is not finite."""
-        *earlier, dsc = [row["validation_dsc"] for row in self.history if "validation_dsc" in row]
+        dsc = self.history[-1]["validation_dsc"]
         if not math.isfinite(dsc):
-            raise FloatingPointError(
-                f"{self.folder}: the validation DSC is {dsc} at step {self.done}; see `validate`"
-            )
-        if dsc > max(earlier, default=-1.0):
+            told = f"the validation DSC is {dsc} at step {self.done}"
+            raise FloatingPointError(f"{self.folder}: {told}; see `validate`")
+        if self.done >= self.choose_from and dsc > max(self.scores[:-1], default=-1.0):
             about = self.metadata | {"step": self.done, "validation_dsc": dsc}
             save_tensors(self.network.state_dict(), self.folder / BEST, about)
 

@@ -568,6 +568,34 @@ def test_a_dsc_of_zero_is_still_a_best(tmp_path):
     assert load_tensors(tmp_path / BEST)[1]["validation_dsc"] == 0
 
 
+@pytest.mark.parametrize(
+    ("choose_from", "scores", "step"),
+    [(0.5, (0.9, 0.5, 0.6), 9), (0.5, (0.9, 0.6, 0.6), 6), (6 / 9, (0.9, 0.6, 0.5), 6), (1.0, (0.9, 0.8, 0.0), 9)],
+)
+def test_the_best_weights_are_looked_for_only_when_the_network_has_arrived(tmp_path, choose_from, scores, step):
+    left = iter(scores)
+    run(tmp_path, validate=lambda network: next(left), choose_from=choose_from)
+    about = load_tensors(tmp_path / BEST)[1]
+    assert (about["step"], about["validation_dsc"]) == (step, scores[step // 3 - 1])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_break_before_weights_may_be_the_best_leaves_no_trace(tmp_path, number):
+    for name in ("whole", "broken"):
+        if name == "broken":
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / name, validate=breaking(number), choose_from=0.9)
+            assert not (tmp_path / name / BEST).exists()
+        run(tmp_path / name, choose_from=0.9)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("choose_from", [-0.1, 1.5, float("nan")])
+def test_a_share_of_the_steps_that_is_none_is_refused(tmp_path, choose_from):
+    with pytest.raises(ValueError, match="choose_from must be a share of the steps"):
+        run(tmp_path, choose_from=choose_from)
+
+
 def test_what_made_the_weights_is_stored_with_them(whole):
     for name in (BEST, LAST, CHECKPOINT):
         metadata = load_tensors(whole / name)[1]
@@ -670,14 +698,21 @@ def test_a_warm_up_that_never_ends_is_refused(tmp_path, warm_up):
 
 
 @pytest.mark.parametrize(
-    ("scores", "is_so"),
-    [([0, 0, 0], True), ([0, 0, 1e-9], False), ([0.5, 0, 0], False)],  # the best weights are those that count
+    ("scores", "choose_from", "is_so"),
+    [
+        ((0, 0, 0), 0.0, True),
+        ((0, 0, 1e-9), 0.0, False),
+        ((0.5, 0, 0), 0.0, False),  # its best weights are good
+        ((0.5, 0, 0), 0.5, True),  # they may not be chosen
+    ],
 )
-def test_a_training_without_any_prostate_has_collapsed(tmp_path, scores, is_so):
+def test_a_training_whose_best_weights_find_no_prostate_has_collapsed(tmp_path, scores, choose_from, is_so):
     left = iter(scores)
-    history = run(tmp_path, validate=lambda network: next(left), validate_every=4)  # rows without a validation, too
-    assert collapsed(history) is is_so
-    assert collapsed(pd.read_csv(tmp_path / HISTORY)) is is_so
+    options = {"validate_every": 4, "choose_from": choose_from}  # with rows of history between the validations
+    history = run(tmp_path, validate=lambda network: next(left), **options)
+    assert load_tensors(tmp_path / BEST)[1]["validation_dsc"] == 0 or not is_so
+    assert collapsed(history, choose_from) is is_so
+    assert collapsed(pd.read_csv(tmp_path / HISTORY), choose_from) is is_so
 
 
 # Who is asked
@@ -723,14 +758,3 @@ def test_weights_in_the_checkpoints_place_are_refused_by_name(tmp_path, whole):
     shutil.copy(whole / LAST, tmp_path / CHECKPOINT)
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors: is no checkpoint"):
         run(tmp_path)
-
-        )
-
-
-def test_the_best_weights_are_looked_for_only_when_the_network_has_arrived(tmp_path):
-    scores = iter([0.9, 0.5, 0.6])
-    run(tmp_path, validate=lambda _: next(scores), choose_from=0.5)
-    _, about = load_tensors(tmp_path / BEST)
-    assert (about["step"], about["validation_dsc"]) == (9, 0.6)
-    with pytest.raises(ValueError, match="choose_from must be a share of the steps"):
-        run(tmp_path / "other", choose_from=1.5)
