@@ -19,7 +19,7 @@ from mupkg.report import results
 from mupkg.stages.inference import load_network
 from mupkg.stages.prediction import predict_volume
 from mupkg.stages.regions import Regions
-from mupkg.stages.training import BEST
+from mupkg.stages.runs import BEST
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mupkg.stages.film import FOLDER as FILM
 from mupkg.stages.film import read_film
 from mupkg.stages.inference import LOCALIZER
 from mupkg.stages.regions import Regions
-from mupkg.stages.training import BEST, HISTORY
+from mupkg.stages.runs import BEST, HISTORY
 
 KEPT = (BEST, LOCALIZER, HISTORY, "metrics.csv", "run.json")
 

@@ -32,8 +32,7 @@ from mupkg.models import SegmentationNetwork, UNet, light_unet
 from mupkg.stages.localization import COARSE_CHANNELS, Location, locate
 from mupkg.stages.prediction import predict_volume
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import load_tensors, load_weights, require
-from mupkg.stages.training import BEST
+from mupkg.stages.runs import BEST, load_tensors, load_weights, require
 
 CHANNELS = 3  # neighbouring slices into stage 2
 LOCALIZER = "localizer.safetensors"  # stage 1's weights, copied into every run

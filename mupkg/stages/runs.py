@@ -20,6 +20,12 @@ from torch import Tensor
 from mupkg.data.writing import whole_file, write_text
 from mupkg.models import MULTIPLE
 
+# Files and folders of a run, in either stage
+BEST, LAST, CHECKPOINT = "weights.safetensors", "last.safetensors", "checkpoint.safetensors"
+HISTORY, RUN, METRICS, REGIONS = "history.csv", "run.json", "metrics.csv", "regions.csv"
+FILM, PREDICTIONS = "film", "predictions"
+RESULTS = (BEST, LAST, HISTORY, RUN, METRICS, REGIONS, "fingerprint.json", FILM, PREDICTIONS)  # of one training
+
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at
 MOST = {"base_filters": MOST_CHANNELS // MULTIPLE, "embedding_dim": MOST_CHANNELS, "filters": MOST_CHANNELS}
 PACKAGES = ("mupkg", "torch", "SimpleITK", "numpy", "monai", "accelerate")

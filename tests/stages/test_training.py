@@ -5,9 +5,6 @@ import multiprocessing
 import os
 import platform
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
@@ -23,15 +20,14 @@ from mupkg.data.cohort import Cohort
 from mupkg.data.patches import PatchSource
 from mupkg.data.writing import machine_lock
 from mupkg.losses import LossTerms
-from mupkg.models import light_unet
-from mupkg.stages import training
+from mupkg.models import SegmentationOutput, conv_bn_relu, light_unet
+from mupkg.stages import hardware, training
 from mupkg.stages.film import Film, read_film
-from mupkg.stages.inference import load_network
 from mupkg.stages.localization import coarse_volumes
 from mupkg.stages.prediction import predict_volume
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import load_tensors, save_tensors
-from mupkg.stages.training import BEST, CHECKPOINT, HISTORY, LAST, poly_learning_rate, train
+from mupkg.stages.runs import BEST, CHECKPOINT, HISTORY, LAST, load_tensors
+from mupkg.stages.training import collapsed, poly_learning_rate, train
 
 RNG = np.random.default_rng(0)
 LABEL = np.zeros((6, 24, 24), np.uint8)
@@ -45,9 +41,14 @@ def mean_probability(network):
     return float(predict_volume(network, IMAGE).mean())
 
 
-def run(folder, *, name="MetricUNet-HCP", steps=9, validate=mean_probability, source=None, **options):
+def parts(name="MetricUNet-HCP"):
     torch.manual_seed(5)
-    network, loss = build(configuration(name), base_filters=2, embedding_dim=4, anchors=5, pairs=2)
+    return build(configuration(name), base_filters=2, embedding_dim=4, anchors=5, pairs=2)
+
+
+def run(folder, *, name="MetricUNet-HCP", steps=9, validate=mean_probability, network=None, source=None, **options):
+    built, loss = parts(name)
+    network = network or built
     source = source or PatchSource([IMAGE], [LABEL], patch_size=(16, 16), batch_size=3, seed=5)
     options = {"validate_every": 3, "metadata": METADATA, "learning_rate": 0.1, "seed": 5} | options
     return train(network, loss, source, folder, steps=steps, validate=validate, **options)
@@ -108,19 +109,19 @@ def test_a_break_while_validating_leaves_no_trace(tmp_path, whole, number):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_break_between_best_weights_and_checkpoint_leaves_no_trace(tmp_path, whole, monkeypatch, number):
-    write, calls = training._checkpoint, []
+    write, calls = training._Run.checkpoint, []
 
-    def broken(*arguments):
+    def broken(self):
         calls.append(0)
         if len(calls) == number:
             raise KeyboardInterrupt
-        write(*arguments)
+        write(self)
 
-    monkeypatch.setattr(training, "_checkpoint", broken)
+    monkeypatch.setattr(training._Run, "checkpoint", broken)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     assert (tmp_path / BEST).exists() and (tmp_path / CHECKPOINT).exists() == (number > 1)
-    monkeypatch.setattr(training, "_checkpoint", write)
+    monkeypatch.setattr(training._Run, "checkpoint", write)
     run(tmp_path)
     assert_same_run(tmp_path, whole)
 
@@ -182,13 +183,14 @@ def test_the_machines_and_threads_that_made_the_weights_are_told(tmp_path, capsy
     made_on = [load_tensors(whole / name)[1]["made_on"] for name in (BEST, LAST, CHECKPOINT)]
     assert made_on == [[f"{platform.machine()} CPU, 1 thread(s)"]] * 3
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, validate=breaking(2))
+        run(tmp_path, validate_every=8, validate=breaking(2))
     torch.set_num_threads(2)
     try:
-        run(tmp_path)
+        run(tmp_path, validate_every=8)  # one step more
     finally:
         torch.set_num_threads(1)
-    assert "2 thread(s), begun on " in capsys.readouterr().out
+    machine = f"{platform.machine()} CPU"
+    assert f"begun on {machine}, 1 thread(s) and continues on {machine}, 2 thread" in capsys.readouterr().out
     assert load_tensors(tmp_path / LAST)[1]["made_on"] == [f"{platform.machine()} CPU, {n} thread(s)" for n in (1, 2)]
     run(tmp_path)  # nothing is left to do
     assert "begun on" not in capsys.readouterr().out
@@ -221,13 +223,19 @@ def test_an_error_in_a_worker_is_raised_and_leaves_none(tmp_path, monkeypatch):
     assert not multiprocessing.active_children(), kept
 
 
+def test_private_names_of_pytorch_are_called_where_they_are_there(capsys):
+    owner = SimpleNamespace(_there=print)
+    hardware.call_private(owner, "_there", "called", 1)
+    hardware.call_private(owner, "_gone", "called", 2)
+    assert capsys.readouterr().out == "called 1\n"
+
+
 def test_workers_and_training_leave_torchs_own_draws_alone(tmp_path):
     after = []
     for workers in (0, 2):
         run(tmp_path / str(workers), workers=workers, steps=2)
         after.append(torch.get_rng_state())
-    torch.manual_seed(5)
-    build(configuration("MetricUNet-HCP"), base_filters=2, embedding_dim=4, anchors=5, pairs=2)
+    parts()
     assert torch.equal(after[0], after[1]) and torch.equal(after[0], torch.get_rng_state())
 
 
@@ -243,20 +251,20 @@ def test_the_cohort_goes_to_the_gpu_if_half_of_its_free_memory_is_enough(monkeyp
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
     source = PatchSource([IMAGE], [LABEL], patch_size=(16, 16))
     monkeypatch.setattr(source, "to", lambda device: f"on {device}")
-    found = training._nearest(source, a_gpu(free))
+    found = hardware.nearest(source, a_gpu(free))
     assert found == "on cuda" if fits else found is source
     assert ("lies in GPU memory" if fits else "cut on the CPU, see `workers`") in capsys.readouterr().out
 
 
 def test_without_a_gpu_the_volumes_stay_where_they_are():
     source = PatchSource([IMAGE], [LABEL], patch_size=(16, 16))
-    assert training._nearest(source, SimpleNamespace(device=torch.device("cpu"))) is source
+    assert hardware.nearest(source, SimpleNamespace(device=torch.device("cpu"))) is source
 
 
 @pytest.fixture
 def in_device_memory(monkeypatch):
     """The CPU stands for the GPU."""
-    monkeypatch.setattr(training, "_nearest", lambda source, accelerator: source.to("cpu"))
+    monkeypatch.setattr(training, "nearest", lambda source, accelerator: source.to("cpu"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -274,7 +282,7 @@ def test_a_break_with_the_cohort_in_device_memory_leaves_no_trace(tmp_path, whol
 
 def test_between_two_rows_of_the_history_nothing_waits_for_the_device(tmp_path, in_device_memory):
     with Watch() as watch:
-        history = run(tmp_path, steps=40, validate_every=40, validate=lambda network: 0.5)
+        history = run(tmp_path, steps=20, validate_every=20, validate=lambda network: 0.5)
     values = ["loss", "cross_entropy", "metric_H", "metric_C"]
     assert len(history) == 10 and set(values) <= set(history)
     assert watch.waits == ["_local_scalar_dense"] * len(history) * len(values)
@@ -283,18 +291,31 @@ def test_between_two_rows_of_the_history_nothing_waits_for_the_device(tmp_path, 
 # Speed: rounding alone
 
 
+class Tiny(torch.nn.Module):
+    """Compiles in half the time of a UNet."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.body, self.head = conv_bn_relu(3, 4), torch.nn.Conv2d(4, 2, 1)
+
+    def forward(self, images):
+        embeddings = self.body(images)
+        return SegmentationOutput(self.head(embeddings), embeddings)
+
+
 @pytest.mark.usefixtures("unchecked")  # checked signatures do not compile
 @pytest.mark.parametrize("options", [{"channels_last": False}, {"compile": True}])
 def test_layout_and_compiler_change_rounding_alone(tmp_path, options):
     if "compile" in options and not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile needs a C++ compiler on a CPU, and there is none here")
     # At a higher rate a rounding soon makes the hard sampler draw another voxel, and from there losses part.
-    metadata = {"configuration": "MetricUNet-HCP", "base_filters": 2, "embedding_dim": 4}
-    wanted = run(tmp_path / "plain", learning_rate=0.01, metadata=metadata)
-    history = run(tmp_path / "run", learning_rate=0.01, metadata=metadata, **options)
+    wanted = run(tmp_path / "plain", network=Tiny(), learning_rate=0.01)
+    history = run(tmp_path / "run", network=Tiny(), learning_rate=0.01, **options)
     np.testing.assert_allclose(history["loss"], wanted["loss"], atol=1e-4)
-    network, _ = load_network(tmp_path / "run" / BEST)
-    assert mean_probability(network) == pytest.approx(history["validation_dsc"].max(), abs=1e-6)
+    kept = Tiny()
+    kept.load_state_dict(load_file(tmp_path / "run" / BEST))  # under its plain names
+    assert mean_probability(kept) == pytest.approx(history["validation_dsc"].max(), abs=1e-6)
 
 
 def test_layout_is_what_was_asked(tmp_path):
@@ -336,27 +357,21 @@ def train_on_noise(folder):
     torch.manual_seed(5)
     network, loss = build(configuration("MetricUNet-HCP"), base_filters=8, embedding_dim=16)
     source = PatchSource([image], [label], patch_size=(48, 48), batch_size=4)
-    options = {"steps": 4, "validate_every": 4, "learning_rate": 0.01, "metadata": {}}
+    options = {"steps": 2, "validate_every": 2, "learning_rate": 0.01, "metadata": {}}
     train(network, loss, source, folder, validate=mean_probability, **options)
-
-
-TWO_THREADS = """
-import sys, torch
-torch.set_num_threads(2)
-sys.path[:0] = sys.argv[2:]
-from test_training import train_on_noise
-train_on_noise(sys.argv[1])
-"""
 
 
 def test_another_thread_count_changes_rounding_alone(tmp_path):
     """Sums are cut into as many pieces as there are threads; so "the same bits" holds for one thread count."""
-    command = [sys.executable, "-c", TWO_THREADS, str(tmp_path / "two"), *map(str, list(Path(__file__).parents)[:2])]
-    subprocess.run(command, check=True, timeout=120)
     train_on_noise(tmp_path / "one")
+    torch.set_num_threads(2)
+    try:
+        train_on_noise(tmp_path / "two")
+    finally:
+        torch.set_num_threads(1)
     one, two = (load_file(tmp_path / name / LAST) for name in ("one", "two"))
     largest = max((one[name] - two[name]).abs().max().item() for name in one)
-    print(f"largest difference of a weight between one thread and two after 4 steps: {largest:.1e}")
+    print(f"largest difference of a weight between one thread and two after 2 steps: {largest:.1e}")
     assert largest < 1e-4
 
 
@@ -392,12 +407,61 @@ def test_a_frame_shows_the_network_as_it_was_validated(tmp_path):
     assert pairs[1::2] == list(zip((3, 6, 9), pairs[::2], strict=True))
 
 
-# fp16
+# Precision
 
 
-def test_fp16_without_a_gpu_is_refused_not_passed_over(tmp_path):
-    with pytest.raises(ValueError, match='"fp16" needs a GPU, and there is none; choose "bf16" or "no"'):
-        run(tmp_path, precision="fp16")
+@pytest.mark.parametrize(
+    ("precision", "told"),
+    [("fp16", '"fp16" needs a GPU, and there is none; choose "bf16" or "no"'), ("fp8", "must be .*, not 'fp8'")],
+)
+def test_a_precision_that_cannot_be_is_refused_not_passed_over(tmp_path, precision, told):
+    with pytest.raises(ValueError, match=told):
+        run(tmp_path, precision=precision)
+    assert not list(tmp_path.iterdir())
+
+
+def plain_output(network):
+    """What a new network with the same weights answers, and that the given one is of its class and nothing more."""
+    assert network.forward.__func__ is type(network).forward
+    fresh, _ = parts()
+    fresh.load_state_dict(network.state_dict())
+    fresh.to(memory_format=torch.channels_last)  # as training lays it out
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found, wanted = network.eval()(images), fresh.eval()(images)
+    assert all(tensor.dtype == torch.float32 for tensor in found)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    return mean_probability(fresh)
+
+
+def test_bf16_trains_in_bf16_and_validates_and_returns_the_plain_network(tmp_path, whole):
+    network, _ = parts()
+    history = run(tmp_path, network=network, precision="bf16", validate=plain_output)
+    assert not history["loss"].equals(pd.read_csv(whole / HISTORY)["loss"])  # it was computed in bf16
+    plain_output(network)
+    best, about = load_tensors(tmp_path / BEST)
+    network.load_state_dict(best)
+    assert mean_probability(network) == about["validation_dsc"] == history["validation_dsc"].max()
+
+
+@pytest.mark.parametrize("where", ["batch", "validation"])
+def test_a_failing_training_leaves_the_network_as_it_was(tmp_path, where):
+    network, _ = parts()
+    source = PatchSource([IMAGE], [LABEL], patch_size=(16, 16), batch_size=3, seed=5)
+    batch = source.batch
+    source.batch = lambda step: batch(step if where == "validation" or step < 4 else "four")
+    with pytest.raises((TypeError, KeyboardInterrupt)):
+        run(tmp_path, network=network, source=source, precision="bf16", validate=breaking(2))
+    plain_output(network)
+
+
+def test_trainings_of_unlike_precision_follow_each_other(tmp_path, whole):
+    """In one kernel, also after another program there has set Accelerate to a precision of its own."""
+    run(tmp_path / "bf16", precision="bf16", steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vars(accelerate.Accelerator().state), "_mixed_precision", "bf16")
+        run(tmp_path / "no")
+    assert_same_run(tmp_path / "no", whole)
 
 
 @pytest.fixture
@@ -405,13 +469,12 @@ def with_scaler(monkeypatch):
     """The gradient scaler of fp16 on a CPU, with float32 beneath: a scale so low that rounding depends on it."""
     scalers = []
 
-    class Scaled(accelerate.Accelerator):
-        def __init__(self, **options):
-            super().__init__(**options)
-            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-126, growth_interval=2)
-            scalers.append(self.scaler)
+    def scaled(device, enabled):
+        assert not enabled
+        scalers.append(torch.amp.GradScaler(device, init_scale=2.0**-126, growth_interval=2))
+        return scalers[-1]
 
-    monkeypatch.setattr(training, "Accelerator", Scaled)
+    monkeypatch.setattr(training, "GradScaler", scaled)
     return scalers
 
 
@@ -430,7 +493,7 @@ def test_a_break_keeps_the_loss_scale(tmp_path, with_scaler):
 
 def test_a_checkpoint_without_its_loss_scale_is_not_resumed(tmp_path, whole, with_scaler):
     shutil.copytree(whole, tmp_path / "run")
-    with pytest.raises(ValueError, match=rf"{CHECKPOINT}: does not tell the loss scale .*; delete it"):
+    with pytest.raises(ValueError, match=rf"{CHECKPOINT}: lacks the loss scale .*; delete it"):
         run(tmp_path / "run")
 
 
@@ -505,6 +568,34 @@ def test_a_dsc_of_zero_is_still_a_best(tmp_path):
     assert load_tensors(tmp_path / BEST)[1]["validation_dsc"] == 0
 
 
+@pytest.mark.parametrize(
+    ("choose_from", "scores", "step"),
+    [(0.5, (0.9, 0.5, 0.6), 9), (0.5, (0.9, 0.6, 0.6), 6), (6 / 9, (0.9, 0.6, 0.5), 6), (1.0, (0.9, 0.8, 0.0), 9)],
+)
+def test_the_best_weights_are_looked_for_only_when_the_network_has_arrived(tmp_path, choose_from, scores, step):
+    left = iter(scores)
+    run(tmp_path, validate=lambda network: next(left), choose_from=choose_from)
+    about = load_tensors(tmp_path / BEST)[1]
+    assert (about["step"], about["validation_dsc"]) == (step, scores[step // 3 - 1])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_break_before_weights_may_be_the_best_leaves_no_trace(tmp_path, number):
+    for name in ("whole", "broken"):
+        if name == "broken":
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / name, validate=breaking(number), choose_from=0.9)
+            assert not (tmp_path / name / BEST).exists()
+        run(tmp_path / name, choose_from=0.9)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("choose_from", [-0.1, 1.5, float("nan")])
+def test_a_share_of_the_steps_that_is_none_is_refused(tmp_path, choose_from):
+    with pytest.raises(ValueError, match="choose_from must be a share of the steps"):
+        run(tmp_path, choose_from=choose_from)
+
+
 def test_what_made_the_weights_is_stored_with_them(whole):
     for name in (BEST, LAST, CHECKPOINT):
         metadata = load_tensors(whole / name)[1]
@@ -543,8 +634,17 @@ def test_poly_decay_by_hand():
 
 
 def test_the_learning_rate_decays_as_said(tmp_path):
-    history = run(tmp_path, steps=5, validate_every=1, power=0.5)
+    history = run(tmp_path, steps=5, validate_every=1, power=0.5, validate=lambda network: 0.5)
     np.testing.assert_allclose(history["learning_rate"], [0.1 * (1 - i / 5) ** 0.5 for i in range(5)])
+
+
+def test_a_warm_up_rises_linearly_and_then_leaves_the_decay_as_it_is(tmp_path):
+    rates = [poly_learning_rate(0.5, step, 10, power=2.0, warm_up=3) for step in range(10)]
+    share = [1 / 4, 2 / 4, 3 / 4] + [1.0] * 7
+    np.testing.assert_allclose(rates, [0.5 * (1 - i / 10) ** 2 * share[i] for i in range(10)], rtol=1e-12)
+    assert [poly_learning_rate(0.5, step, 10, power=2.0) for step in range(3, 10)] == rates[3:]
+    history = run(tmp_path, steps=4, validate_every=1, power=1.0, warm_up=1, validate=lambda network: 0.5)
+    np.testing.assert_allclose(history["learning_rate"], [0.05, 0.075, 0.05, 0.025])
 
 
 def test_the_optimizer_is_plain_sgd(tmp_path):
@@ -591,6 +691,30 @@ def test_nothing_to_do_is_refused(tmp_path, options):
         run(tmp_path, **options)
 
 
+@pytest.mark.parametrize("warm_up", [-1, 9, 10])
+def test_a_warm_up_that_never_ends_is_refused(tmp_path, warm_up):
+    with pytest.raises(ValueError, match=rf"warm_up must be at least 0 and less than steps \(9\), not {warm_up}"):
+        run(tmp_path, warm_up=warm_up)
+
+
+@pytest.mark.parametrize(
+    ("scores", "choose_from", "is_so"),
+    [
+        ((0, 0, 0), 0.0, True),
+        ((0, 0, 1e-9), 0.0, False),
+        ((0.5, 0, 0), 0.0, False),  # its best weights are good
+        ((0.5, 0, 0), 0.5, True),  # they may not be chosen
+    ],
+)
+def test_a_training_whose_best_weights_find_no_prostate_has_collapsed(tmp_path, scores, choose_from, is_so):
+    left = iter(scores)
+    options = {"validate_every": 4, "choose_from": choose_from}  # with rows of history between the validations
+    history = run(tmp_path, validate=lambda network: next(left), **options)
+    assert load_tensors(tmp_path / BEST)[1]["validation_dsc"] == 0 or not is_so
+    assert collapsed(history, choose_from) is is_so
+    assert collapsed(pd.read_csv(tmp_path / HISTORY), choose_from) is is_so
+
+
 # Who is asked
 
 
@@ -630,19 +754,7 @@ def test_training_never_touches_a_test_case(cohort, regions, tmp_path):
         assert_same_run(tmp_path / "torn" / stage, tmp_path / "whole" / stage)
 
 
-def test_weights_in_the_checkpoints_place_are_refused_by_name(tmp_path):
-    save_tensors({"head": torch.zeros(1)}, tmp_path / training.CHECKPOINT, {"configuration": "UNet"})
-    network = torch.nn.Linear(1, 1)
+def test_weights_in_the_checkpoints_place_are_refused_by_name(tmp_path, whole):
+    shutil.copy(whole / LAST, tmp_path / CHECKPOINT)
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors: is no checkpoint"):
-        training._resume(
-            tmp_path / training.CHECKPOINT, network, torch.optim.SGD(network.parameters()), {"configuration": "UNet"}
-        )
-
-
-def test_the_best_weights_are_looked_for_only_when_the_network_has_arrived(tmp_path):
-    scores = iter([0.9, 0.5, 0.6])
-    run(tmp_path, validate=lambda _: next(scores), choose_from=0.5)
-    _, about = load_tensors(tmp_path / BEST)
-    assert (about["step"], about["validation_dsc"]) == (9, 0.6)
-    with pytest.raises(ValueError, match="choose_from must be a share of the steps"):
-        run(tmp_path / "other", choose_from=1.5)
+        run(tmp_path)
