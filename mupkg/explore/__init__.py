@@ -11,5 +11,6 @@ __getattr__ = lazily(
         "samplers_and_film": ["FilmPlayer", "SamplersAtWork", "read_films"],
         "seen": ["SeenCase"],
         "volumes": ["show_itkwidgets"],
+        "workbench": ["Workbench"],
     },
 )

@@ -1,9 +1,9 @@
 """What the interactive views are built of: a slice that can be clicked, sliders, pictures as PNG.
 
-A view keeps its state in plain attributes and draws with matplotlib, so that the same picture is there without a
-browser: `figures.save(view.figure, path)`. Its `widget`, made when it is first asked for, is what JupyterLab shows.
-The widgets are libraries': ipywidgets for controls and pictures, ipyevents where a picture must report clicks. (An
-ipympl canvas does that too, but took more than twice as long from a slider to the screen.)
+A view keeps its state in plain attributes. Its `widget`, made when it is first asked for, is what JupyterLab shows;
+its `figure` is the same picture without a browser. The widgets are libraries': ipywidgets for controls and pictures,
+ipyevents where a picture must report the mouse. Pillow draws the slices that follow a slider; matplotlib would take
+several times as long.
 """
 
 from __future__ import annotations
@@ -11,172 +11,243 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 import numpy as np
 from IPython.display import display
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int
 from matplotlib import colormaps
-from matplotlib.colors import to_rgb
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from mupkg import in_lab
-from mupkg.report.figures import PREDICTION, TRUTH, draw_contour
+from mupkg.report import figures
+from mupkg.report.figures import HEAT, PREDICTION, TRUTH
 
-LIT = "cyan"
+if TYPE_CHECKING:
+    from mupkg.explore.seen import SeenCase
+
 DPI = 80  # of pictures on the screen
-CLICK = 4  # pixels that a hand may move in a click
+CLICK = 0.015  # part of a picture that a hand may move in a click
+NONE = np.empty((0, 2), int)  # no voxels
 
 
-class HasFigure(Protocol):
-    @property
-    def figure(self) -> Figure: ...
-
-
-class View(HasFigure, Protocol):
-    """Something to explore with."""
-
-    @property
-    def widget(self) -> ipywidgets.Widget: ...
-
-
-def show(view: View) -> None:
-    """Display a view's widget where it can be alive; elsewhere its picture, saved in the next cell, stands for it."""
-    if in_lab():
-        display(view.widget)
-    else:
-        print("not in JupyterLab: the picture below stands for the widget")
+def show(view: Any, path: str | Path) -> None:
+    """Display a view: in JupyterLab its `widget`, elsewhere its `figure`, saved under `path`."""
+    display(view.widget if in_lab() else figures.save(view.figure, path))
 
 
 class SlicePanel:
-    """One axial slice, once for each title: grey values, a heat over them, contours and lit voxels.
+    """The slice that a case's slider shows, once for each network: grey values, heat, contours and lit voxels.
 
     Args:
-        chosen: called with the voxels (n, 2) as rows and columns that a click or a box in the picture encloses.
+        colours: of the heat. meaning: what the heat is, its lowest and its highest value.
+        chosen: called with the voxels (n, 2), as rows and columns, that a click or a box in a picture encloses.
+        told: called with z, row and column of the voxel under the mouse; gives the line below the pictures.
     """
 
     def __init__(
         self,
-        titles: Sequence[str],
-        shape: tuple[int, int],
-        spacing_mm: Sequence[float],
+        seen: SeenCase,
         *,
-        colours: str = "inferno",
+        colours: str = HEAT,
+        meaning: tuple[str, float, float] = ("probability", 0, 1),
         chosen: Callable[[Int[np.ndarray, "n 2"]], None] | None = None,
+        told: Callable[[int, int, int], str] | None = None,
     ):
-        self.figure = Figure(figsize=(3.4 * len(titles), 3.9), dpi=DPI)
-        self.shape, self.chosen, self._pressed = shape, chosen, None
-        self.axes = self.figure.subplots(1, len(titles), squeeze=False)[0]
-        self.figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.86, wspace=0.03)
-        self._images, self.colours = [], colormaps[colours]
-        for ax, title in zip(self.axes, titles, strict=True):
-            empty = np.zeros((*shape, 3), np.uint8)
-            self._images.append(ax.imshow(empty, aspect=spacing_mm[-2] / spacing_mm[-1]))
-            ax.set_title(title, fontsize=10, y=1.0)  # a given y spares looking for one at every draw
-            ax.set_axis_off()
-        self._contours: list = []
-        self.lit = np.zeros(shape, bool)
+        self.seen, self.colours, self.meaning = seen, colours, meaning
+        self.chosen, self.told, self._pressed = chosen, told or seen.describe, None
+        self.shape, self.lit = seen.region.shape[1:], NONE
+        self.legend, self.words = ipywidgets.HTML(), ipywidgets.HTML("&nbsp;")
 
     def draw(
         self,
-        grey: UInt8[np.ndarray, "y x"],
         heats: Sequence[Float[np.ndarray, "y x"]],
+        titles: Sequence[str],
         *,
         opacity: float = 0.4,
-        truth: Bool[np.ndarray, "y x"] | None = None,
-        predictions: Sequence[Bool[np.ndarray, "y x"]] = (),
-        lit: Int[np.ndarray, "n 2"] | None = None,
-        titles: Sequence[str] | None = None,
-        floor: float = 0.02,
+        levels: Sequence[float] = (),
+        lit: Int[np.ndarray, "n 2"] = NONE,
     ) -> None:
-        """Show a slice; heats in [0, 1], one for each title; where they do not exceed `floor`, grey shows."""
-        for contour in self._contours:
-            contour.remove()
-        self._contours = []
-        self.lit = np.zeros(self.shape, bool)
-        if lit is not None and len(lit):
-            self.lit[lit[:, 0], lit[:, 1]] = True
-        base = grey[..., None].repeat(3, axis=-1) / 255
-        for number, (ax, image) in enumerate(zip(self.axes, self._images, strict=True)):
-            # mixed here: a single picture is drawn much sooner than three that shine through each other
-            share = (opacity * (heats[number] > floor))[..., None]  # what is nearly 0 stays grey
-            mixed = (1 - share) * base + share * self.colours(heats[number])[..., :3]
-            mixed[self.lit] = to_rgb(LIT)
-            image.set_data(np.round(255 * mixed).astype(np.uint8))
-            masks = [(TRUTH, truth)] if truth is not None else []
-            masks += [(PREDICTION, predictions[number])] if len(predictions) else []
-            self._contours += [c for colour, mask in masks if (c := draw_contour(ax, mask, colour)) is not None]
-            if titles is not None:
-                ax.set_title(titles[number], fontsize=10, y=1.0)
-        self.refresh()
+        """Show the slice, with a heat in [0, 1] and a title for each network.
 
-    def refresh(self) -> None:
-        """Bring what was drawn to the screen, if there is one."""
-        if "widget" in self.__dict__:
-            self.widget.value = png(self.figure)
+        Args:
+            levels: of the heat's contours; the middle one is drawn strongest. lit: rows and columns of lit voxels.
+        """
+        self.heats, self.titles, self.opacity, self.levels, self.lit = heats, titles, opacity, levels, lit
+        if "pictures" in self.__dict__:
+            self._refresh()
+
+    def _layers(self) -> list[tuple]:
+        """Each network's slice: its pixels, its contours and the spacing, as `figures.slice_png` takes them."""
+        seen, z, strong = self.seen, self.seen.slice.value, len(self.levels) // 2
+        truth = TRUTH, 3, seen.truth[z].astype(np.float32), 0.5
+        layers = []
+        for heat in self.heats:
+            cuts = [(PREDICTION, 3 if n == strong else 1, heat, level) for n, level in enumerate(self.levels)]
+            pixels = figures.mix(seen.region[z], heat, self.colours, self.opacity, self.lit)
+            layers.append((pixels, [truth, *cuts], seen.spacing_mm))
+        return layers
+
+    @property
+    def contours(self) -> dict[str, str]:
+        """The contours' names and colours."""
+        cut = {"p = " + ", ".join(f"{level:g}" for level in self.levels): PREDICTION} if self.levels else {}
+        return {"truth": TRUTH} | cut
+
+    # As a picture
+
+    @property
+    def figure(self) -> Figure:
+        """The slices side by side."""
+        count, (name, low, high) = len(self.heats), self.meaning
+        figure = Figure(figsize=(4.4 * count, 4.6), dpi=DPI, layout="constrained")
+        axes = figure.subplots(1, count, squeeze=False)[0]
+        self.paint_on(axes)
+        bar = figure.colorbar(ScalarMappable(cmap=self.colours), ax=list(axes), label=name, shrink=0.8)
+        bar.set_ticks([0, 1], labels=[f"{low:g}", f"{high:g}"])
+        figures.contour_legend(figure, self.contours)
+        return figure
+
+    def paint_on(self, axes: Sequence[Axes]) -> None:
+        """The slices on axes of a figure."""
+        name = f"{self.seen.case_id}, axial, slice {self.seen.slice.value}"
+        for ax, layer, title in zip(axes, self._layers(), self.titles, strict=True):
+            figures.draw_slice(ax, *layer, name=name, title=title)
+
+    # Alive
 
     @cached_property
-    def widget(self) -> ipywidgets.Image:
-        shown = picture(self)
-        if self.chosen is not None:
-            from ipyevents import Event
+    def pictures(self) -> list[ipywidgets.Widget]:
+        """For each network a title above its slice."""
+        from ipyevents import Event
 
-            self._mouse = Event(
-                source=shown, watched_events=["mousedown", "mouseup", "mouseleave"], prevent_default_action=True
-            )
-            self._mouse.on_dom_event(self.mouse)
-        return shown
+        self._images = [ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="100%")) for _ in self.heats]
+        self._titles, self._events = [ipywidgets.HTML() for _ in self.heats], []
+        for image in self._images:
+            press = Event(source=image, watched_events=["mousedown", "mouseup", "mouseleave"])
+            press.prevent_default_action = True
+            press.on_dom_event(self.mouse)
+            move = Event(source=image, watched_events=["mousemove"], wait=100, throttle_or_debounce="throttle")
+            move.on_dom_event(self.hover)
+            self._events += [press, move]
+        self._refresh()
+        return [ipywidgets.VBox(pair) for pair in zip(self._titles, self._images, strict=True)]
+
+    def _refresh(self) -> None:
+        for image, words, layer, title in zip(self._images, self._titles, self._layers(), self.titles, strict=True):
+            image.value, words.value = figures.slice_png(*layer), small(title, "32px")
+        self.legend.value = small(f"{key(self.contours)} &nbsp; {colour_bar(self.colours, *self.meaning)}")
+
+    @cached_property
+    def widget(self) -> ipywidgets.Widget:
+        """The pictures, what their colours mean, and a line about the voxel under the mouse."""
+        return ipywidgets.VBox([table(self.pictures), self.legend, self.words])
+
+    def _voxel(self, event: Mapping[str, Any]) -> np.ndarray:
+        """Row and column, with fractions, of the place where an event happened."""
+        part = event["relativeY"] / event["boundingRectHeight"], event["relativeX"] / event["boundingRectWidth"]
+        return np.array(part) * self.shape - 0.5
+
+    def _whole(self, places: Any) -> Int[np.ndarray, "..."]:
+        return np.clip(np.round(places), 0, np.array(self.shape) - 1).astype(int)
+
+    def hover(self, event: Mapping[str, Any]) -> None:
+        """The mouse moves over a picture."""
+        self.words.value = small(self.told(self.seen.slice.value, *map(int, self._whole(self._voxel(event)))))
 
     def mouse(self, event: Mapping[str, Any]) -> None:
-        """A mouse button goes down or up in the picture; places are parts of its width and height on the screen."""
-        if event["type"] == "mouseleave":
-            self._pressed = None
-            return
-        part = event["relativeX"] / event["boundingRectWidth"], 1 - event["relativeY"] / event["boundingRectHeight"]
-        place = part * self.figure.bbox.size
+        """A mouse button goes down or up in a picture, or the mouse leaves it."""
+        start, self._pressed = self._pressed, None
         if event["type"] == "mousedown":
-            self._pressed = next(((ax, place) for ax in self.axes if ax.bbox.contains(*place)), None)
-        elif self._pressed is not None:
-            ax, start = self._pressed
-            self._pressed = None
-            if np.abs(place - start).max() <= CLICK:
-                place = start
-            (x0, y0), (x1, y1) = ax.transData.inverted().transform([start, place])
-            self.choose((y0, x0), (y1, x1))
+            self._pressed = self._voxel(event)
+        elif event["type"] == "mouseup" and start is not None:
+            end = self._voxel(event)
+            self.choose(start, start if (np.abs(end - start) <= CLICK * np.array(self.shape)).all() else end)
 
     def choose(self, start: Sequence[float], end: Sequence[float]) -> None:
         """What a press at one place (row, column) and a release at another choose: a box, or a single voxel."""
-        corners = np.clip(np.round([start, end]), 0, np.array(self.shape) - 1).astype(int)
+        corners = self._whole([start, end])
         low, high = corners.min(axis=0), corners.max(axis=0) + 1
-        self.chosen(np.argwhere(np.ones(high - low, bool)) + low)
+        if self.chosen is not None:
+            self.chosen(np.argwhere(np.ones(high - low, bool)) + low)
 
 
 def png(figure: Figure) -> bytes:
     """A figure as PNG, without touching its own canvas."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})  # soon rather than small
+    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
     return buffer.getvalue()
+
+
+def picture(value: bytes) -> ipywidgets.Image:
+    """A PNG at its own size, smaller where the page is narrow."""
+    return ipywidgets.Image(
+        value=value, layout=ipywidgets.Layout(max_width="100%", height="auto", align_self="flex-start")
+    )
 
 
 def slider(name: str, value: float, low: float, high: float, step: float | None = None):
     """A slider with the house's look: whole numbers without a step."""
     kind, more = (ipywidgets.IntSlider, {}) if step is None else (ipywidgets.FloatSlider, {"step": step})
-    return kind(value=value, min=low, max=high, description=name, layout=ipywidgets.Layout(width="320px"), **more)
+    return kind(value=value, min=low, max=high, description=name, **more, **control(215))
 
 
-def picture(view: HasFigure) -> ipywidgets.Image:
-    """A view's figure as a widget; give it a new `value` when the figure has changed."""
-    width = int(view.figure.get_figwidth() * view.figure.dpi)
-    layout = ipywidgets.Layout(width=f"{width}px", max_width="100%", height="auto", align_self="flex-start")
-    return ipywidgets.Image(value=png(view.figure), format="png", layout=layout)
+def control(width: int) -> dict[str, Any]:
+    """How wide a control is, in pixels, its name included."""
+    return {"style": {"description_width": "initial"}, "layout": ipywidgets.Layout(width=f"{width}px")}
 
 
-def wrapped(*controls: ipywidgets.Widget) -> ipywidgets.Widget:
-    """Controls in a row that goes on in the next line where the page is narrow."""
-    return ipywidgets.HBox(controls, layout=ipywidgets.Layout(flex_flow="row wrap"))
+def button(name: str, tip: str, pressed: Callable[[], Any]) -> ipywidgets.Button:
+    """A button that calls `pressed`."""
+    made = ipywidgets.Button(description=name, tooltip=tip, layout=ipywidgets.Layout(width="100px"))
+    made.on_click(lambda _: pressed())
+    return made
 
 
-def mean(values: np.ndarray) -> str:
-    """A mean in words that an empty set has too."""
-    return f"{values.mean():.2f}" if len(values) else "none"
+def wrapped(*parts: ipywidgets.Widget) -> ipywidgets.Widget:
+    """Widgets in a row that goes on in the next line where the page is narrow."""
+    return ipywidgets.HBox(parts, layout=ipywidgets.Layout(flex_flow="row wrap"))
+
+
+def table(*rows: Sequence[ipywidgets.Widget], more: Sequence[int] = (0, 0, 0)) -> ipywidgets.Widget:
+    """Rows of square pictures, as large as the page is wide and the window high, so that all can be seen at once.
+
+    Args:
+        more: pixels by which each column may be wider than high.
+    """
+    high = f"(100vh - 262px) / {max(2, len(rows))} - 36px"  # without Lab's bars, controls and titles
+    for row in rows:
+        for part, pixels in zip(row, more, strict=False):
+            part.layout = ipywidgets.Layout(flex="1 1 0", max_width=f"calc({high} + {pixels}px)", min_width="200px")
+    return ipywidgets.VBox([ipywidgets.HBox(row) for row in rows])
+
+
+def beside(pictures: ipywidgets.Widget, *texts: ipywidgets.Widget) -> ipywidgets.Widget:
+    """Pictures and texts: these in a column of their own where the page is wide, else in lines below."""
+    pictures.layout.flex = "3 1 600px"
+    layout = ipywidgets.Layout(flex="1 1 240px", flex_flow="row wrap", align_content="flex-start")
+    return wrapped(pictures, ipywidgets.HBox(texts, layout=layout))
+
+
+def small(text: str, height: str = "auto") -> str:
+    """Small text in HTML, whose lines lie close to each other."""
+    look = f"line-height: 16px; height: {height}; font-size: 12px; overflow: hidden; margin-right: 1.5em"
+    return f"<div style='{look}'>{text.replace(chr(10), '<br>')}</div>"
+
+
+def key(colours: Mapping[str, str]) -> str:
+    """Names, each with a dot in its colour, as HTML."""
+    dots = (f'<span style="color: {c}">&#9679;</span>&nbsp;{name}' for name, c in colours.items())
+    return " &nbsp; ".join(f'<span style="white-space: nowrap">{dot}</span>' for dot in dots)
+
+
+def colour_bar(colours: str, name: str, low: float, high: float) -> str:
+    """A colour map with what its ends stand for, as HTML."""
+    stops = ", ".join(to_hex(colormaps[colours](part)) for part in np.linspace(0, 1, 9))
+    look = f"display: inline-block; width: 5em; height: 0.8em; background: linear-gradient(to right, {stops})"
+    return f'<span style="white-space: nowrap">{name} {low:g} <span style="{look}"></span> {high:g}</span>'

@@ -12,9 +12,11 @@ import ipywidgets
 import numpy as np
 import SimpleITK as sitk
 import torch
+from matplotlib.colors import to_rgb
 
 from mupkg import in_lab
 from mupkg.explore.seen import SeenCase
+from mupkg.report.figures import HEAT, PREDICTION, TRUTH
 from mupkg.samplers import contour
 
 # itkwidgets 1.0a55 loads its viewer from these; where one fails, its view() waits for ever
@@ -35,11 +37,17 @@ def nifti(array: np.ndarray, spacing_mm: tuple[float, float, float]) -> bytes:
         return path.read_bytes()
 
 
+def one_colour(colour: str) -> dict[str, list[int]]:
+    """A colour map of niivue's that goes from nothing to one colour."""
+    named = zip("RGB", (round(255 * part) for part in to_rgb(colour)), strict=True)
+    return {letter: [value, value] for letter, value in named} | {"A": [0, 255], "I": [0, 255]}
+
+
 class NiivueViewer:
     """A row of ipyniivue views, one a run, with their cross-hairs tied together.
 
-    Grey: the region. Red: the truth's contour. Over it the foreground probability, and in green where it exceeds
-    the threshold: that is one number to the graphics card, so the cut follows the slider at once.
+    Grey: the region. Over it the truth's contour, the foreground probability, and what exceeds the threshold: that is
+    one number to the graphics card, so the cut follows the slider at once.
 
     Args:
         moved: called with the slice (z) when somebody moves the cross-hair.
@@ -59,24 +67,24 @@ class NiivueViewer:
         for heat in seen.heat.values():
             probability = nifti(np.round(255 * heat).astype(np.uint8), seen.spacing_mm)
             view = NiiVue(height=height, **options)
+            for name, colour in {"truth": TRUTH, "prediction": PREDICTION}.items():
+                view.add_colormap(name, one_colour(colour))
             view.load_volumes(
                 [
                     Volume(data=region, name="region.nii.gz", colormap="gray", cal_min=0, cal_max=255),
-                    Volume(data=probability, name="heat.nii.gz", colormap="inferno", cal_min=5, cal_max=255),
-                    Volume(data=probability, name="cut.nii.gz", colormap="green", opacity=0.3),
-                    Volume(data=edge, name="truth.nii.gz", colormap="red", cal_min=0.5, cal_max=1),
+                    Volume(data=probability, name="heat.nii.gz", colormap=HEAT, cal_min=5, cal_max=255),
+                    Volume(data=probability, name="cut.nii.gz", colormap="prediction", opacity=0.3),
+                    Volume(data=edge, name="truth.nii.gz", colormap="truth", cal_min=0.5, cal_max=1),
                 ]
             )
             view.on_location_change(self._located)
             self.views.append(view)
         for view in self.views:
-            others = [other for other in self.views if other is not view]
-            if others:
+            if others := [other for other in self.views if other is not view]:
                 view.broadcast_to(others, {"crosshair": True, "zoom_pan": True})
-        titles = [ipywidgets.HTML(f"<b>{name}</b>") for name in seen.heat]
         share = ipywidgets.Layout(width=f"{100 // len(self.views)}%")
-        columns = [ipywidgets.VBox(pair, layout=share) for pair in zip(titles, self.views, strict=True)]
-        self.widget = ipywidgets.HBox(columns)
+        pairs = zip((ipywidgets.HTML(f"<b>{name}</b>") for name in seen.heat), self.views, strict=True)
+        self.widget = ipywidgets.HBox([ipywidgets.VBox(pair, layout=share) for pair in pairs])
 
     def _located(self, place: dict) -> None:
         self._in_plane = place["frac"][:2]  # the view's own cross-hair is told a little later

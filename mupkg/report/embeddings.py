@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 
-from mupkg.losses import squared_distance
+from mupkg.losses import VoxelMetricLoss, squared_distance
+from mupkg.models import SegmentationNetwork
+from mupkg.stages.voxels import embed_voxels
+
+if TYPE_CHECKING:  # slow to import
+    from sklearn.decomposition import PCA
 
 Projection = Literal["PCA", "t-SNE", "UMAP"]
+MARGIN = VoxelMetricLoss().margin
 SILHOUETTE_VOXELS = 2000  # it needs all pairs of voxels
 
 
@@ -45,7 +53,7 @@ def separation(voxels: EmbeddedVoxels, seed: int = 0) -> dict[str, float]:
     return {"silhouette": float(silhouette), "Fisher ratio": between / scatter if scatter else float("nan")}
 
 
-def triplets(voxels: EmbeddedVoxels, margin: float = 0.7, count: int = 20_000, seed: int = 0) -> dict[str, float]:
+def triplets(voxels: EmbeddedVoxels, margin: float = MARGIN, count: int = 20_000, seed: int = 0) -> dict[str, float]:
     """What random triplets of these voxels look like to the loss (Eq. 2): mean d(a, p), mean d(a, n), share active.
 
     Anchors and positives are any prostate voxels, negatives any others; d is the squared Euclidean distance, in the
@@ -63,9 +71,38 @@ def triplets(voxels: EmbeddedVoxels, margin: float = 0.7, count: int = 20_000, s
     return dict(zip(names, (active.item(), near.mean().item(), far.mean().item()), strict=True))
 
 
-def project(
-    embedding: Float[np.ndarray, "n e"], method: Projection = "PCA", seed: int = 0
-) -> Float[np.ndarray, "n 2"]:
+def embed_all(
+    networks: Mapping[str, SegmentationNetwork],
+    region: UInt8[np.ndarray, "z y x"],
+    index: Int[np.ndarray, "n 3"],
+    kind: UInt8[np.ndarray, " n"],
+) -> dict[str, EmbeddedVoxels]:
+    """The same voxels of a region as each network embeds them."""
+    return {name: EmbeddedVoxels(index, kind, embed_voxels(net, region, index)) for name, net in networks.items()}
+
+
+def measure_all(samples: Mapping[str, EmbeddedVoxels], margin: float = MARGIN, seed: int = 0) -> pd.DataFrame:
+    """`separation` and `triplets` of each network's voxels, a row a network."""
+    rows = {name: separation(sample, seed) | triplets(sample, margin, seed=seed) for name, sample in samples.items()}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def principal_axes(voxels: EmbeddedVoxels) -> PCA:
+    """A PCA of the embeddings with two axes, both of which run from the background's mean towards the prostate's.
+
+    The sign of a principal component is arbitrary. With this choice the prostate lies to the right and above in every
+    picture, so that networks and steps of a training can be compared.
+    """
+    from sklearn.decomposition import PCA
+
+    pca = PCA(n_components=2).fit(voxels.embedding)
+    if voxels.is_prostate.any() and not voxels.is_prostate.all():
+        means = (voxels.embedding[rows].mean(axis=0) for rows in (voxels.is_prostate, ~voxels.is_prostate))
+        pca.components_[pca.components_ @ np.subtract(*means) < 0] *= -1
+    return pca
+
+
+def project(voxels: EmbeddedVoxels, method: Projection = "PCA", seed: int = 0) -> Float[np.ndarray, "n 2"]:
     """Embeddings on a plane: the first two principal components, or a t-SNE (openTSNE) or UMAP of them.
 
     t-SNE and UMAP show who is whose neighbour; their distances between groups mean little.
@@ -75,10 +112,9 @@ def project(
     """
     if method not in get_args(Projection):
         raise ValueError(f"projection must be one of {', '.join(get_args(Projection))}, not {method!r}")
+    embedding = voxels.embedding
     if method == "PCA" or len(embedding) < 4:  # too few to have neighbours
-        from sklearn.decomposition import PCA
-
-        return PCA(n_components=2, random_state=seed).fit_transform(embedding)
+        return principal_axes(voxels).transform(embedding)
     if method == "t-SNE":
         from openTSNE import TSNE  # slow to import
 

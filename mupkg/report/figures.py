@@ -1,50 +1,112 @@
-"""The static figures: matplotlib in, PNG and SVG out. Red is the truth and green the prediction, as in the paper."""
+"""The static figures: matplotlib in, PNG and SVG out.
+
+All colours are chosen here. They are those of Okabe and Ito, which colour-blind readers can tell apart.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import PIL.Image
 import SimpleITK as sitk
+from contourpy import contour_generator
 from IPython.display import Image
+from jaxtyping import Float, Int, UInt8
+from matplotlib import color_sequences, colormaps, patheffects
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import ImageDraw, ImageFont
 
 from mupkg.data.cases import Point
 from mupkg.data.writing import whole_file
-from mupkg.report.embeddings import EmbeddedVoxels, project
+from mupkg.report.embeddings import EmbeddedVoxels, principal_axes
 from mupkg.samplers import VoxelTuples
 from mupkg.stages.voxels import KINDS
 
-TRUTH, PREDICTION = "red", "lime"
-KIND_COLOURS = ("crimson", "orange", "steelblue", "lightgray")  # of KINDS
-PLANES = ("axial", "coronal", "sagittal")
+if TYPE_CHECKING:  # slow to import
+    from sklearn.decomposition import PCA
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = map(to_hex, color_sequences["okabe_ito"])
+LINES = (BLUE, ORANGE, GREEN, BLACK, SKY, VERMILLION, PURPLE)  # of curves, one after the other
+TRUTH, PREDICTION, CHOSEN = SKY, ORANGE, "#6633FF"
+BOTH = {"truth": TRUTH, "prediction": PREDICTION}
+KIND_COLOURS = (BLUE, SKY, ORANGE, "#B8B8B8")  # of KINDS: blue inside the prostate, warm and grey outside
+ROLES = {"anchor": ("x", YELLOW), "positive": (".", SKY), "negative": ("o", VERMILLION)}  # of a tuple's voxels
+HEAT = "inferno"  # of probabilities
+PLANES = {"axial": "RL", "coronal": "RL", "sagittal": "AP"}  # and which sides of the patient lie left and right
 CT_WINDOW = (-160, 240)
+UNITS = {"ASD": "mm", "HD95": "mm", "HD": "mm", "aRVD": "%"}
+BAR_MM = 20
+ON_IMAGES = {"color": "white", "path_effects": [patheffects.withStroke(linewidth=1.5, foreground="black")]}
 
 
-def save(figure: Figure, path: str | Path) -> Image:
-    """Write a figure as PNG and SVG beside each other, close it, and give the PNG for display."""
+def save(figure: Figure, path: str | Path, alt: str | None = None) -> Image:
+    """Write a figure as PNG and SVG beside each other, close it, and give the PNG for display.
+
+    Args:
+        alt: what a screen reader says in its place; None: the figure's titles and axis labels.
+    """
     for suffix in (".svg", ".png"):
-        with whole_file(Path(path).with_suffix(suffix)) as temporary:
+        with whole_file(Path(path).with_suffix(suffix)) as temporary, plt.rc_context({"svg.fonttype": "none"}):
             figure.savefig(temporary, dpi=110, bbox_inches="tight")
     plt.close(figure)
-    return Image(filename=str(Path(path).with_suffix(".png")))
+    return Image(filename=str(Path(path).with_suffix(".png")), alt=alt or alt_text(figure))
+
+
+def alt_text(figure: Figure) -> str:
+    """A figure in words: its title, and each panel's title and axis labels."""
+    parts = [figure.get_suptitle()]
+    for ax in figure.axes:
+        labels = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+        parts.append(": ".join(filter(None, (ax.get_title(), ax.get_title("left"), labels))))
+    return "; ".join(part.replace("\n", ", ") for part in dict.fromkeys(parts) if part)
+
+
+# Slices
 
 
 def draw_contour(
-    ax: Axes, mask: np.ndarray, colour: str, extent: Sequence[float] | None = None
+    ax: Axes,
+    values: np.ndarray,
+    colour: str,
+    extent: Sequence[float] | None = None,
+    level: float = 0.5,
+    width: float = 1.4,
 ) -> QuadContourSet | None:
-    """The outline of a mask, in an image's axes (rows downwards); nothing for an empty one."""
-    height, width = mask.shape
-    extent = extent or (-0.5, width - 0.5, height - 0.5, -0.5)  # as imshow's own; contour's default is upside down
-    if not mask.any():
+    """The outline of a mask, or the line where probabilities cross `level`, in an image's axes (rows downwards).
+
+    Where nothing is crossed nothing is drawn.
+    """
+    rows, columns = values.shape
+    extent = extent or (-0.5, columns - 0.5, rows - 0.5, -0.5)  # as imshow's own; contour's default is upside down
+    if not values.min() < level < values.max():
         return None
-    return ax.contour(mask.astype(float), [0.5], colors=colour, linewidths=1.2, extent=extent, origin="upper")
+    look = {"colors": colour, "linewidths": width}
+    return ax.contour(values.astype(float), [level], extent=extent, origin="upper", **look)
+
+
+def mark_plane(ax: Axes, plane: str, name: str, mm_per_unit: float = 1.0) -> None:
+    """On a slice's axes: its name (which plane, which slice), the patient's sides, and a bar of 20 mm."""
+    left, right = PLANES[plane]
+    middle = {"ha": "center", "va": "center", "fontsize": 8, "transform": ax.transAxes, **ON_IMAGES}
+    ax.text(0.035, 0.5, left, **middle)
+    ax.text(0.965, 0.5, right, **middle)
+    ax.text(0.02, 0.03, name, transform=ax.transAxes, fontsize=8, **ON_IMAGES)
+    low, high = ax.get_xlim()
+    end = low + 0.97 * (high - low)
+    bar = ax.get_xaxis_transform()
+    ax.plot([end - BAR_MM / mm_per_unit, end], [0.04, 0.04], color="white", linewidth=2, transform=bar)
+    ax.text(end, 0.06, f"{BAR_MM} mm", transform=bar, fontsize=8, ha="right", **ON_IMAGES)
 
 
 def draw_plane(
@@ -56,8 +118,11 @@ def draw_plane(
     masks: Mapping[str, np.ndarray] | None = None,
     window: tuple[float, float] | None = None,
 ) -> None:
-    """One slice of a volume (z, y, x) at its true proportions, feet down and front up, with outlines by colour."""
-    axis = PLANES.index(plane)
+    """One slice of a volume (z, y, x; x to the patient's left, y to the back) at its true proportions.
+
+    Front up and the patient's right on the left, or head up. Outlines by colour.
+    """
+    axis = list(PLANES).index(plane)
     height, width = (n * s for i, (n, s) in enumerate(zip(volume.shape, spacing_mm, strict=True)) if i != axis)
     extent = (0, width, height, 0)
     # slices are stored from the feet upwards; coronal and sagittal views show the head on top
@@ -66,7 +131,78 @@ def draw_plane(
     ax.imshow(cut(volume), cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="nearest")
     for colour, mask in (masks or {}).items():
         draw_contour(ax, cut(mask), colour, extent)
+    mark_plane(ax, plane, f"{plane}, slice {index}")
     ax.set_axis_off()
+
+
+def mix(
+    grey: UInt8[np.ndarray, "y x"],
+    heat: Float[np.ndarray, "y x"],
+    colours: str = HEAT,
+    opacity: float = 0.4,
+    lit: Int[np.ndarray, "n 2"] | None = None,
+) -> UInt8[np.ndarray, "y x 3"]:
+    """Grey values with a heat in [0, 1] glowing over them, and voxels (rows, columns) lit up. No heat, no glow."""
+    share = (opacity * (heat > 0.02))[..., None]
+    mixed = (1 - share) * grey[..., None] / 255 + share * colormaps[colours](heat)[..., :3]
+    if lit is not None:
+        mixed[lit[:, 0], lit[:, 1]] = to_rgb(CHOSEN)
+    return np.round(255 * mixed).astype(np.uint8)
+
+
+def slice_png(
+    pixels: UInt8[np.ndarray, "y x 3"],
+    lines: Sequence[tuple[str, int, Float[np.ndarray, "y x"], float]],
+    spacing_mm: Sequence[float],
+    least: int = 420,
+) -> bytes:
+    """An axial slice with contours, drawn by Pillow: as a picture on the screen must be, soon rather than small.
+
+    Args:
+        lines: of each contour the colour, width in pixels, values and the level that they cross.
+        least: pixels of the width; a voxel is a whole number of pixels wide.
+    """
+    height, width = pixels.shape[:2]
+    scale = np.array([1, spacing_mm[1] / spacing_mm[2]]) * -(-least // width)  # pixels a voxel, along x and y
+    size = np.round(scale * (width, height)).astype(int)
+    image = PIL.Image.fromarray(pixels).resize(tuple(size), PIL.Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(image)
+    for colour, wide, values, level in lines:
+        for line in contour_generator(z=values).lines(level):
+            pen.line(((line + 0.5) * scale).flatten().tolist(), fill=colour, width=wide, joint="curve")
+    (right, low), bar = size - 12, BAR_MM / spacing_mm[2] * scale[0]
+    pen.line((right - bar, low, right, low), fill="white", width=4)
+    outlined = {"fill": "white", "stroke_width": 2, "stroke_fill": "black", "font": ImageFont.load_default(19)}
+    texts = ((right, low - 6), f"{BAR_MM} mm", "rb"), ((6, 8), "R", "lt"), ((right, 8), "L", "rt")
+    for place, text, anchor in texts:
+        pen.text(place, text, anchor=anchor, **outlined)
+    buffer = io.BytesIO()
+    image.save(buffer, "png", compress_level=1)
+    return buffer.getvalue()
+
+
+def draw_slice(
+    ax: Axes,
+    pixels: UInt8[np.ndarray, "y x 3"],
+    lines: Sequence[tuple[str, int, Float[np.ndarray, "y x"], float]],
+    spacing_mm: Sequence[float],
+    *,
+    name: str,
+    title: str,
+) -> None:
+    """The same as `slice_png` on axes of a figure, with a name and a title."""
+    ax.imshow(pixels, aspect=spacing_mm[1] / spacing_mm[2])
+    for colour, wide, values, level in lines:
+        draw_contour(ax, values, colour, level=level, width=wide / 2)
+    mark_plane(ax, "axial", name, spacing_mm[2])
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()
+
+
+def contour_legend(figure: Figure, names: Mapping[str, str]) -> None:
+    """A legend below a figure: the contours' names and colours."""
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in names.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), fontsize=9)
 
 
 def three_planes(
@@ -81,7 +217,8 @@ def three_planes(
         rows: name -> (image, label or None). window: grey values shown; None: the scan's 1st to 99th percentile.
         through: name -> physical point (x, y, z) in mm that the slices of a scan without label go through.
     """
-    figure, axes = plt.subplots(len(rows), 3, figsize=(10, 3.1 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(len(rows), 3, figsize=(10, 3.1 * len(rows)), squeeze=False, layout="constrained")
+    outlined = False
     for line, (name, (image, label)) in zip(axes, rows.items(), strict=True):
         image = sitk.DICOMOrient(image, "LPS")
         volume = sitk.GetArrayFromImage(image)
@@ -94,48 +231,26 @@ def three_planes(
         for ax, plane, index in zip(line, PLANES, middle, strict=True):
             masks = {colour: mask} if seen else {}
             draw_plane(ax, volume, image.GetSpacing()[::-1], plane, int(index), masks, shown)
-        line[0].set_title(name, loc="left", fontsize=10)
-    figure.tight_layout()
-    return figure
-
-
-def histograms(values: Mapping[str, Mapping[str, np.ndarray]], xlabel: str) -> Figure:
-    """One panel a scan, one curve a tissue."""
-    figure, axes = plt.subplots(1, len(values), figsize=(4 * len(values), 3), squeeze=False, sharey=True)
-    for ax, (name, tissues) in zip(axes[0], values.items(), strict=True):
-        for tissue, sample in tissues.items():
-            ax.hist(sample, bins=80, histtype="step", density=True, label=tissue)
-        ax.set(title=name, xlabel=xlabel)
-        ax.legend(fontsize=8)
-    figure.tight_layout()
+        line[0].set_title(f"{name}, grey from {shown[0]:.0f} to {shown[1]:.0f}", loc="left", fontsize=10)
+        outlined |= seen
+    if outlined:
+        contour_legend(figure, {"prediction" if colour == PREDICTION else "prostate": colour})
     return figure
 
 
 def patches(images: np.ndarray, labels: np.ndarray, count: int = 8) -> Figure:
     """The middle slices of the first patches of a batch, with their labels' outlines."""
-    figure, axes = plt.subplots(1, count, figsize=(1.6 * count, 1.8))
+    figure, axes = plt.subplots(1, count, figsize=(1.6 * count, 2.0), layout="constrained")
     for ax, image, label in zip(axes, images, labels, strict=False):
         ax.imshow(image[image.shape[0] // 2], cmap="gray", vmin=0, vmax=1)
         draw_contour(ax, label, TRUTH)
         ax.set_axis_off()
-    return figure
-
-
-def convergence(histories: Mapping[str, pd.DataFrame]) -> Figure:
-    """Fig. 7: cross-entropy on the training patches and DSC on the validation cases, against SGD steps."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
-    for name, history in histories.items():
-        left.plot(history["step"], history["cross_entropy"], label=name)
-        measured = history.dropna(subset="validation_dsc")
-        right.plot(measured["step"], measured["validation_dsc"], marker="o", markersize=3, label=name)
-    left.set(xlabel="SGD step", ylabel="cross-entropy (training patches)", yscale="log")
-    right.set(xlabel="SGD step", ylabel="DSC (validation cases)", ylim=(0, 1))
-    right.legend(fontsize=8)
-    figure.tight_layout()
+    contour_legend(figure, {"prostate": TRUTH})
     return figure
 
 
 def heatmap_and_contours(
+    case_id: str,
     region: np.ndarray,
     truth: np.ndarray,
     probabilities: Mapping[str, np.ndarray],
@@ -143,15 +258,19 @@ def heatmap_and_contours(
     spacing_mm: Sequence[float],
 ) -> Figure:
     """Fig. 1: for each network the foreground probability of one slice, and below it the two contours."""
-    size = (3.2 * len(probabilities), 5.8)
+    size = (3.2 * len(probabilities), 6.4)
     figure, axes = plt.subplots(2, len(probabilities), figsize=size, squeeze=False, layout="constrained")
     extent = (0, region.shape[2] * spacing_mm[2], region.shape[1] * spacing_mm[1], 0)
     for (top, bottom), (name, probability) in zip(axes.T, probabilities.items(), strict=True):
-        heat = top.imshow(probability[index], cmap="inferno", vmin=0, vmax=1, extent=extent)
-        top.set(title=name, xticks=[], yticks=[])
+        heat = top.imshow(probability[index], cmap=HEAT, vmin=0, vmax=1, extent=extent, interpolation="nearest")
+        top.set(title=name)
+        mark_plane(top, "axial", f"axial, slice {index}")
+        top.set_axis_off()
         masks = {TRUTH: truth, PREDICTION: probability > 0.5}
         draw_plane(bottom, region, spacing_mm, "axial", index, masks, (0, 255))
-    figure.colorbar(heat, ax=axes, label="foreground probability", shrink=0.6)
+    figure.colorbar(heat, ax=axes[0], label="foreground probability")
+    figure.suptitle(f"{case_id}, slice {index}", fontsize=10)
+    contour_legend(figure, BOTH)
     return figure
 
 
@@ -160,84 +279,205 @@ def contours_side_by_side(
     predictions: Mapping[str, Mapping[str, np.ndarray]],
     scores: Mapping[str, Mapping[str, float]],
 ) -> Figure:
-    """Fig. 8: red truth and green prediction on each case's middle slice; a row a case, a column a configuration.
+    """Fig. 8: truth and prediction on each case's slice with most prostate; a row a case, a column a configuration.
 
     Args:
         cases: name -> (region, truth, spacing_mm). predictions, scores: configuration -> case name -> mask, DSC.
     """
-    figure, axes = plt.subplots(
-        len(cases), len(predictions), figsize=(3 * len(predictions), 3 * len(cases)), squeeze=False
-    )
+    size = (3 * len(predictions), 3.2 * len(cases) + 0.3)
+    figure, axes = plt.subplots(len(cases), len(predictions), figsize=size, squeeze=False, layout="constrained")
     for row, (name, (region, truth, spacing_mm)) in zip(axes, cases.items(), strict=True):
         index = int(np.argmax(truth.sum(axis=(1, 2))))
         for ax, (configuration, masks) in zip(row, predictions.items(), strict=True):
             outlines = {TRUTH: truth, PREDICTION: masks[name]}
             draw_plane(ax, region, spacing_mm, "axial", index, outlines, (0, 255))
             ax.set_title(f"{configuration}\n{name}, DSC {scores[configuration][name]:.3f}", fontsize=9)
-    lines = [Line2D([], [], color=TRUTH, label="truth"), Line2D([], [], color=PREDICTION, label="prediction")]
-    figure.legend(handles=lines, loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.02))
-    figure.tight_layout()
+    contour_legend(figure, BOTH)
     return figure
+
+
+# Tuples and embeddings
+
+
+class TupleMarks:
+    """The voxels of tuples on an image: crosses, dots and circles, and lines from each anchor to the other two."""
+
+    def __init__(self, ax: Axes):
+        self.lines, self.marks = {}, {}
+        for role, (marker, colour) in ROLES.items():
+            self.lines[role] = ax.add_collection(LineCollection([], colors=colour, linewidths=0.7, alpha=0.6))
+            face = {"edgecolor": colour, "facecolor": "none"} if marker == "o" else {"color": colour}
+            self.marks[role] = ax.scatter([], [], s=30, marker=marker, label=role, zorder=3, **face)
+
+    def show(self, tuples: Sequence[Int[np.ndarray, " t"]], width: int) -> None:
+        """Mark anchors, positives and negatives, given as flat indices into an image that is so many voxels wide."""
+        places = [np.column_stack([indices % width, indices // width]) for indices in tuples]
+        for role, place in zip(ROLES, places, strict=True):
+            self.marks[role].set_offsets(place)
+            self.lines[role].set_segments(np.stack([places[0], place], axis=1))
+
+
+class TuplePlane:
+    """Tuples by their distances d(a, p) and d(a, n); below the line d(a, n) = d(a, p) + margin they are active."""
+
+    def __init__(self, ax: Axes, margin: float):
+        self.ax, self.margin = ax, margin
+        line = np.geomspace(1e-3, 1e5, 200) - 1e-3
+        ax.plot(line, line + margin, color="black", linewidth=1)
+        scale = {"linthresh": 0.01, "linscale": 0.3}  # logarithmic, but linear near 0, so that 0 is there
+        ax.set_xscale("symlog", **scale)
+        ax.set_yscale("symlog", **scale)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:g}")
+        ax.set(xlabel="d(a, p)", ylabel="d(a, n)")
+        ax.label_outer()
+        self.dots = ax.scatter([], [], s=14)
+
+    def show(self, to_positive: Float[np.ndarray, " t"], to_negative: Float[np.ndarray, " t"]) -> None:
+        """Tuples with these distances: those that are active stand out."""
+        hinge = np.maximum(to_positive - to_negative + self.margin, 0)
+        self.dots.set_offsets(np.column_stack([to_positive, to_negative]))
+        self.dots.set_color(np.where(hinge > 0, VERMILLION, "silver"))
+        self.ax.set_title(f"mean hinge {mean(hinge)}, margin σ = {self.margin:g}", fontsize=9, y=1.0)
+
+
+def mean(values: np.ndarray) -> str:
+    """A mean in words that an empty set has too."""
+    return f"{values.mean():.2f}" if len(values) else "none"
 
 
 def samplers_at_work(
-    image: np.ndarray, label: np.ndarray, probability: np.ndarray, tuples: Mapping[str, VoxelTuples]
+    title: str,
+    image: np.ndarray,
+    label: np.ndarray,
+    probability: np.ndarray,
+    tuples: Mapping[str, VoxelTuples],
+    spacing_mm: Sequence[float],
 ) -> Figure:
-    """Fig. 5: what each sampler draws on one patch; anchors (cross), positives (dot), negatives (circle)."""
-    figure, axes = plt.subplots(1, len(tuples) + 1, figsize=(3.4 * (len(tuples) + 1), 3.8))
-    axes[0].imshow(probability, cmap="inferno", vmin=0, vmax=1)
+    """Fig. 5: what each sampler draws on one slice; each anchor is joined to its positive and its negative."""
+    size = (3.4 * (len(tuples) + 1), 4.0)
+    figure, axes = plt.subplots(1, len(tuples) + 1, figsize=size, layout="constrained")
+    heat = axes[0].imshow(probability, cmap=HEAT, vmin=0, vmax=1)
     axes[0].set_title("foreground probability", fontsize=9)
-    draw_contour(axes[0], label, TRUTH)
+    figure.colorbar(heat, ax=axes[0], location="bottom", shrink=0.8)
     for ax, (name, drawn) in zip(axes[1:], tuples.items(), strict=True):
         ax.imshow(image, cmap="gray", vmin=0, vmax=1)
-        draw_contour(ax, label, TRUTH)
-        styles = (("x", "cyan", "anchor"), (".", "orange", "positive"), ("o", "white", "negative"))
-        for indices, (marker, colour, role) in zip(drawn, styles, strict=True):
-            y, x = np.unravel_index(indices.numpy(), label.shape)
-            face = "none" if marker == "o" else colour
-            edge = {} if marker == "x" else {"edgecolors": colour}
-            ax.scatter(
-                x,
-                y,
-                marker=marker,
-                c=None if face == "none" else colour,
-                s=28,
-                label=role,
-                **(edge | ({"facecolors": "none"} if face == "none" else {})),
-            )
+        TupleMarks(ax).show([indices.numpy() for indices in drawn], image.shape[1])
         ax.set_title(f"{name}: {len(drawn.anchors)} tuples", fontsize=9)
-    axes[-1].legend(fontsize=7, loc="lower right")
     for ax in axes:
+        draw_contour(ax, label, TRUTH)
+        mark_plane(ax, "axial", "axial", spacing_mm[2])
+        ax.set_aspect(spacing_mm[1] / spacing_mm[2])
         ax.set_axis_off()
-    figure.tight_layout()
+    figure.suptitle(title, fontsize=10)
+    handles = [Line2D([], [], color=TRUTH, label="prostate"), *axes[-1].get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower right", ncols=4, fontsize=8, facecolor="silver")
     return figure
+
+
+def draw_points(ax: Axes, points: Float[np.ndarray, "n 2"], kind: np.ndarray, names: Sequence[str]) -> None:
+    """Voxels on a plane of the feature space, coloured by what they are; the prostate lies on top.
+
+    Args:
+        names: of the two axes.
+    """
+    for number, (name, colour) in enumerate(zip(KINDS, KIND_COLOURS, strict=True)):
+        some = points[kind == number]
+        ax.scatter(*some.T, s=5, color=colour, label=name, linewidths=0, zorder=3 - 0.1 * number)
+    ax.set(xticks=[], yticks=[], xlabel=names[0], ylabel=names[1])
+
+
+def pc_names(pca: PCA) -> list[str]:
+    """The principal components' names, with their shares of the variance."""
+    return [f"PC {n} ({share:.0%} of the variance)" for n, share in enumerate(pca.explained_variance_ratio_, 1)]
 
 
 def embedding_scatter(voxels: Mapping[str, EmbeddedVoxels], numbers: Mapping[str, Mapping[str, float]]) -> Figure:
     """Voxel embeddings of each network on its first two principal components, coloured by what the voxel is."""
-    figure, axes = plt.subplots(1, len(voxels), figsize=(4.6 * len(voxels), 4.2), squeeze=False)
+    size = (4.6 * len(voxels), 4.6)
+    figure, axes = plt.subplots(1, len(voxels), figsize=size, squeeze=False, layout="constrained")
     for ax, (name, sample) in zip(axes[0], voxels.items(), strict=True):
-        points = project(sample.embedding)
-        for number in reversed(range(len(KINDS))):
-            chosen = points[sample.kind == number]
-            ax.scatter(*chosen.T, s=5, c=KIND_COLOURS[number], label=KINDS[number], linewidths=0)
+        pca = principal_axes(sample)
+        draw_points(ax, pca.transform(sample.embedding), sample.kind, pc_names(pca))
         text = ", ".join(f"{key} {value:.2f}" for key, value in numbers[name].items())
-        ax.set(title=f"{name}\n{text}", xticks=[], yticks=[], xlabel="PC 1", ylabel="PC 2")
-    axes[0][-1].legend(fontsize=8, markerscale=2)
-    figure.tight_layout()
+        ax.set_title(f"{name}, n = {len(sample.kind)} voxels\n{text}", fontsize=10)
+    handles = axes[0, -1].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS), fontsize=9, markerscale=3)
+    return figure
+
+
+# Curves, histograms and boxes
+
+
+def histograms(
+    values: Mapping[str, Mapping[str, np.ndarray]], unit: str, window: tuple[float, float] | None = None
+) -> Figure:
+    """One panel a scan, one curve for each of two tissues; what lies under both curves is shaded.
+
+    Args:
+        window: bins of 5 from here to there; None: 80 bins from the 1st to the 99th percentile of all values.
+    """
+    if window:
+        bins = np.arange(window[0], window[1] + 5, 5)
+    else:
+        every = np.concatenate([sample for tissues in values.values() for sample in tissues.values()])
+        bins = np.linspace(*np.percentile(every, [1, 99]), 81)
+    size = (4 * len(values), 3.2)
+    figure, axes = plt.subplots(1, len(values), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for ax, (name, tissues) in zip(axes[0], values.items(), strict=True):
+        shares = []
+        for colour, (tissue, sample) in zip((BLUE, ORANGE), tissues.items(), strict=True):
+            shares.append(np.histogram(sample, bins)[0] / len(sample))
+            ax.stairs(shares[-1], bins, color=colour, label=f"{tissue}, n = {len(sample)}")
+        both = np.minimum(*shares)
+        ax.stairs(both, bins, fill=True, color="lightgray", label=f"overlap {both.sum():.0%}", zorder=0)
+        ax.set(title=name, xlabel=unit, ylim=(0, None))
+        ax.legend(fontsize=7, loc="upper right")
+    axes[0, 0].set_ylabel(f"share of voxels per {bins[1] - bins[0]:.3g} {unit}")
+    return figure
+
+
+def convergence(histories: Mapping[str, pd.DataFrame]) -> Figure:
+    """Fig. 7: cross-entropy on the training patches and DSC on the validation cases, against SGD steps."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for ax in (left, right):
+        ax.set_prop_cycle(plt.cycler(linestyle=["-", "--"]) * plt.cycler(color=LINES))
+    for name, history in histories.items():
+        left.plot(history["step"], history["cross_entropy"], label=name)
+        measured = history.dropna(subset="validation_dsc")
+        right.plot(measured["step"], measured["validation_dsc"], marker="o", markersize=3, label=name)
+    left.set(xlabel="SGD step", ylabel="cross-entropy (training patches)", yscale="log")
+    right.set(xlabel="SGD step", ylabel="DSC (mean over validation cases)", ylim=(0, 1))
+    right.legend(fontsize=8)
+    return figure
+
+
+def active_shares(shares: pd.DataFrame) -> Figure:
+    """The share of tuples that still teach against the training's steps: a line a column; those near are dashed."""
+    figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    colours, places = dict(zip("RHC", LINES, strict=False)), range(len(shares))
+    for name, column in shares.items():
+        near = name.endswith("N")
+        style = {"linestyle": "--" if near else "-", "marker": "s" if near else "o", "markersize": 4}
+        ax.plot(places, column, color=colours[name[0]], label=name, **style)
+    ax.set(xlabel="SGD step", ylabel="share of active tuples", ylim=(-0.02, 1.02))
+    ax.set_xticks(places, shares.index)
+    ax.legend(ncols=2, fontsize=8, title="dashed: negatives near the contour", title_fontsize=8)
     return figure
 
 
 def metric_boxes(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """One panel a metric, one box a configuration, one dot a case; values that are not finite are counted below."""
-    figure, axes = plt.subplots(1, len(tables), figsize=(3.6 * len(tables), 3.6), squeeze=False)
+    """One panel a metric, one box a configuration, one line a case; values that are not finite are counted above."""
+    size = (3.6 * len(tables), 3.8)
+    figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, layout="constrained")
     for ax, (metric, table) in zip(axes[0], tables.items(), strict=True):
-        finite = [table[name][np.isfinite(table[name])].to_numpy() for name in table]
-        ax.boxplot(finite, tick_labels=list(table), showfliers=False)
-        for position, values in enumerate(finite, start=1):
-            ax.plot(np.full(len(values), position), values, "k.", alpha=0.5, markersize=4)
-        lost = int(table.size - sum(map(len, finite)))
-        ax.set_title(metric + (f" ({lost} not finite)" if lost else ""), fontsize=10)
+        finite = table.where(np.isfinite(table))
+        places = np.arange(1, len(finite.columns) + 1)
+        ax.plot(places, finite.T, color="gray", marker=".", markersize=4, linewidth=0.6, alpha=0.7)
+        boxes = [finite[name].dropna().to_numpy() for name in finite]
+        ax.boxplot(boxes, tick_labels=list(finite), showfliers=False, medianprops={"color": VERMILLION})
+        lost = int(finite.isna().sum(axis=None))
+        ax.set_title(f"n = {len(finite)} cases" + (f" ({lost} not finite)" if lost else ""), fontsize=10)
+        ax.set_ylabel(" ".join([metric, *([f"({UNITS[metric]})"] if metric in UNITS else [])]))
         ax.tick_params("x", rotation=30)
-    figure.tight_layout()
     return figure

@@ -141,6 +141,16 @@ def per_case(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     return metrics.pivot_table(metric, "case_id", "configuration", aggfunc=kept, dropna=False)[order]
 
 
+def worst_first(metrics: pd.DataFrame, regions: Regions) -> pd.DataFrame:
+    """The DSC of a study's cases, a row a case and a column a configuration: the worst first.
+
+    Tested cases whose region is at hand, then the other cases, with NaN.
+    """
+    scores, at_hand = per_case(metrics, "DSC"), regions.table.index
+    ranked = scores.mean(axis=1).sort_values().index.intersection(at_hand, sort=False)
+    return scores.reindex([*ranked, *at_hand.difference(ranked, sort=False)])
+
+
 def summary(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
     """Mean, std, median over cases for each configuration, and how many cases that are: n, and `undefined` (NaN).
 

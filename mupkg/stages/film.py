@@ -17,6 +17,7 @@ from mupkg.stages.runs import load_tensors, require, save_tensors
 from mupkg.stages.voxels import embed_voxels, sample_voxels
 
 FOLDER = "film"
+EARLY = (5, 10, 20, 40, 80)  # steps to be filmed beside the validations: most tuples stop teaching between them
 
 
 class Film:
@@ -61,6 +62,11 @@ class Film:
                 return cls(folder, case_id, region, label)
         raise ValueError("there is no validation case with a prostate to film; add one, or leave film False")
 
+    def watch(self, network: SegmentationNetwork, step: int) -> None:
+        """Record this step if it is one of `EARLY`: for a training that calls after every step."""
+        if step in EARLY:
+            self.record(network, step)
+
     def record(self, network: SegmentationNetwork, step: int) -> None:
         """Write the frame of this step; nothing of the training changes. Step 0 begins a new film."""
         if step == 0:
@@ -93,6 +99,12 @@ class Frames:
     embeddings: Float[np.ndarray, "f n e"]
     patch_embeddings: Float[np.ndarray, "f h w e"]
     probability: Float[np.ndarray, "f y x"]  # in [0, 1]
+
+    @property
+    def patch(self) -> tuple[slice, slice]:
+        """Where the patch lies in the slice."""
+        extent = self.patch_embeddings.shape[1:3]
+        return tuple(slice(start, start + size) for start, size in zip(self.corner, extent, strict=True))
 
 
 def read_film(run_folder: str | Path) -> Frames:

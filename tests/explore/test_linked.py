@@ -1,19 +1,21 @@
 """The views' states, without a browser (tests/lab drives them in one): what is chosen, cut, measured."""
 
 import shutil
+import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from scipy import ndimage
 from torch import nn
 
+from mupkg.explore import linked
 from mupkg.explore.case import CaseViewer
 from mupkg.explore.linked import DistanceMap, EmbeddingExplorer
 from mupkg.explore.panels import png
 from mupkg.explore.seen import SeenCase
-from mupkg.models import SegmentationOutput
-from mupkg.stages.voxels import KINDS, kinds
+from mupkg.models import EmbeddingTap, SegmentationOutput
+from mupkg.stages.voxels import KINDS, embed_slice, kinds
 
 SPACING = (3.0, 2.0, 1.0)
 TRUTH = np.zeros((6, 24, 30), bool)
@@ -54,7 +56,7 @@ def test_a_case_is_read_with_its_runs(regions, run_folder, tmp_path):
     assert seen.spacing_mm == (6.0, 5.0, 5.0) and seen.heat["MetricUNet-HCP"].shape == seen.region.shape
     with pytest.raises(ValueError, match=r"case 'nobody' is not in .*; there are phantom"):
         SeenCase.read(run_folder.parent, "nobody")
-    with pytest.raises(ValueError, match=r"has no run of any configuration with seed 7"):
+    with pytest.raises(ValueError, match=r"no finished run of any configuration with seed 7"):
         SeenCase.read(run_folder.parent, seed=7)
 
 
@@ -73,7 +75,7 @@ def test_the_worst_slice_has_most_wrong_voxels_over_all_runs(seen):
 
 
 def test_distance_to_the_contour_is_in_mm_and_negative_inside(seen):
-    distance = seen.signed_distance_mm()
+    distance = seen.distance_mm
     assert distance[2, 12, 9] == pytest.approx(1.0) and distance[2, 12, 10] == pytest.approx(-1.0)
     assert distance[2, 7, 15] == pytest.approx(2.0) and distance[0, 12, 15] == pytest.approx(3.0)
     assert ((distance < 0) == TRUTH).all()
@@ -86,13 +88,58 @@ def test_the_viewer_draws_anew_and_jumps(seen):
     view.threshold.value = 0.3
     assert view.scores["DSC"].iloc[1] == pytest.approx(seen.scores(0.3)["DSC"].iloc[1])
     second = png(view.figure)
-    assert first != second and "DSC 1.000" in view.panel.axes[0].get_title()
+    assert first != second and "DSC 1.000" in view.panel.titles[0]
     view.threshold.value = 0.5
     view.worst.click()
     assert view.slice.value == 3 and png(view.figure) != second
-    before = view.widget.children[1].value
+    assert view.widget
+    before = view.panel._images[0].value
     view.opacity.value = 0.9
-    assert view.widget.children[1].value != before
+    assert view.panel._images[0].value != before
+
+
+def test_one_slider_moves_all_views_of_a_case(seen):
+    view, explorer, distance = CaseViewer(seen, "slices"), EmbeddingExplorer(seen, per_kind=10), DistanceMap(seen)
+    views = view.panel, explorer.view.panel, distance.panel
+    assert view.slice is explorer.slice is distance.slice
+    for panel in views:
+        assert panel.pictures
+    before = [panel._images[0].value for panel in views]
+    explorer.slice.value = 3
+    assert all(panel._images[0].value != was for panel, was in zip(views, before, strict=True))
+
+
+def test_a_voxel_is_described_by_what_it_is_and_what_is_said_of_it(seen):
+    said = seen.describe(2, 12, 9)  # a voxel beside the prostate
+    assert "(2, 12, 9), +1.0 mm, near background; p: UNet 0.00, MetricUNet-H 0.00" in said
+    assert "far background" in seen.describe(0, 12, 9)  # its slice has no prostate
+
+
+def test_the_embeddings_of_a_slice_are_the_networks(seen):
+    expected = embed_slice(seen.networks["MetricUNet-H"], seen.region, 3)
+    np.testing.assert_array_equal(seen.embedding("MetricUNet-H", 3), expected)
+    assert seen.embedding("MetricUNet-H", 3) is seen.embedding("MetricUNet-H", 3)
+
+
+def test_any_network_and_any_layer_can_be_seen(seen):
+    class Own(nn.Module):
+        """Returns logits alone, as networks of other libraries do."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 1)
+
+        def forward(self, images):
+            return self.head(torch.relu(self.inner(images)))
+
+    own = Own().eval()
+    mine = SeenCase.predicted("mine", seen.region, TRUTH, SPACING, {"own": EmbeddingTap(own, "inner")})
+    assert mine.heat["own"].shape == TRUTH.shape and mine.embedding("own", 2).shape == (24, 30, 5)
+    assert EmbeddingExplorer(mine, per_kind=10).samples["own"].embedding.shape[1] == 5
+    tapped = mine.tapped("network.head")
+    assert tapped.embedding("own", 2).shape == (24, 30, 2) and tapped.heat is mine.heat
+    with pytest.raises(ValueError, match="no layer named 'innner'"):
+        mine.tapped("innner")
 
 
 def test_an_unknown_viewer_is_refused(seen):
@@ -132,9 +179,9 @@ def test_what_is_chosen_lights_up_in_its_slice_and_in_every_scatter(seen):
     for z in range(6):
         explorer.slice.value = z
         mine = {tuple(explorer.index[r, 1:]) for r in (2, 4, 77) if explorer.index[r, 0] == z}
-        assert {tuple(v) for v in np.argwhere(explorer.panel.lit)} == mine == {tuple(v) for v in explorer.lit}
+        assert {tuple(v) for v in explorer.view.panel.lit} == mine
     explorer.clear.click()
-    assert not len(explorer.rows) and not explorer.panel.lit.any()
+    assert not len(explorer.rows) and not len(explorer.view.panel.lit)
     assert all(not len(s.widget.selection) for s in scatters)
 
 
@@ -142,10 +189,10 @@ def test_a_box_chooses_all_drawn_voxels_in_it_and_a_click_the_nearest(seen):
     explorer = EmbeddingExplorer(seen, per_kind=30)
     explorer.slice.value = 2
     z, y, x = explorer.index.T
-    explorer.panel.choose((17.2, 21.9), (9.6, 11.4))  # dragged from the lower right to the upper left
+    explorer.view.panel.choose((17.2, 21.9), (9.6, 11.4))  # dragged from the lower right to the upper left
     expected = np.flatnonzero((z == 2) & (y >= 10) & (y <= 17) & (x >= 11) & (x <= 22))
     assert len(expected) > 3 and explorer.rows.tolist() == expected.tolist()
-    explorer.panel.choose((3.0, 4.0), (3.2, 4.1))
+    explorer.view.panel.choose((3.0, 4.0), (3.2, 4.1))
     far = np.where(z == 2, np.hypot(2.0 * (y - 3), 1.0 * (x - 4)), np.inf)  # in mm: rows are 2 mm apart
     assert far[explorer.rows] == far.min()
 
@@ -154,9 +201,9 @@ def test_a_box_without_drawn_voxels_chooses_none(seen):
     explorer = EmbeddingExplorer(seen, per_kind=10)
     explorer.slice.value = 0  # holds no prostate, so no voxel of it is drawn
     explorer.choose(np.array([1]))
-    explorer.panel.choose((0, 0), (20, 20))
+    explorer.view.panel.choose((0, 0), (20, 20))
     assert not len(explorer.rows)
-    explorer.panel.choose((5, 5), (5, 5))
+    explorer.view.panel.choose((5, 5), (5, 5))
     assert not len(explorer.rows)
 
 
@@ -166,6 +213,7 @@ def test_colours_and_projections(seen, colour):
     scatter = explorer.scatters["UNet"]
     explorer.colour.value = colour
     assert scatter.color()["by"] == colour
+    assert (KINDS[0] in explorer.legend.value) if colour == "kind" else (colour in explorer.legend.value)
     before, coloured = explorer.points["UNet"], scatter.widget.points[:, 2].copy()
     explorer.projection.value = "t-SNE"
     after = explorer.points["UNet"]
@@ -178,19 +226,30 @@ def test_colours_and_projections(seen, colour):
     assert png(explorer.figure).startswith(b"\x89PNG")
 
 
-def test_a_projection_that_is_not_installed_is_said_and_the_old_one_stays(seen, monkeypatch):
-    explorer = EmbeddingExplorer(seen, per_kind=10)
-    before = explorer.points["UNet"]
+def test_only_projections_that_are_installed_are_offered(seen, monkeypatch):
+    monkeypatch.setattr(linked, "find_spec", lambda name: None)
+    assert EmbeddingExplorer(seen, per_kind=10).projection.options == ("PCA", "t-SNE")
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ModuleNotFoundError, match="UMAP is not installed: pip install"):
+        EmbeddingExplorer(seen, per_kind=10, projection="UMAP")
 
-    def missing(embedding, method, seed):
-        if method == "UMAP":
-            raise ModuleNotFoundError("UMAP is not installed: do this")
-        return before
 
-    monkeypatch.setattr("mupkg.explore.linked.project", missing)
-    explorer.projection.value = "UMAP"
-    assert explorer.projection.value == "PCA" and "UMAP is not installed: do this" in explorer.found.value
-    assert explorer.points["UNet"] is before
+def test_the_axes_are_named_with_their_share_of_the_variance(seen):
+    explorer = EmbeddingExplorer(seen, per_kind=30)
+    values = explorer.samples["UNet"].embedding
+    share = np.linalg.svd(values - values.mean(axis=0), compute_uv=False) ** 2
+    assert f"PC 1 ({share[0] / share.sum():.0%})" in explorer.titles["UNet"].value
+    explorer.projection.value = "t-SNE"
+    assert "t-SNE 1" in explorer.titles["UNet"].value and "%)" not in explorer.titles["UNet"].value
+
+
+def test_the_chosen_voxels_are_saved_as_a_table(seen, tmp_path):
+    explorer = EmbeddingExplorer(seen, per_kind=10, folder=tmp_path)
+    explorer.choose(np.array([4, 2]))
+    explorer.keep.click()
+    saved = pd.read_csv(tmp_path / "chosen_made up.csv")
+    pd.testing.assert_frame_equal(saved, explorer.table.loc[[2, 4]].reset_index(drop=True), check_dtype=False)
+    assert "2 voxels written to" in explorer.found.value
 
 
 def test_scatters_made_later_show_what_was_chosen_before(seen):
@@ -212,9 +271,13 @@ def test_the_distance_map_is_the_squared_distance_over_the_runs_own_scale(seen):
     for name, factor in (("UNet", 1), ("MetricUNet-H", 9)):
         np.testing.assert_allclose(view.distances()[name] * view.scale[name], factor * squared, rtol=1e-4)
     np.testing.assert_allclose(*view.distances().values(), rtol=1e-4)  # free of scale
-    assert np.argwhere(view.panel.lit).tolist() == [[5, 7]]
+    assert view.panel.lit.tolist() == [[5, 7]]
     view.panel.choose((9.0, 3.0), (9.0, 3.0))
-    assert view.voxel == (9, 3) and all(d[9, 3] == 0 for d in view.distances().values())
+    assert view.voxel == (2, 9, 3) and all(d[9, 3] == 0 for d in view.distances().values())
+    # what is near glows: all at the voxel, nothing as far away as background usually is
+    near, far = view.panel.heats[0], view.distances()["UNet"] >= 1
+    assert near[9, 3] == 1 and (near[far] == 0).all() and (near >= 0).all()
+    assert "distance: UNet 0.00, MetricUNet-H 0.00" in view.tell(2, 9, 3)
 
 
 def test_distances_are_those_of_the_slice_shown(seen):
@@ -225,18 +288,18 @@ def test_distances_are_those_of_the_slice_shown(seen):
             return output._replace(embeddings=output.embeddings * grey)
 
     seen = SeenCase("made up", seen.region, TRUTH, SPACING, {"UNet": Slices()}, {"UNet": seen.heat["UNet"]})
-    view = DistanceMap(seen, voxel=(2, 5, 7))
+    view, at = DistanceMap(seen, voxel=(2, 5, 7)), np.array([5, 7])
+    chosen = seen.region[2, 0, 0] / 255 * at  # the voxel's embedding stays, whichever slice is shown
     for z in (2, 4, 2):
         view.slice.value = z
-        grey = seen.region[z, 0, 0] / 255
-        expected = grey**2 * (12 - 5) ** 2 / view.scale["UNet"]
+        expected = ((seen.region[z, 0, 0] / 255 * np.array([12, 7]) - chosen) ** 2).sum() / view.scale["UNet"]
         assert view.distances()["UNet"][12, 7] == pytest.approx(expected, rel=1e-3)
+        assert view.panel.lit.tolist() == ([[5, 7]] if z == 2 else [])
 
 
 def test_edges_are_not_lost_by_a_box_that_leaves_the_picture(seen):
     explorer = EmbeddingExplorer(seen, per_kind=2000)
     explorer.slice.value = 2
-    explorer.panel.choose((-8, -5), (90, 90))
+    explorer.view.panel.choose((-8, -5), (90, 90))
     assert len(explorer.rows) == (explorer.index[:, 0] == 2).sum()
-    lit = ndimage.label(explorer.panel.lit)[1]
-    assert lit >= 1
+    assert len(explorer.view.panel.lit) == len(explorer.rows)

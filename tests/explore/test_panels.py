@@ -4,57 +4,83 @@ import io
 
 import numpy as np
 import pytest
+from IPython.display import Image as Shown
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mupkg import in_lab
-from mupkg.explore.panels import SlicePanel, mean, png, show
+from mupkg.explore import panels
+from mupkg.explore.panels import SlicePanel, show
+from mupkg.explore.seen import SeenCase
+from mupkg.report.figures import CHOSEN, TRUTH
 
 SHAPE = (12, 20)
+COLD = np.zeros(SHAPE, np.float32)
 
 
-def pixels(panel: SlicePanel, axes: int, voxels: list[tuple[int, int]]) -> np.ndarray:
-    picture = np.asarray(Image.open(io.BytesIO(png(panel.figure))).convert("RGB"))
-    place = panel.axes[axes].transData.transform([(x, y) for y, x in voxels])
-    return picture[(picture.shape[0] - place[:, 1]).astype(int), place[:, 0].astype(int)]
+def grey_case(truth: np.ndarray | None = None, spacing_mm=(3.0, 1.0, 1.0), runs=("a",)) -> SeenCase:
+    """Two slices of one grey, without prostate if no truth is given."""
+    region = np.full((2, *SHAPE), 90, np.uint8)
+    truth = np.zeros((2, *SHAPE), bool) if truth is None else np.stack([truth, truth])
+    return SeenCase("made up", region, truth, spacing_mm, {}, dict.fromkeys(runs, np.zeros((2, *SHAPE), np.float32)))
 
 
-def test_lit_voxels_are_cyan_and_no_others():
-    panel = SlicePanel(["a", "b"], SHAPE, (3.0, 1.0, 1.0))
-    lit = np.array([[0, 0], [5, 7], [11, 19]])
-    panel.draw(np.full(SHAPE, 90, np.uint8), [np.zeros(SHAPE)] * 2, lit=lit)
-    every = [(y, x) for y in range(12) for x in range(20)]
-    for axes in range(2):
-        cyan = (pixels(panel, axes, every) == (0, 255, 255)).all(axis=1)
-        assert [voxel for voxel, c in zip(every, cyan, strict=True) if c] == [tuple(v) for v in lit]
-    panel.draw(np.full(SHAPE, 90, np.uint8), [np.zeros(SHAPE)] * 2)
-    assert not panel.lit.any()
-    assert (np.abs(pixels(panel, 0, every).astype(int) - 90) <= 1).all()
+def pixels(panel: SlicePanel, number: int = 0) -> np.ndarray:
+    """A picture as the screen shows it."""
+    assert panel.pictures
+    return np.asarray(Image.open(io.BytesIO(panel._images[number].value)).convert("RGB")).astype(int)
+
+
+def middles(picture: np.ndarray) -> np.ndarray:
+    """The pixels in the middle of every voxel."""
+    at = [((np.arange(n) + 0.5) * size / n).astype(int) for n, size in zip(SHAPE, picture.shape, strict=False)]
+    return picture[np.ix_(*at)]
+
+
+def test_lit_voxels_have_their_colour_and_no_others_have():
+    panel = SlicePanel(grey_case(runs=("a", "b")))
+    lit = np.array([[6, 3], [5, 7], [3, 15]])
+    panel.draw([COLD] * 2, ["a", "b"], lit=lit)
+    for number in range(2):
+        shown = (middles(pixels(panel, number)) == np.round(255 * np.array(to_rgb(CHOSEN)))).all(axis=2)
+        assert np.argwhere(shown).tolist() == sorted(lit.tolist())
+    panel.draw([COLD] * 2, ["a", "b"])
+    inner = middles(pixels(panel))[2:-2]  # the letters and the bar lie at the border
+    assert (inner == 90).all()
 
 
 def test_heat_shows_where_it_is_warm_and_contours_where_they_belong():
-    panel = SlicePanel(["a"], SHAPE, (3.0, 1.0, 1.0))
-    heat, truth = np.zeros(SHAPE), np.zeros(SHAPE, bool)
+    truth, heat = np.zeros(SHAPE, bool), COLD.copy()
     heat[4, 4], truth[2:9, 2:9] = 1.0, True
-    panel.draw(np.full(SHAPE, 90, np.uint8), [heat], truth=truth, predictions=[np.zeros(SHAPE, bool)])
-    warm, cold = pixels(panel, 0, [(4, 4), (10, 15)])
-    assert np.abs(cold.astype(int) - 90).max() <= 1 < np.abs(warm.astype(int) - 90).max()
-    picture = np.asarray(Image.open(io.BytesIO(png(panel.figure))).convert("RGB")).astype(int)
-    red = (picture[..., 0] > 200) & (picture[..., 1:] < 60).all(axis=2)
-    y, x = np.nonzero(red)
-    (left, top), (right, bottom) = panel.axes[0].transData.transform([(1.5, 1.5), (8.5, 8.5)])
-    height = picture.shape[0]
-    assert abs(x.min() - left) < 3 and abs(x.max() - right) < 3
-    assert abs(y.min() - (height - top)) < 3 and abs(y.max() - (height - bottom)) < 3
-    panel.draw(np.full(SHAPE, 90, np.uint8), [heat])  # the contour does not stay behind
-    picture = np.asarray(Image.open(io.BytesIO(png(panel.figure))).convert("RGB")).astype(int)
-    assert not ((picture[..., 0] > 200) & (picture[..., 1:] < 60).all(axis=2)).any()
+    panel = SlicePanel(grey_case(truth))
+    panel.draw([heat], ["a"])
+    picture = pixels(panel)
+    warm, cold = middles(picture)[4, 4], middles(picture)[9, 15]
+    assert (cold == 90).all() and np.abs(warm - 90).max() > 30
+    y, x = np.nonzero(np.abs(picture - 255 * np.array(to_rgb(TRUTH))).max(axis=2) < 3)
+    scale = picture.shape[1] / SHAPE[1]
+    for found, voxel in ((y.min(), 2), (x.min(), 2), (y.max(), 9), (x.max(), 9)):
+        assert abs(found / scale - voxel) < 3 / scale
+
+
+def test_the_heat_is_cut_where_it_crosses_the_levels():
+    heat = np.tile(np.linspace(0, 1, SHAPE[1], dtype=np.float32), (SHAPE[0], 1))
+    panel = SlicePanel(grey_case())
+    panel.draw([heat], ["a"], opacity=0.0, levels=(0.25, 0.5, 0.75))
+    row = pixels(panel)[100] - 90  # below the letters
+    at = np.flatnonzero(np.abs(row).max(axis=1)) / pixels(panel).shape[1] * SHAPE[1] - 0.5
+    expected = np.array([0.25, 0.5, 0.75]) * (SHAPE[1] - 1)
+    assert np.abs(at[:, None] - expected).min(axis=1).max() < 0.2
+    assert (np.abs(at - expected[1]) < 1).sum() > (np.abs(at - expected[0]) < 1).sum()  # the middle one is strongest
+    assert "p = 0.25, 0.5, 0.75" in panel.legend.value
 
 
 def test_voxels_have_the_proportions_of_their_spacing():
-    panel = SlicePanel(["a"], SHAPE, (3.0, 2.0, 1.0))
-    png(panel.figure)  # the proportions are set when it is drawn
-    (x0, y0), (x1, y1) = panel.axes[0].transData.transform([(0, 0), (1, 1)])
-    assert abs(y1 - y0) == pytest.approx(2 * abs(x1 - x0), rel=1e-3)
+    panel = SlicePanel(grey_case(spacing_mm=(3.0, 2.0, 1.0)))
+    panel.draw([COLD], ["a"])
+    height, width, _ = pixels(panel).shape
+    assert height / width == pytest.approx(2 * SHAPE[0] / SHAPE[1])
 
 
 @pytest.mark.parametrize(
@@ -69,61 +95,82 @@ def test_voxels_have_the_proportions_of_their_spacing():
 )
 def test_a_box_encloses_its_voxels_from_whichever_corner(start, end, rows, columns):
     chosen = []
-    panel = SlicePanel(["a"], SHAPE, (1.0, 1.0, 1.0), chosen=chosen.append)
-    panel.choose(start, end)
+    SlicePanel(grey_case(), chosen=chosen.append).choose(start, end)
     expected = [[y, x] for y in range(rows[0], rows[1] + 1) for x in range(columns[0], columns[1] + 1)]
     assert chosen[0].tolist() == expected
 
 
+def event(kind: str, y: float, x: float) -> dict:
+    """A mouse event at a place in voxels, in a picture shown with 300 x 400 pixels."""
+    place = {"relativeX": 300 * (x + 0.5) / SHAPE[1], "relativeY": 400 * (y + 0.5) / SHAPE[0]}
+    return {"type": kind, **place, "boundingRectWidth": 300, "boundingRectHeight": 400}
+
+
 def test_the_mouse_chooses_in_the_picture_at_whatever_size_it_is_shown():
     chosen = []
-    panel = SlicePanel(["a", "b"], SHAPE, (3.0, 1.0, 1.0), chosen=chosen.append)
-    png(panel.figure)  # the proportions are set when it is drawn
-
-    def event(kind: str, axes: int, y: float, x: float) -> dict:
-        place = panel.axes[axes].transData.transform((x, y)) / panel.figure.bbox.size
-        shown = {"boundingRectWidth": 300, "boundingRectHeight": 400}
-        return {"type": kind, "relativeX": 300 * place[0], "relativeY": 400 * (1 - place[1]), **shown}
-
-    panel.mouse(event("mousedown", 1, 5.2, 9.3))
-    panel.mouse(event("mouseup", 1, 1.8, 2.9))
+    panel = SlicePanel(grey_case(), chosen=chosen.append)
+    panel.mouse(event("mousedown", 5.2, 9.3))
+    panel.mouse(event("mouseup", 1.8, 2.9))
     assert chosen[0].tolist() == [[y, x] for y in range(2, 6) for x in range(3, 10)]
-    panel.mouse(event("mousedown", 0, 5, 9))
-    panel.mouse(event("mouseup", 0, 5, 9))
+    panel.mouse(event("mousedown", 5, 9))
+    panel.mouse(event("mouseup", 5, 9))
     assert chosen[1].tolist() == [[5, 9]]
-    panel.mouse(event("mousedown", 0, 5, 9.4))
-    panel.mouse(event("mouseup", 0, 5, 9.6))  # a hand is never quite still: no box of two voxels
+    panel.mouse(event("mousedown", 5, 9.4))
+    panel.mouse(event("mouseup", 5, 9.6))  # a hand is never quite still: no box of two voxels
     assert chosen.pop().tolist() == [[5, 9]]
-    panel.mouse(event("mousedown", 0, 5, 9))
-    panel.mouse({"type": "mouseleave"} | event("", 0, 5, 9) | {"type": "mouseleave"})
-    panel.mouse(event("mouseup", 0, 5, 9))  # without a press
-    panel.mouse(event("mousedown", 0, -4, 9))  # in the title
-    panel.mouse(event("mouseup", 0, 5, 9))
+    panel.mouse(event("mousedown", 5, 9))
+    panel.mouse(event("mouseleave", 5, 9))
+    panel.mouse(event("mouseup", 5, 9))  # without a press
     assert len(chosen) == 2
 
 
-def test_a_picture_changes_when_it_is_drawn_again():
-    panel = SlicePanel(["a"], SHAPE, (1.0, 1.0, 1.0))
-    before = panel.widget.value
-    panel.draw(np.full(SHAPE, 200, np.uint8), [np.zeros(SHAPE)])
-    assert panel.widget.value != before and panel.widget.value == png(panel.figure)
+def test_the_mouse_is_told_of_the_voxel_under_it():
+    told = []
+    panel = SlicePanel(grey_case(), told=lambda *place: told.append(place) or "this one")
+    panel.hover(event("mousemove", 5.3, 18.8))
+    panel.hover(event("mousemove", -0.6, 25))
+    assert told == [(0, 5, 19), (0, 0, 19)] and "this one" in panel.words.value
 
 
-def test_outside_jupyterlab_a_line_stands_for_the_widget(monkeypatch, capsys):
-    class Untouchable:
+def test_pictures_change_when_they_are_drawn_again():
+    panel = SlicePanel(grey_case())
+    panel.draw([COLD], ["before"])
+    before = pixels(panel)
+    panel.draw([COLD + 1], ["after"])
+    assert not np.array_equal(pixels(panel), before) and "after" in panel._titles[0].value
+
+
+def test_without_a_browser_the_same_slice_is_a_figure():
+    truth = np.zeros(SHAPE, bool)
+    truth[2:9, 2:9] = True
+    panel = SlicePanel(grey_case(truth, runs=("a", "b")))
+    panel.draw([COLD, COLD + 0.9], ["cold", "warm"], levels=(0.5,), lit=np.array([[5, 5]]))
+    left, right, _ = panel.figure.axes
+    np.testing.assert_array_equal(left.images[0].get_array()[5, 5], np.round(255 * np.array(to_rgb(CHOSEN))))
+    assert [ax.get_title() for ax in (left, right)] == ["cold", "warm"]
+    assert any("made up, axial, slice 0" in text.get_text() for text in left.texts)
+
+
+def test_outside_jupyterlab_the_picture_stands_for_the_widget(monkeypatch, tmp_path):
+    class Seen:
+        figure = Figure()
+
         @property
         def widget(self):
             raise AssertionError("no widget is made where nobody can see it")
 
+    displayed = []
+    monkeypatch.setattr(panels, "display", displayed.append)
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     assert not in_lab()
-    show(Untouchable())
-    assert "the picture below stands for the widget" in capsys.readouterr().out
+    show(Seen(), tmp_path / "view")
+    assert isinstance(displayed[0], Shown) and (tmp_path / "view.svg").exists()
     monkeypatch.setenv("JPY_SESSION_NAME", "notebook")
     assert in_lab()
     with pytest.raises(AssertionError, match="nobody can see"):
-        show(Untouchable())
+        show(Seen(), tmp_path / "view")
 
 
-def test_the_mean_of_nothing_is_said():
-    assert mean(np.array([1.0, 2.0])) == "1.50" and mean(np.array([])) == "none"
+def test_a_colour_bar_has_its_ends():
+    bar = panels.colour_bar("coolwarm", "mm to contour", -10, 10)
+    assert "mm to contour -10" in bar and bar.count("#") == 9 and "> 10<" in bar

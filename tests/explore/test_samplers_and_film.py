@@ -10,7 +10,8 @@ from mupkg.explore.samplers_and_film import FilmPlayer, SamplersAtWork, SeenFilm
 from mupkg.explore.seen import SeenCase
 from mupkg.losses import VoxelMetricLoss
 from mupkg.models import UNet
-from mupkg.samplers import VoxelTuples, contour
+from mupkg.report.figures import mix
+from mupkg.samplers import VoxelTuples, contour, near_contour
 from mupkg.stages.film import Film, read_film
 from mupkg.stages.voxels import embed_slice
 
@@ -83,10 +84,10 @@ def test_a_sampler_without_candidates_draws_nothing(seen):
     work = SamplersAtWork(seen, tau=0.95)  # the head errs by 0.5 at most
     assert set(work.tuples()["sampler"]) == {"R", "C"}
     assert "H: 0 tuples, 0 still teach" in work._patches[1][0].get_title()
-    assert "none" in work._planes[1][0].get_title()
+    assert "none" in work._planes[1].ax.get_title()
     work.slice.value = 0  # no prostate at all
     assert work.tuples().empty
-    assert work._planes[0][0].get_title().startswith("mean hinge none")
+    assert work._planes[0].ax.get_title().startswith("mean hinge none")
 
 
 def test_a_filmed_step_shows_its_own_patch_and_the_trained_one_comes_back(seen, films):
@@ -95,23 +96,27 @@ def test_a_filmed_step_shows_its_own_patch_and_the_trained_one_comes_back(seen, 
     assert work.step.options == ("0", "5", "10", "trained")
     for number, step in enumerate(("0", "5", "10")):
         work.step.value = step
-        assert work.slice.disabled
+        assert work.top.disabled
         film = films["UNet"]
-        rows, columns = film.patch
+        rows, columns = film.frames.patch
         np.testing.assert_array_equal(work.patch[1], TRUTH[film.frames.z, rows, columns])
         np.testing.assert_array_equal(work.embedding[0, :, 3, 4], film.frames.patch_embeddings[number, 3, 4])
     work.step.value = "trained"
-    assert not work.slice.disabled and png(work.figure) == trained
+    assert not work.top.disabled and png(work.figure) == trained
 
 
 def test_active_shares_by_step(seen, films):
     work = SamplersAtWork(seen, films)
     table = work.active_by_step()
-    assert table.index.tolist() == ["0", "5", "10"] and list(table) == ["R", "H", "C"]
+    assert table.index.tolist() == ["0", "5", "10"] and list(table) == ["R", "H", "C", "RN", "HN", "CN"]
     before = work.embedding
     work.step.value, work.anchors.value = "5", 200
     by_hand = work.tuples().query("sampler == 'C'")["active"].mean()
     assert table.loc["5", "C"] == pytest.approx(by_hand)
+    work.near.value = True
+    by_hand = work.tuples().query("sampler == 'C'")["active"].mean()
+    assert table.loc["5", "CN"] == pytest.approx(by_hand)
+    work.near.value = False
     work.step.value = "trained"
     assert work.active_by_step().equals(table) and torch.equal(work.embedding, before)
     alone = SamplersAtWork(seen)
@@ -130,17 +135,49 @@ def test_the_film_moves_in_the_plane_of_its_last_frame(films):
     pictures = set()
     for step in player.steps:
         player.frame.value = step
-        assert f"step {step}" in player._drawn["UNet"][0].get_title()
-        pictures.add(png(player.figure))
+        pictures.add(player.png())
     assert len(pictures) == 3
-    assert png(player.strip()).startswith(b"\x89PNG")
+    titles = [ax.get_title() for ax in player.figure.axes]
+    assert [f"UNet, step {step}\ncase, slice 1" in titles for step in (0, 5, 10)] == [True] * 3
+
+
+def test_the_prostate_lies_to_the_right_and_above_in_every_run(films):
+    player = FilmPlayer(films)
+    inside = films["UNet"].frames.kind < 2
+    means = (player.points["UNet"][-1][rows].mean(axis=0) for rows in (inside, ~inside))
+    assert (np.subtract(*means) > 0).all()
 
 
 def test_the_slice_shown_is_the_films(films):
-    player = FilmPlayer(films)
-    player.frame.value = 5
-    shown = player._drawn["UNet"][1].get_array()
-    np.testing.assert_allclose(shown, films["UNet"].frames.probability[1])
+    film = films["UNet"]
+    shown = FilmPlayer(films).figure.axes[1].images[0].get_array()  # the middle one of three
+    np.testing.assert_array_equal(shown, mix(film.grey, film.frames.probability[1], opacity=0.6))
+
+
+def test_near_negatives_lie_at_the_contour_and_teach_more(seen):
+    work = SamplersAtWork(seen, anchors=100)
+    far = work.tuples()
+    work.near.value = True
+    near, label = work.tuples(), work.patch[1]
+    allowed = near_contour(torch.from_numpy(label.copy())[None])[0].numpy() & ~label
+    assert allowed.ravel()[near["negatives"]].all() and not allowed.ravel()[far["negatives"]].all()
+    assert "CN: 100 tuples" in work._patches[2][0].get_title()
+
+
+def test_the_samplers_draw_each_for_itself(seen):
+    """With a head that errs everywhere H may draw what R may; their draws differ all the same."""
+    drawn = SamplersAtWork(seen, tau=0.0).tuples().groupby("sampler")["negatives"].agg(tuple)
+    assert drawn["R"] != drawn["H"]
+
+
+def test_lines_join_each_anchor_to_its_positive_and_its_negative(seen):
+    work = SamplersAtWork(seen, anchors=5)
+    mine, marks = work.tuples().query("sampler == 'C'"), work._patches[2][2]
+    width = work.patch[0].shape[1]
+    for role in ("positive", "negative"):
+        lines = np.array([path.vertices for path in marks.lines[role].get_paths()])
+        for end, name in ((0, "anchors"), (1, f"{role}s")):
+            assert (lines[:, end] == np.column_stack([mine[name] % width, mine[name] // width])).all()
 
 
 def test_no_film_is_said(seen):

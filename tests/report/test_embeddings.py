@@ -2,8 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 
-from mupkg.report.embeddings import EmbeddedVoxels, project, separation, triplets
+from mupkg.models import UNet
+from mupkg.report.embeddings import (
+    EmbeddedVoxels,
+    embed_all,
+    measure_all,
+    principal_axes,
+    project,
+    separation,
+    triplets,
+)
+from mupkg.stages.voxels import embed_voxels
 
 
 def voxels_of(inside, outside):
@@ -58,10 +69,46 @@ def test_one_class_alone_has_no_separation(inside, outside):
 def test_the_projection_keeps_the_greatest_spread():
     rng = np.random.default_rng(0)
     embedding = rng.normal(size=(300, 6)) * [0.1, 9, 0.1, 0.1, 3, 0.1]
-    points = project(embedding)
+    points = project(voxels_of(embedding[:150], embedding[150:]))
     assert points.shape == (300, 2)
     for column, axis in ((0, 1), (1, 4)):
         assert abs(np.corrcoef(points[:, column], embedding[:, axis])[0, 1]) > 0.99
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_prostate_lies_to_the_right_and_above_whatever_the_signs(sign):
+    voxels = clouds(3.0)
+    mirrored = voxels._replace(embedding=sign * voxels.embedding)
+    points = project(mirrored)
+    assert (points[voxels.is_prostate].mean(axis=0) >= points[~voxels.is_prostate].mean(axis=0)).all()
+    np.testing.assert_allclose(points, project(voxels), atol=1e-4)  # a mirrored space looks the same
+
+
+def test_principal_axes_are_orthonormal_and_tell_their_share_of_the_variance():
+    voxels = clouds(4.0)
+    pca = principal_axes(voxels)
+    np.testing.assert_allclose(pca.components_ @ pca.components_.T, np.eye(2), atol=1e-5)
+    spread = np.linalg.svd(voxels.embedding - voxels.embedding.mean(axis=0), compute_uv=False) ** 2
+    np.testing.assert_allclose(pca.explained_variance_ratio_, spread[:2] / spread.sum(), rtol=1e-4)
+
+
+def test_one_class_alone_has_axes_all_the_same():
+    rng = np.random.default_rng(0)
+    assert project(voxels_of(rng.normal(size=(20, 4)), np.zeros((0, 4)))).shape == (20, 2)
+
+
+def test_several_networks_are_measured_on_the_same_voxels():
+    torch.manual_seed(0)
+    networks = {"a": UNet(3, 2, 6).eval(), "b": UNet(3, 2, 4).eval()}
+    region = np.random.default_rng(0).integers(0, 256, (4, 16, 16)).astype(np.uint8)
+    index, kind = np.argwhere(np.ones((4, 4, 4)))[::2], np.repeat(np.uint8([0, 3]), 16)
+    samples = embed_all(networks, region, index, kind)
+    for name, sample in samples.items():
+        np.testing.assert_array_equal(sample.embedding, embed_voxels(networks[name], region, index))
+    numbers = measure_all(samples, margin=0.3, seed=1)
+    assert numbers.index.tolist() == ["a", "b"]
+    expected = separation(samples["b"], 1) | triplets(samples["b"], 0.3, seed=1)
+    assert numbers.loc["b"].to_dict() == expected
 
 
 @pytest.mark.parametrize("method", ["t-SNE", "UMAP"])
@@ -69,16 +116,16 @@ def test_neighbours_stay_neighbours(method):
     if method == "UMAP":
         pytest.importorskip("umap", reason="UMAP is an optional extra")
     voxels = clouds(20.0, n=60)
-    points = project(voxels.embedding, method)
+    points = project(voxels, method)
     assert points.shape == (120, 2) and np.isfinite(points).all()
     nearest = np.linalg.norm(points[:, None] - points, axis=2) + 1e9 * np.eye(120)
     assert (voxels.is_prostate[nearest.argmin(axis=1)] == voxels.is_prostate).all()
-    np.testing.assert_array_equal(points, project(voxels.embedding, method))
+    np.testing.assert_array_equal(points, project(voxels, method))
 
 
 def test_another_projection_is_refused_by_name():
     with pytest.raises(ValueError, match=r"one of PCA, t-SNE, UMAP, not 'LDA'"):
-        project(np.zeros((9, 3)), "LDA")
+        project(clouds(1.0), "LDA")
 
 
 def test_triplets_by_hand():

@@ -1,10 +1,14 @@
 """Figures: outlines lie where the voxels lie, files come in pairs, awkward input is drawn too."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+from matplotlib import colormaps
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex, to_rgb
 
 from mupkg.report import figures
 
@@ -51,8 +55,11 @@ def test_an_empty_mask_draws_nothing():
 
 
 def test_saving_leaves_a_png_and_an_svg_and_closes_the_figure(tmp_path):
-    figure, _ = plt.subplots()
+    figure, ax = plt.subplots()
+    ax.set_title("searched for")
     shown = figures.save(figure, tmp_path / "deep" / "figure")
+    svg = (tmp_path / "deep" / "figure.svg").read_text(encoding="utf-8")
+    assert ">searched for</text>" in svg  # text, not outlines of letters
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["figure.png", "figure.svg"]
     assert shown.data.startswith(b"\x89PNG")
     assert not plt.fignum_exists(figure.number)
@@ -68,3 +75,123 @@ def test_values_that_are_not_finite_are_counted_in_the_boxes():
     table = pd.DataFrame({"UNet": [1.0, np.inf, 2.0], "MetricUNet-H": [np.nan, 1.0, 1.0]})
     picture = figures.metric_boxes({"ASD": table})
     assert "2 not finite" in picture.axes[0].get_title()
+
+
+def test_a_figure_says_in_words_what_it_shows(tmp_path):
+    figure, (left, right) = plt.subplots(1, 2)
+    figure.suptitle("case 7")
+    left.set(title="UNet\nDSC 0.9", xlabel="step", ylabel="loss")
+    right.set_title("on the left", loc="left")
+    assert figures.alt_text(figure) == "case 7; UNet, DSC 0.9: loss against step; on the left"
+    shown = figures.save(figure, tmp_path / "figure")
+    assert shown.alt == "case 7; UNet, DSC 0.9: loss against step; on the left"
+    assert shown._repr_mimebundle_()[1]["image/png"]["alt"] == shown.alt
+    assert figures.save(plt.figure(), tmp_path / "figure", "a picture").alt == "a picture"
+
+
+def contrast(first: str, second: str) -> float:
+    """Distance in CIELAB (Euclidean, D65) of two colours as a person without red or green receptors sees them."""
+    # Machado, Oliveira and Fernandes 2009: protanopia and deuteranopia at full severity, on linear RGB
+    kinds = (
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    )
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+    def lab(colour: str, kind: list) -> np.ndarray:
+        rgb = np.array(to_rgb(colour))
+        linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+        xyz = to_xyz @ np.clip(np.array(kind) @ linear, 0, 1) / [0.9505, 1, 1.089]
+        x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    return min(float(np.linalg.norm(lab(first, kind) - lab(second, kind))) for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    "together",
+    [
+        (figures.TRUTH, figures.PREDICTION, figures.CHOSEN),
+        figures.KIND_COLOURS,
+        [colour for _, colour in figures.ROLES.values()],
+        figures.LINES[:4],
+    ],
+    ids=["contours", "kinds", "roles", "lines"],
+)
+def test_colours_that_stand_together_differ_for_colour_blind_readers(together):
+    assert contrast("red", "lime") < contrast("red", "blue")  # the measure sees what it should
+    for first, second in itertools.combinations(together, 2):
+        assert contrast(first, second) > 20, (first, second)
+
+
+@pytest.mark.parametrize(("plane", "sides"), [("axial", "RL"), ("coronal", "RL"), ("sagittal", "AP")])
+def test_a_plane_is_named_and_has_the_patients_sides_and_a_bar_of_20_mm(plane, sides):
+    _, ax = plt.subplots()
+    volume = np.zeros((20, 30, 40), np.uint8)
+    figures.draw_plane(ax, volume, (3.0, 2.0, 1.5), plane, 5)
+    texts = {text.get_text(): text.get_position()[0] for text in ax.texts}
+    assert f"{plane}, slice 5" in texts and "20 mm" in texts
+    assert texts[sides[0]] < 0.5 < texts[sides[1]]
+    (bar,) = ax.lines
+    assert np.ptp(bar.get_xdata()) == pytest.approx(20)  # these axes are in mm
+
+
+def test_the_patients_left_is_on_the_right():
+    """A scan in LPS whose brightest voxel lies to the patient's left, and the same scan mirrored."""
+    voxels = np.zeros((3, 5, 8), np.int16)
+    voxels[1, 2, 6] = 100
+    image = sitk.GetImageFromArray(voxels)
+    for scan in (image, sitk.Flip(image, (True, False, False))):  # flipped in memory, at the same place
+        axial = figures.three_planes({"scan": (scan, None)}, (0, 100), through={"scan": (6, 2, 1)}).axes[0]
+        assert np.argwhere(axial.images[0].get_array() == 100).tolist() == [[2, 6]]
+
+
+def test_what_lies_under_both_curves_is_shaded_and_told():
+    inside, around = np.repeat([-12.0, 3.0, 7.0], [10, 30, 60]), np.repeat([3.0, 90.0, 1000.0], [20, 20, 60])
+    ax = figures.histograms({"scan": {"prostate": inside, "around": around}}, "HU", (-20, 100)).axes[0]
+    first, second, both = ax.patches
+    edges = np.arange(-20, 105, 5)
+    for stairs, sample in ((first, inside), (second, around)):
+        values, bins, _ = stairs.get_data()
+        assert bins.tolist() == edges.tolist()
+        np.testing.assert_allclose(values, np.histogram(sample, edges)[0] / len(sample))
+    assert sum(both.get_data()[0]) == pytest.approx(0.2)  # what lies outside the window counts in the share
+    assert [text.get_text() for text in ax.get_legend().get_texts()][2] == "overlap 20%"
+
+
+def test_heat_glows_where_there_is_any_and_chosen_voxels_are_lit():
+    grey = np.full((2, 3), 100, np.uint8)
+    heat = np.array([[0, 0.01, 0.5], [1, 0, 0]], np.float32)
+    mixed = figures.mix(grey, heat, opacity=0.5, lit=np.array([[1, 2]]))
+    assert (mixed[0, :2] == 100).all()
+    for place in ((0, 2), (1, 0)):
+        expected = 0.5 * 100 + 0.5 * 255 * np.array(colormaps[figures.HEAT](heat[place]))[:3]
+        np.testing.assert_allclose(mixed[place], expected, atol=1)
+    assert (mixed[1, 2] == np.round(255 * np.array(to_rgb(figures.CHOSEN)))).all()
+
+
+def test_tuples_are_active_below_the_margins_line():
+    _, ax = plt.subplots()
+    plane = figures.TuplePlane(ax, margin=0.5)
+    plane.show(np.array([0.0, 0.0, 2.0]), np.array([0.4, 0.6, 3.0]))
+    assert [to_hex(colour) for colour in plane.dots.get_facecolors()] == [figures.VERMILLION, *[to_hex("silver")] * 2]
+    assert "mean hinge 0.03" in ax.get_title()
+    (line,) = ax.lines
+    x, y = line.get_data()
+    np.testing.assert_allclose(y, x + 0.5)
+    plane.show(np.empty(0), np.empty(0))
+    assert "mean hinge none" in ax.get_title()
+
+
+def test_a_line_joins_the_values_of_a_case_and_stops_where_it_has_none():
+    table = pd.DataFrame({"UNet": [1.0, np.inf], "MetricUNet-H": [2.0, 1.5]})
+    ax = figures.metric_boxes({"HD95": table}).axes[0]
+    lines = [line.get_ydata() for line in ax.lines[:2]]
+    np.testing.assert_array_equal(lines, [[1.0, 2.0], [np.nan, 1.5]])
+    assert ax.get_title() == "n = 2 cases (1 not finite)" and ax.get_ylabel() == "HD95 (mm)"
+
+
+def test_near_negatives_are_dashed():
+    shares = pd.DataFrame({"R": [1.0, 0.1], "RN": [1.0, 0.4]}, index=pd.Index([0, 80], name="step"))
+    plain, near = figures.active_shares(shares).axes[0].lines
+    assert (plain.get_linestyle(), near.get_linestyle()) == ("-", "--") and plain.get_color() == near.get_color()

@@ -29,7 +29,8 @@ def test_a_frame_is_what_the_network_sees(tmp_path):
     assert (frames.case_id, frames.z, frames.steps) == ("case-1", 3, [0, 100])
     assert np.bincount(frames.kind).tolist() == [20] * 4
     (top, left), z = frames.corner, frames.index[:, 0]
-    patch = LABEL[3, top : top + 16, left : left + 16]
+    patch = LABEL[3][frames.patch]
+    np.testing.assert_array_equal(patch, LABEL[3, top : top + 16, left : left + 16])
     assert patch.shape == (16, 16) and patch.sum() > 0.8 * LABEL[3].sum()  # at the border it is moved, not cut
     for number, net in enumerate(networks.values()):
         whole = run_slices(net, REGION, np.arange(6), 3)
@@ -62,6 +63,16 @@ def test_step_0_begins_a_new_film(tmp_path):
     for step in (0, 7, 0, 5):
         film.record(network(0), step)
     assert read_film(tmp_path).steps == [0, 5]
+
+
+def test_early_steps_are_filmed_beside_those_that_are_recorded(tmp_path):
+    film, net = Film(tmp_path, "c", REGION, LABEL, per_kind=3), network(0)
+    film.record(net, 0)
+    for step in range(1, 101):  # as a training that calls after every step, with validations at 50 and 100
+        film.watch(net, step)
+        if step % 50 == 0:
+            film.record(net, step)
+    assert read_film(tmp_path).steps == [0, 5, 10, 20, 40, 50, 80, 100]
 
 
 def test_recording_draws_no_random_numbers(tmp_path):
