@@ -20,23 +20,13 @@ from scipy.spatial.transform import Rotation
 
 AGAIN = "copy or export it again"
 WITH_AFFINE = "save it with the right affine (nibabel.Nifti1Image(voxels, affine)), or convert its DICOM series again"
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, NotImplementedError)
-MALFORMED += (
-    OSError,
-    struct.error,
-    zlib.error,
-    BytesLengthException,
-    InvalidDicomError,
-)  # what malformed headers raise
+MALFORMED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
+MALFORMED += (NotImplementedError, zlib.error, BytesLengthException, InvalidDicomError)  # what bad headers raise
 
 META_DIMENSIONS = 10  # ITK has room for so many
-META_SAME = {
-    "Rotation": "TransformMatrix",
-    "Orientation": "TransformMatrix",
-    "Position": "Offset",
-    "Origin": "Offset",
-}
-META_NEEDED = ("NDims", "DimSize", "ElementSpacing", "TransformMatrix", "Offset", "ElementDataFile")
+META_SAME = {"Rotation": "TransformMatrix", "Orientation": "TransformMatrix"}
+META_SAME |= {"Position": "Offset", "Origin": "Offset"}
+META_NEEDED = ("NDims", "DimSize", "ElementSpacing", "TransformMatrix", "Offset")
 META_NUMBERS = {"TransformMatrix": 2, "ElementNumberOfChannels": 0}  # how many: NDims to this power
 META_NUMBERS |= dict.fromkeys(("DimSize", "ElementSpacing", "ElementSize", "Offset", "CenterOfRotation"), 1)
 META_WORDS = {"BinaryData": ("True",), "CompressedData": ("False", "True"), "HeaderSize": ("0", "-1")}
@@ -87,7 +77,9 @@ def _fields(header: bytes, pattern: str, needed: Sequence[str]) -> dict[str, str
 def meta_voxels(path: Path, start: bytes) -> tuple[Path, int, bool]:
     """Where an MHA or MHD has its voxels, from which byte on, and whether packed, if its header is in order."""
     end = re.search(rb"^ElementDataFile[ \t]*[=:][^\r\n]*\r?(\n|\Z)", start, re.MULTILINE)
-    fields = _fields(start[: end.end()] if end else b"", META_LINE, META_NEEDED)
+    if end is None:
+        raise Fault("cannot be read as an image: no line `ElementDataFile` ends its header")
+    fields = _fields(start[: end.end()], META_LINE, META_NEEDED)
     n, file = int(fields["NDims"]), fields["ElementDataFile"]
     if not 1 <= n <= META_DIMENSIONS:
         raise Fault(f"its NDims is {n}")
