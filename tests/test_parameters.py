@@ -27,6 +27,7 @@ from mupkg.parameters import (
     Stage2Settings,
     Study,
     Tag,
+    TrialSettings,
     VisualizationSettings,
     check_name,
     tagged,
@@ -285,6 +286,7 @@ NOTEBOOKS = {
     "05_visualization": VisualizationSettings,
     "08_explore": ExploreSettings,
     "09_segment_a_patient": SegmentSettings,
+    "10_does_it_help": TrialSettings,
 }
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import fft, ndimage, optimize
 
-from mupkg.data.cases import Point
+from mupkg.data.cases import Point, not_in_hu
 
 GRID_MM, MAX_VOXELS = 3.0, 2_000_000  # working grid; coarser for very large scans, so that the work is bounded
 SMOOTHING_MM = 2.0  # standard deviation; calms noise and bridges small marrow holes (R3: bone, filled)
@@ -65,9 +65,7 @@ def femoral_heads(image: sitk.Image) -> FemoralHeads:
     bone = np.clip((volume - SOFT_HU) / (BONE_HU - SOFT_HU), 0, 1)
     body, solid = volume > AIR_HU, bone > 0.5
     if not 0 < solid.sum() < 0.5 * body.sum():
-        return FemoralHeads(
-            reason="no bone found" if not solid.any() else "more than half would be bone: not a CT in HU"
-        )
+        return FemoralHeads(reason="no bone found" if not solid.any() else "more than half would be bone")
     box = ndimage.find_objects(solid.astype(np.uint8))[0]
     right, left = (_candidates(bone[box], side, grid_mm) for side in (-1, 1))
     score, right, left = _best_pair(right, left, body[box], grid_mm)
@@ -90,10 +88,11 @@ def _unusable(image: sitk.Image) -> str:
     thinnest_mm = min(n * s for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True))
     if thinnest_mm < 60 or min(image.GetSize()) < 4:
         return f"the scan is only {thinnest_mm:.0f} mm thick: too little for a hip joint"
-    values = sitk.GetArrayViewFromImage(image).ravel()[:: max(1, image.GetNumberOfPixels() // 500_000)]
+    values = sitk.GetArrayViewFromImage(image)
     if not np.isfinite(values).all():
         return "some voxels are not finite numbers"
-    return "" if np.mean(values < -50) > 0.01 else "no air or fat below -50: not a CT in HU"
+    reason = not_in_hu(values)
+    return f"not a CT in HU: {reason}" if reason else ""
 
 
 def _bounds(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ def scan(low=1) -> sitk.Image:
 def mask(outer=1, inner=None) -> sitk.Image:
     voxels = np.zeros(SHAPE, np.uint8)
     voxels[1:5, 3:10, 3:10] = outer
-    voxels[2:4, 5:8, 5:8] = outer if inner is None else inner
+    voxels[1:5, 5:8, 5:8] = outer if inner is None else inner
     label = sitk.GetImageFromArray(voxels)
     label.CopyInformation(scan())
     return label
@@ -91,7 +91,7 @@ def test_decathlon(tmp_path):
     (source,) = sources_from_decathlon(tmp_path, label_values=(2,), channel=1)
     case = source.read()
     assert sitk.GetArrayFromImage(case.image).min() > 1000
-    assert sitk.GetArrayFromImage(case.label).sum() == 2 * 3 * 3
+    assert sitk.GetArrayFromImage(case.label).sum() == 4 * 3 * 3
 
 
 def test_a_pattern_may_name_folders(tmp_path):
