@@ -39,7 +39,11 @@ NO_DEVICE = "Research software, no medical device: not for diagnosis or treatmen
 RESEARCH = "Research, no medical device"  # where there is room for 64 characters
 SCANS = ("CT", "MR")  # modalities that contours are drawn on
 OFF_PLANE = 0.1  # of the slice distance; a contour farther from every slice was drawn on one that is not there
-PATIENT_AND_STUDY = [  # what a structure set repeats from its slices
+PATIENT_AND_STUDY = {  # what a structure set repeats from its slices, and the most characters DICOM allows
+    **{"PatientName": 64, "PatientID": 64, "PatientBirthDate": 8, "PatientSex": 16, "ReferringPhysicianName": 64},
+    **{"StudyInstanceUID": 64, "StudyDate": 8, "StudyTime": 16, "StudyID": 16, "AccessionNumber": 16},
+}
+STUDY = [  # what a structure set repeats from its slices
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
 ]
@@ -94,7 +98,7 @@ def list_dicom(folder: str | Path) -> pd.DataFrame:
     series' folder where it has none). An ROI whose series is not there has 0 slices. No voxels are read.
 
     Raises:
-        ValueError: naming every file and folder that is damaged or may not be read.
+        ValueError: naming files and folders that are damaged or may not be read.
     """
     found, structures = _found(Path(folder))
     rows, bare = [], dict(found)
@@ -381,7 +385,7 @@ def _structure_set(
     seen = _item(ObservationNumber=1, ReferencedROINumber=1, RTROIInterpretedType="ORGAN", ROIInterpreter="")
     structures = _item(
         SpecificCharacterSet="ISO_IR 192",
-        **{keyword: str(first.get(keyword) or "") for keyword in PATIENT_AND_STUDY},
+        **{keyword: str(first.get(keyword) or "")[:most] for keyword, most in PATIENT_AND_STUDY.items()},
         SOPClassUID=RTStructureSetStorage,
         SOPInstanceUID=generate_uid(),
         SeriesInstanceUID=generate_uid(),
