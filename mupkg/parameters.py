@@ -463,6 +463,12 @@ class Stage2Settings(MetricOptions, TrainingSettings):
     def _valid_configuration(cls, value: str) -> str:
         return configuration(value).name
 
+    @model_validator(mode="after")
+    def _options_that_do_something(self) -> Self:
+        """`build` refuses an option that would do nothing; here, before any work."""
+        build(self.configuration, 1, 1, 1, **self.loss_options)
+        return self
+
     @property
     def run_path(self) -> Path:
         return self.study_path / f"{self.arm or self.configuration}-seed{self.seed}"

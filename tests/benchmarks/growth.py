@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -47,10 +46,10 @@ def write_study(folder: Path, cases: int) -> None:
             (folder / name).touch()
     pd.DataFrame(table).to_csv(folder / "cohort.csv", index=False)
     centres = {f"centre_{axis}": 0.0 for axis in "xyz"}
-    pd.DataFrame({"case_id": ids, "split": "train", "fallback": "", **centres}).to_csv(
+    geometry = {"origin": "[0, 0, 0]", "spacing": "[1, 1, 1]", "direction": "[1, 0, 0, 0, 1, 0, 0, 0, 1]"}
+    pd.DataFrame({"case_id": ids, "split": "train", "fallback": "", **centres, **geometry}).to_csv(
         folder / "regions.csv", index=False
     )
-    (folder / "run.json").write_text(json.dumps({"parameters": {"region_mm": [128.0] * 3}}), encoding="utf-8")
     rng = np.random.default_rng(0)
     (folder / "regions").mkdir()
     for case_id in ids:
