@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 from mupkg import repository
 from mupkg.losses import VoxelMetricLoss, gather_embeddings, squared_distance
 from mupkg.metrics import segmentation_metrics
-from mupkg.samplers import RandomSampler
+from mupkg.samplers import RandomSampler, VoxelTuples
 from mupkg.stages import predict_volume
 
 sys.path.append(str(repository() / "notebooks/lessons"))
@@ -41,7 +41,7 @@ def move(loss, steps=60):
         anchors, positives = torch.randint(30, (2, 20), generator=generator)
         negatives = torch.randint(30, 60, (20,), generator=generator)
         moving = points.requires_grad_()
-        value = loss.of_vectors(moving[anchors], moving[positives], moving[negatives])
+        value = loss(moving.T[None], VoxelTuples(anchors, positives, negatives))
         points = (points - 0.3 * torch.autograd.grad(value, moving)[0]).detach()
         values.append(value.item())
     return points, values
@@ -167,6 +167,11 @@ def triplet_loss(anchors, positives, negatives, margin=0.7):
 
 
 # %% tags=["check"]
+def ours(a, p, n):
+    tuples = VoxelTuples(*torch.arange(3 * len(a)).view(3, -1))
+    return VoxelMetricLoss()(torch.cat([a, p, n]).T[None], tuples)
+
+
 a, p, n = torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(0))
 raw = squared_distance(a, p) - squared_distance(a, n) + 0.7
 unsquared = (a - p).norm(dim=1) - (a - n).norm(dim=1) + 0.7
@@ -179,7 +184,7 @@ mistakes = {
     "d is a sum over the channels, not a mean.": ((raw - 0.7) / 4 + 0.7).relu().mean(),
 }
 with exercise("3.1", "Begin with d(a, p) and d(a, n), a number for each triplet."):
-    same(triplet_loss(a, p, n), VoxelMetricLoss().of_vectors(a, p, n), mistakes, "Try it by hand on one triplet.")
+    same(triplet_loss(a, p, n), ours(a, p, n), mistakes, "Try it by hand on one triplet.")
 
 # %% [markdown]
 # ## Step 2: how hard does a triplet push?
@@ -241,7 +246,7 @@ def anchor_gradient(anchors, positives, negatives, margin=0.7):
 
 # %% tags=["check"]
 a, p, n = torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(1))
-(right,) = torch.autograd.grad(len(a) * VoxelMetricLoss().of_vectors(a.requires_grad_(), p, n), a)
+(right,) = torch.autograd.grad(len(a) * ours(a.requires_grad_(), p, n), a)
 a = a.detach()
 no_margin = (squared_distance(a, p) > squared_distance(a, n))[:, None]
 mistakes = {
