@@ -268,16 +268,18 @@ def write_rtstruct(
 
     Args:
         mask: foreground is not 0; on the series' grid.
-        series_folder: holds the slices of one CT or MR series.
+        series_folder: holds the slices of one series.
         description: which model made the mask, and what it was trained on.
         colour: red, green and blue, 0 to 255.
 
     Raises:
-        ValueError: if the folder holds no such series, or several, or the mask is empty or not on its grid.
+        ValueError: if the folder holds no series, or several, or the mask is empty or not on its grid.
         OSError: if the file cannot be written; then nothing is.
     """
     series = _series_for(mask, series_folder, path)
     first, images, contours = dcmread(series.files[0], stop_before_pixels=True, force=True), [], []
+    if not first.get("FrameOfReferenceUID"):
+        raise ValueError(f"{series.files[0]}: has no FrameOfReferenceUID, which contours need; export it again")
     for uid, number, position, plane in zip(
         series.uids, series.frames, series.positions, _planes(mask, series), strict=True
     ):
@@ -335,13 +337,8 @@ def write_dicom_seg(
 
 
 def _series_for(mask: sitk.Image, folder: str | Path, path: str | Path) -> Series:
-    """The one CT or MR series in a folder; ValueError if it is not one, or the mask is empty or not on its grid."""
-    found, _ = _found(Path(folder))
-    keys = [key for key in found if found[key].modality in SCANS]
-    if len(keys) != 1 or not keys[0].frame:
-        what = f"{len(keys)} CT or MR series" if len(keys) != 1 else "a series that names no frame of reference"
-        raise ValueError(f"{folder}: holds {what}; give a folder with exactly one that names it")
-    series = series_geometry(folder, found[keys[0]].files)
+    """The series in a folder; ValueError if it is not one, or the mask is empty or not on its grid."""
+    series = series_geometry(folder)
     grid = series_image(series, np.zeros((len(series.uids), *series.size[::-1]), np.uint8), label=True)
     if difference := grid_difference(grid, mask):
         raise ValueError(f"{path}: the mask is not on the grid of {folder} ({difference}); resample it first")
