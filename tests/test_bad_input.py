@@ -678,9 +678,12 @@ RUNS = [
         "_image.npy",
         NOTEBOOK_2,
     ),
-    bad_run("no record of stage 1", on_regions(Path.unlink, "run.json"), "run.json", NOTEBOOK_2),
-    bad_run("a record without the region", on_regions(write("{}"), "run.json"), "run.json", NOTEBOOK_2),
-    bad_run("a record that is no JSON", on_regions(write("{"), "run.json"), "run.json", NOTEBOOK_2),
+    bad_run(
+        "regions without their geometry",
+        on_regions(write("case_id,split,centre_x,centre_y,centre_z\n"), "regions.csv"),
+        "origin, spacing, direction",
+        NOTEBOOK_2,
+    ),
     bad_run(
         "empty metrics",
         on_evaluating(lambda study: (study / "run-seed0" / "metrics.csv").write_text("")),
