@@ -589,7 +589,10 @@ TRAPS = {
         partial(check_new_stage_1, notebook="05"),
         in_the_notebook("case_metrics(runs, regions)", "case_metrics(runs)"),
     ),
-    "other settings in one table": (check_settings, attribute(results, "_check_settings", lambda parameters, may_differ=(): None)),
+    "other settings in one table": (
+        check_settings,
+        attribute(results, "_check_settings", lambda parameters, may_differ=(): None),
+    ),
     "other settings in one picture": (
         partial(check_settings, notebook="05"),
         attribute(results, "_check_settings", lambda parameters, may_differ=(): None),

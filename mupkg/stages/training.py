@@ -76,6 +76,7 @@ def train(
     workers: int = 0,
     choose_from: float = 0.0,
     on_validation: Callable[[nn.Module, int], None] | None = None,
+    on_step: Callable[[nn.Module, int], None] | None = None,
 ) -> pd.DataFrame:
     """Train, or go on from the checkpoint in the folder; returns the history, a row every few steps.
 
@@ -96,7 +97,8 @@ def train(
         workers: processes that cut batches ahead, if the cohort does not fit into a GPU's memory; same batches.
         choose_from: the share of the steps after which the best weights are looked for (not in the paper). At a high
             learning rate, earlier weights may do well on a few validation cases by luck.
-        on_validation: called by the first process with network and step before a fresh run and after validations.
+        on_validation: called by the first process with network and step before a fresh run and after validations;
+            on_step: likewise after every step.
 
     Raises:
         ValueError: for a checkpoint of other settings, a folder in use, and what this machine cannot do.
@@ -118,7 +120,7 @@ def train(
         model = torch.compile(model) if compile else model  # a wrapper: the weights of `network` keep their names
         numbers = range(run.done * processes + accelerator.process_index, steps * processes, processes)
         with closing(batches(nearest(source, accelerator), numbers, workers, device, layout)) as feed:
-            _loop(run, model, loss, feed, rates, seed, precision, validate, validate_every, on_validation)
+            _loop(run, model, loss, feed, rates, seed, precision, validate, validate_every, on_validation, on_step)
         return run.finish()
 
 
@@ -149,6 +151,7 @@ def _loop(
     validate: Callable[[nn.Module], float],
     validate_every: int,
     on_validation: Callable[[nn.Module, int], None] | None,
+    on_step: Callable[[nn.Module, int], None] | None,
 ) -> None:
     """The steps that are left, one for each batch; `model` computes with the weights of `run.network`."""
     network, optimizer, scaler, steps = run.network, run.optimizer, run.scaler, len(rates)
@@ -176,6 +179,8 @@ def _loop(
         values |= {f"metric_{letter}": value for letter, value in terms.metric.items()}
         window.append({name: value.detach() for name, value in values.items()})
         done = step + 1
+        if on_step and main:
+            on_step(network, done)
         validating = done % validate_every == 0 or done == steps
         if not validating and done % log_every:
             continue
