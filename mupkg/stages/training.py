@@ -97,11 +97,12 @@ def train(
         workers: processes that cut batches ahead, if the cohort does not fit into a GPU's memory; same batches.
         choose_from: the share of the steps after which the best weights are looked for (not in the paper). At a high
             learning rate, earlier weights may do well on a few validation cases by luck.
-        on_validation: called by the first process with network and step before a fresh run and after validations;
-            on_step: likewise after every step.
+        on_validation: called by the first process with network and step, before the first step of a fresh run and
+            after each validation: to keep a film, say. on_step: likewise after every step.
 
     Raises:
-        ValueError: for a checkpoint of other settings, a folder in use, and what this machine cannot do.
+        ValueError: for a checkpoint of other settings, a folder in use, a number out of its range, and what this
+            machine cannot do.
         FloatingPointError: if the loss or the validation DSC is no longer finite.
     """
     _check(steps, validate_every, warm_up, choose_from)

@@ -130,7 +130,7 @@ def test_what_made_the_weights_tells_the_number_of_processes(trained, tmp_path):
         )
 
 
-# From a notebook
+# By the launchers that people use
 
 CELL = """
 import os, socket, sys
@@ -146,15 +146,16 @@ notebook_launcher(launched, (Path({folder!r}), {steps}), num_processes=2, use_po
 """
 
 
-def launch_notebook(folder, steps):
-    """papermill at work on a notebook that launches two processes."""
-    cell = CELL.format(here=str(SCRIPT.parent), folder=str(folder), steps=steps)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
-    path = folder.with_suffix(".ipynb")
+def launch_notebook(folder, **trainings):
+    """papermill at work on a notebook whose cells launch two processes each."""
+    here = str(SCRIPT.parent)
+    cells = [CELL.format(here=here, folder=str(folder / name), steps=steps) for name, steps in trainings.items()]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    path = folder / "notebook.ipynb"
     nbformat.write(notebook, path)
     command = [sys.executable, "-m", "papermill", str(path), str(path), "--kernel", "python3", "--language", "python"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    outputs = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, env=one_thread, start_new_session=True, **outputs)
 
 
@@ -171,16 +172,18 @@ def accelerate_launch(folder, steps):
     return subprocess.Popen(command, env=environment, start_new_session=True, **outputs)
 
 
-@pytest.mark.parametrize("launch", [launch_notebook, accelerate_launch])
-def test_a_notebook_and_accelerate_launch_the_same_training(trained, tmp_path, launch):
-    launcher = launch(tmp_path / "run", steps=6)
+def assert_same_training(found, wanted):
+    for name in (LAST, BEST, *(f"rank{rank}.safetensors" for rank in (0, 1))):
+        (tensors, about), (wanted_tensors, wanted_about) = (load_tensors(folder / name) for folder in (found, wanted))
+        assert about == wanted_about and tensors.keys() == wanted_tensors.keys()
+        assert all(torch.equal(tensors[key], wanted_tensors[key]) for key in wanted_tensors), name
+
+
+def test_accelerate_launches_the_same_training(trained, tmp_path):
+    launcher = accelerate_launch(tmp_path, steps=6)
     output, _ = launcher.communicate()
     assert launcher.returncode == 0, output[-4000:]
-    folders = tmp_path / "run", trained / "whole"
-    for name in (LAST, BEST, *(f"rank{rank}.safetensors" for rank in (0, 1))):
-        (found, about), (wanted, wanted_about) = (load_tensors(folder / name) for folder in folders)
-        assert about == wanted_about and found.keys() == wanted.keys()
-        assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
+    assert_same_training(tmp_path, trained / "whole")
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch, tmp_path):
@@ -197,11 +200,12 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("how", ["stop button", "papermill is killed"])
-def test_no_process_of_a_notebook_survives_an_interrupt(tmp_path, how):
-    papermill = launch_notebook(tmp_path / "run", steps=10**6)
+def test_a_notebook_launches_the_same_training_and_no_process_survives_an_interrupt(trained, tmp_path, how):
+    papermill = launch_notebook(tmp_path, short=6, endless=10**6)
     family = []
     try:
-        wait_for_checkpoint(papermill, tmp_path / "run")
+        wait_for_checkpoint(papermill, tmp_path / "endless")
+        assert_same_training(tmp_path / "short", trained / "whole")
         family = psutil.Process(papermill.pid).children(recursive=True)
         kernel, *workers = family
         assert len(workers) == 2
@@ -211,12 +215,11 @@ def test_no_process_of_a_notebook_survives_an_interrupt(tmp_path, how):
             papermill.kill()  # the kernel then ends by itself
         psutil.wait_procs(workers)  # until none is left
         assert papermill.wait() != 0
-        load_tensors(tmp_path / "run" / CHECKPOINT)
+        load_tensors(tmp_path / "endless" / CHECKPOINT)
     finally:
         for process in filter(psutil.Process.is_running, family):
             process.kill()
         papermill.kill()
-        papermill.stdout.close()
 
 
 def wait_for_checkpoint(launcher, folder):
