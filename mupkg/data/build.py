@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import SimpleITK as sitk
+from filelock import Timeout
 
 from mupkg.data.cases import Case, checked_case, label_volume_ml
 from mupkg.data.cohort import (
@@ -22,16 +25,17 @@ from mupkg.data.cohort import (
     Cohort,
     CohortError,
     name_faults,
+    patient_faults,
+    patients,
     read_table,
     split_faults,
 )
 from mupkg.data.files import closed, read_scan, readable, write_image
 from mupkg.data.phantom import make_phantom
 from mupkg.data.preprocessing import Preparation, prepare
-from mupkg.data.writing import whole_file, write_text
+from mupkg.data.writing import machine_lock, whole_file, write_text
 
-ASIDE = ".making."  # begins the names of a cohort's files until all of them are there
-VOLUMES = ("images", "labels", "prepared")
+ASIDE = ".making."  # begins the name of the folder of a cohort in the making
 LEAST_KEPT = 0.5  # of the prostate's volume; preparing a scan that loses more has gone wrong
 
 
@@ -88,13 +92,17 @@ def write_cohort(
     if all("label" in source.columns for source in sources):  # so that too few patients are told before hours of work
         told = [{"case_id": source.case_id, "image": None} | source.columns for source in sources]
         _with_split(folder, pd.DataFrame(told), split_seed)
-    with _written_aside(folder):
-        rows = []
+    with _made_aside(folder) as making:
+        rows: list[dict[str, object]] = []
+        cases_of: dict[str, str] = {}  # voxels -> the case that has them
         for source in progress(sources):
             try:
-                row = _store(folder, source.read(), preparation)
+                row, voxels = _store(making, source.read(), preparation)
             except ValueError as error:
                 faults.append(str(error))
+                continue
+            if (same := cases_of.setdefault(voxels, source.case_id)) != source.case_id:
+                faults.append(f"cases {same}, {source.case_id}: have the same voxels; leave one of them out")
                 continue
             rows.append(row | source.columns | row)  # what was found in the files counts
         if faults:
@@ -102,43 +110,52 @@ def write_cohort(
         table = _with_split(folder, pd.DataFrame(rows), split_seed)
         if folds is not None:
             table = table.assign(**_drawn_folds(table, folds, repeats, split_seed))
-        write_text(folder / f"{ASIDE}preparation.json", preparation.model_dump_json(indent=2))
-        with whole_file(folder / f"{ASIDE}cohort.csv") as temporary:
+        write_text(making / "preparation.json", preparation.model_dump_json(indent=2))
+        with whole_file(making / "cohort.csv") as temporary:
             table.to_csv(temporary, index=False)
         for name in ("cohort.csv", FINGERPRINT):  # from here on the folder is in the making
             (folder / name).unlink(missing_ok=True)
-        for path in sorted(_aside(folder), key=lambda path: path.name == f"{ASIDE}cohort.csv"):
-            os.replace(path, path.with_name(path.name.removeprefix(ASIDE)))
-    cohort = Cohort.read(folder, check_voxels=False)
-    write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint()}) + "\n")
+        files = [path for path in making.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == "cohort.csv"):
+            target = folder / path.relative_to(making)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+        cohort = Cohort.read(folder, check_voxels=False)
+        write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint()}) + "\n")
     return cohort
 
 
-def _aside(folder: Path) -> list[Path]:
-    """What of a cohort in the making lies beside the one that counts."""
-    places = (folder, *(folder / name for name in VOLUMES))
-    return [path for place in places for path in place.glob(f"{ASIDE}*")]
-
-
 @contextmanager
-def _written_aside(folder: Path) -> Iterator[None]:
-    """Nothing stays of what the block wrote aside unless it ends well, nor of what a killed one left."""
-    new = [p for p in (*(folder / name for name in VOLUMES), folder, *folder.parents) if not p.exists()]
-    for path in _aside(folder):
-        path.unlink()
+def _made_aside(folder: Path) -> Iterator[Path]:
+    """A folder in the cohort's for what is being made; it goes when the block ends, and so do those of killed builds.
+
+    Raises:
+        CohortError: if another process is making this cohort.
+    """
+    lock = machine_lock(f"cohort {folder.resolve()}")
     try:
-        yield
-    except BaseException:
-        for path in _aside(folder):
-            path.unlink(missing_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise CohortError(
+            [f"{folder}: another process is making this cohort; wait for it, or choose another name"]
+        ) from None
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        for left in folder.glob(f"{ASIDE}*"):
+            shutil.rmtree(left)
+        yield folder / f"{ASIDE}{os.getpid()}"
+    finally:
+        shutil.rmtree(folder / f"{ASIDE}{os.getpid()}", ignore_errors=True)
         for place in new:
-            with suppress(OSError):
+            with suppress(OSError):  # something was made in it
                 place.rmdir()
-        raise
+        lock.release()
 
 
 def _with_split(folder: Path, table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """The table with its split, drawn if there is none; CohortError if that cannot be."""
+    if faults := list(patient_faults(table)):
+        raise CohortError(faults)
     if "split" not in table or table["split"].isna().all():
         try:
             drawn = _drawn_split(table, seed)
@@ -151,37 +168,32 @@ def _with_split(folder: Path, table: pd.DataFrame, seed: int) -> pd.DataFrame:
     return table
 
 
-def _labelled_patients(table: pd.DataFrame) -> pd.Series:
-    """The patient of every case with a label; where none is known, the case itself."""
-    patient = table["case_id"]
-    if "patient" in table:
-        patient = table["patient"].astype(object).where(table["patient"].notna(), patient).astype(str)
-    return patient[table["label"].notna()]
-
-
 def _drawn_folds(table: pd.DataFrame, folds: int, repeats: int, seed: int) -> dict[str, pd.Series]:
     """For each repeat a column with the fold of every case with a label, the patients dealt out at random."""
-    patient = _labelled_patients(table)
-    patients = sorted(set(patient))
-    if len(patients) < folds:
-        raise CohortError([f"{len(patients)} patient(s) cannot be dealt out to {folds} folds; choose fewer folds"])
+    patient = patients(table)[table["label"].notna()]
+    names = sorted(set(patient))
+    if len(names) < folds:
+        raise CohortError([f"{len(names)} patient(s) cannot be dealt out to {folds} folds; choose fewer folds"])
     columns = {}
     for repeat in range(repeats):
-        order = np.random.default_rng([seed, repeat]).permutation(len(patients))
-        fold = {patients[i]: number % folds for number, i in enumerate(order)}
+        order = np.random.default_rng([seed, repeat]).permutation(len(names))
+        fold = {names[i]: number % folds for number, i in enumerate(order)}
         columns[f"fold_{repeat}"] = patient.map(fold).reindex(table.index).astype("Int64")
     return columns
 
 
 def _drawn_split(table: pd.DataFrame, seed: int) -> pd.Series:
     """A split for every case with a label, by patient where it is known."""
-    patient = _labelled_patients(table)
+    patient = patients(table)[table["label"].notna()]
     drawn = split_cases(patient, seed) if len(patient) else {}
     return patient.map(drawn).reindex(table.index)
 
 
-def _store(folder: Path, case: Case, preparation: Preparation) -> dict[str, object]:
-    """Write one case's scan, label and prepared volumes aside; its row of the table."""
+def _store(folder: Path, case: Case, preparation: Preparation) -> tuple[dict[str, object], str]:
+    """Write one case's scan, label and prepared volumes; its row of the table, and a digest of its prepared voxels.
+
+    Of the prepared ones: the same scan has the same digest in whatever format, type and direction it is stored.
+    """
     if case.modality != preparation.modality:
         raise ValueError(f"case {case.case_id}: is {case.modality}, not {preparation.modality}; set modality to it")
     row: dict[str, object] = {"case_id": case.case_id, "image": f"images/{case.case_id}.nii.gz", "label": None}
@@ -191,19 +203,19 @@ def _store(folder: Path, case: Case, preparation: Preparation) -> dict[str, obje
             f"case {case.case_id}: preparing it loses the prostate, because the working grid is too coarse or the "
             "body's outline wrong; choose a finer spacing_mm, or look at the scan"
         )
-    write_image(case.image, folder / "images" / f"{ASIDE}{case.case_id}.nii.gz")
-    write_image(prepared.image, folder / "prepared" / f"{ASIDE}{case.case_id}_image.mha", compress=False)
+    write_image(case.image, folder / "images" / f"{case.case_id}.nii.gz")
+    write_image(prepared.image, folder / "prepared" / f"{case.case_id}_image.mha", compress=False)
     if case.label is not None:
         row["label"] = f"labels/{case.case_id}.nii.gz"
-        write_image(case.label, folder / "labels" / f"{ASIDE}{case.case_id}.nii.gz")
-        write_image(prepared.label, folder / "prepared" / f"{ASIDE}{case.case_id}_label.mha", compress=False)
+        write_image(case.label, folder / "labels" / f"{case.case_id}.nii.gz")
+        write_image(prepared.label, folder / "prepared" / f"{case.case_id}_label.mha", compress=False)
         row["prostate_ml"] = round(label_volume_ml(case.label), 3)
     row["modality"] = case.modality
     size, spacing = case.image.GetSize()[::-1], case.image.GetSpacing()[::-1]
     row |= {"size_zyx": json.dumps(size), "spacing_zyx_mm": json.dumps([round(s, 5) for s in spacing])}
     if case.femoral_heads is not None:
         row |= dict(zip(HEADS, np.round(np.concatenate(case.femoral_heads), 3).tolist(), strict=True))
-    return row
+    return row, sitk.Hash(prepared.image)
 
 
 def sources_from_phantoms(seeds: Iterable[int], spacing_mm: tuple[float, float, float] | None) -> list[Source]:
@@ -250,12 +262,30 @@ def _file_source(
 def check_pattern(pattern: str) -> str:
     """The pattern, if it can name a file in a folder for every case."""
     inside = not pattern.startswith("/") and ".." not in pattern.split("/")
-    if pattern.count("{case}") != 1 or not pattern.isprintable() or not inside:
+    told = pattern.count("{case}") == 1 or (pattern.count("{case}") == 0 and "{patient}" in pattern)
+    if not (told and inside and pattern.isprintable()):
         raise ValueError(
-            "must hold {case} once, for example {case}_image.nii.gz, and must not lead out of the folder by / or ..; "
-            f"it is {pattern!r}"
+            "must hold {case} once, for example {case}_image.nii.gz, or {patient}, or both, for example "
+            f"{{patient}}/{{case}}.nii.gz, and must not lead out of the folder by / or ..; it is {pattern!r}"
         )
     return pattern
+
+
+def _placeholders(pattern: str) -> set[str]:
+    return {*re.findall(r"{(case|patient)}", pattern)}
+
+
+def _matches(pattern: str, name: str) -> list[dict[str, str]]:
+    """How a pattern fits a file's name: not at all, in one way, or in two, as {patient}_{case} fits a_b_c."""
+    found = []
+    for length in ("+", "+?"):
+        expression = re.escape(pattern)
+        for part in _placeholders(pattern):
+            escaped = re.escape(f"{{{part}}}")
+            expression = expression.replace(escaped, f"(?P<{part}>[^/]{length})", 1).replace(escaped, f"(?P={part})")
+        if (match := re.fullmatch(expression, name)) and match.groupdict() not in found:
+            found.append(match.groupdict())
+    return found
 
 
 def files_below(folder: Path, faults: list[str]) -> Iterator[Path]:
@@ -278,10 +308,12 @@ def sources_from_pattern(
 ) -> list[Source]:
     """Image / label pairs found by name, for example "{case}_image.nii.gz" and "{case}_label.nii.gz".
 
-    A file that matches both patterns is a label; folders may be links.
+    {patient} in the patterns tells the patients; a case is then called <patient>_<case>. A file that matches both
+    patterns is what the longer one says, or a label. Folders may be links.
 
     Raises:
-        CohortError: if nothing is found, labels are missing, folders may not be read, or cases share a file.
+        CohortError: if nothing is found, an image lacks its label or a label its image, folders may not be read, or
+            cases share a file.
     """
     folder = Path(folder)
     with readable(folder):
@@ -295,30 +327,47 @@ def sources_from_pattern(
             raise CohortError([f"{name} {error}"]) from error
     if image_pattern == label_pattern:
         raise CohortError([f"image_pattern and label_pattern are both {image_pattern!r}; give labels another one"])
-    matcher = re.compile(re.escape(image_pattern).replace(re.escape("{case}"), "(?P<case>[^/]+)"))
-    label_matcher = re.compile(re.escape(label_pattern).replace(re.escape("{case}"), "[^/]+"))
-    found, faults, files = [], [], defaultdict(list)
+    if unknown := _placeholders(label_pattern) - _placeholders(image_pattern):
+        raise CohortError(
+            [f"label_pattern holds {{{unknown.pop()}}}, which image_pattern lacks; let it hold that, too"]
+        )
+    found, faults, labels, files = [], [], {}, defaultdict(list)
     for path in sorted(files_below(folder, faults)):
         name = path.relative_to(folder).as_posix()
-        match = matcher.fullmatch(name)
-        if match is None or label_matcher.fullmatch(name):
-            continue
-        case_id = match["case"]
-        label = folder / label_pattern.replace("{case}", case_id)
+        fits, of_label = _matches(image_pattern, name), _matches(label_pattern, name)
+        if of_label and (not fits or len(label_pattern) >= len(image_pattern)):
+            labels[path] = name
+        elif len(fits) > 1:
+            faults.append(f"{name}: fits {image_pattern} in two ways, as {fits[0]} and {fits[1]}; rename the files")
+        elif fits:
+            found.append((name, path, fits[0]))
+    sources = []
+    for name, path, parts in found:
+        case_id = "_".join(parts[part] for part in ("patient", "case") if part in parts)
+        label_name = label_pattern
+        for part, text in parts.items():
+            label_name = label_name.replace(f"{{{part}}}", text)
+        label = folder / label_name
         if not os.path.isfile(label):
-            faults.append(
-                f"case {case_id}: no label {label.relative_to(folder)} beside {name}; add it or move the image"
-            )
-        found.append(_file_source(case_id, path, label, modality, label_values, channel))
-        files[os.path.realpath(path)].append(case_id)
-    for path, cases in files.items():
+            faults.append(f"case {case_id}: no label {label_name} beside {name}; add it or move the image")
+        labels.pop(label, None)
+        source = _file_source(case_id, path, label, modality, label_values, channel)
+        sources.append(replace(source, columns=source.columns | {k: v for k, v in parts.items() if k == "patient"}))
+        for kind, file in (("image", path), ("label", label)):
+            files[kind, os.path.realpath(file)].append(case_id)
+    for name in labels.values():
+        faults.append(
+            f"{name}: no image matching {image_pattern!r} belongs to this label; name it so, or move the label"
+        )
+    for (kind, path), cases in files.items():
         if len(cases) > 1:
-            faults.append(f"cases {', '.join(cases)}: have one and the same image {path}; remove the links to it")
-    if not found:
+            shared = f"have one and the same {kind} {path}"
+            faults.append(f"cases {', '.join(cases)}: {shared}; remove the links, or give each its own")
+    if not sources:
         faults.append(f"{folder}: no file there matches {image_pattern!r}")
     if faults:
         raise CohortError(faults)
-    return found
+    return sources
 
 
 def sources_from_table(

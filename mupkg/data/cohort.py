@@ -12,23 +12,29 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from mupkg.data.cases import Case, checked_case
+from mupkg.data.cases import Case, checked_case, grid_difference
 from mupkg.data.files import closed, read_scan, readable
-from mupkg.data.preprocessing import Preparation, Prepared
+from mupkg.data.preprocessing import Preparation, Prepared, array_spacing
 from mupkg.data.writing import fingerprint
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("case_id", "image", "label", "split")
 FINGERPRINT = "fingerprint.json"
+OPTIONAL = ("split", "patient", "modality")  # columns of a table from elsewhere
+TEXT = (*COLUMNS, "patient", "modality", "source", "fallback")
 HEADS = [f"head_{side}_{axis}" for side in ("left", "right") for axis in "xyz"]
+_PATIENT = re.compile(r"(patient|subject|participant|person)s?(id|name|nr|no|number|key)?|pat|patid|pid|mrn")
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -126,14 +132,27 @@ class Cohort:
         return [self.folder / "prepared" / f"{case_id}_{kind}.mha" for kind in kinds]
 
     def prepared(self, case_id: str) -> Prepared:
-        """One case on the working grid, as notebook 00 left it; CohortError if a volume is missing."""
+        """One case on the working grid, as notebook 00 left it.
+
+        Raises:
+            CohortError: if a volume is missing, or lies on another grid than preparation.json and its image say.
+        """
         paths = self._prepared(case_id)
         for path in paths:
             with readable(path):
                 there = path.exists()
             if not there:
                 raise CohortError([f"case {case_id}: {path}: missing; run notebook 00 again on this cohort"])
-        return Prepared(*map(read_scan, paths), *[None] * (2 - len(paths)))
+        image, label = [*map(read_scan, paths), None][:2]
+        spacing_mm = self.preparation.spacing_mm
+        if not np.allclose(array_spacing(image), spacing_mm, rtol=1e-4) or (label and grid_difference(image, label)):
+            raise CohortError(
+                [
+                    f"case {case_id}: {paths[0]}: does not lie on the grid of {spacing_mm} mm (z, y, x) that "
+                    "preparation.json tells; run notebook 00 again on this cohort"
+                ]
+            )
+        return Prepared(image, label)
 
 
 def of_replicate(table: pd.DataFrame, replicate: int) -> pd.DataFrame:
@@ -157,7 +176,7 @@ def of_replicate(table: pd.DataFrame, replicate: int) -> pd.DataFrame:
         raise ValueError(f"there is no replicate {replicate} in this cohort, which has {known}")
     if "replicate" in table:
         return table[table["replicate"].isna() | (table["replicate"] == replicate)]
-    patient = table["patient"].fillna(table["case_id"]) if "patient" in table else table["case_id"]
+    patient = patients(table)
     fold = table[f"fold_{replicate // folds}"]
     tested = fold == replicate % folds
     others = sorted(set(patient[fold.notna() & ~tested]))
@@ -177,31 +196,75 @@ def recorded_cohort(folder: Path, notebook: int) -> str:
         raise ValueError(f"{path}: does not tell the cohort ({error!r}); run notebook 0{notebook} again") from error
 
 
-def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
-    """A table of cases and of the files beside it; CohortError with everything that is wrong with it."""
-    text = dict.fromkeys([*COLUMNS, "patient", "modality"], str)
-    try:  # a case may be called NA: only an empty entry is a missing one
-        table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+def read_cases(path: Path, advice: str) -> pd.DataFrame:
+    """A CSV table with a row a case, read alike wherever one is read: cohort.csv, regions.csv, metrics.csv.
+
+    Names stay text, also those that look like numbers or like nothing (007, 1e5, NA): only an empty entry is missing.
+    Blanks around entries, a byte order mark, and rows and columns without any entry are passed over. `~` in a path is
+    the home folder.
+
+    Raises:
+        CohortError: naming the file, with this advice if it is no such table.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            table = pd.read_csv(
+                path,
+                dtype=dict.fromkeys(TEXT, str),
+                keep_default_na=False,
+                na_values=[""],
+                index_col=False,
+                skipinitialspace=True,
+                encoding="utf-8-sig",
+            )
+    except FileNotFoundError:
+        raise CohortError([f"{path}: there is no such table; {advice}"]) from None
     except PermissionError as error:
         raise CohortError([closed(path, error)]) from error
-    except FileNotFoundError:
-        raise CohortError([f"{path}: there is no such table; notebook 00 makes one"]) from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
-        raise CohortError([f"{path}: is not a CSV table ({error}); save it as CSV with commas, in UTF-8"]) from error
+    except (ValueError, OSError, pd.errors.ParserWarning) as error:
+        raise CohortError([f"{path}: is not a CSV table ({error}); {advice}"]) from error
+    table.columns = table.columns.str.strip()
+    for column in table.columns.intersection(TEXT):
+        table[column] = table[column].str.strip().replace("", None)
+    for column in table.columns.intersection(["image", "label"]):
+        table[column] = table[column].map(os.path.expanduser, na_action="ignore")
+    table = table.dropna(how="all").reset_index(drop=True)
+    return table.drop(columns=[c for c in table if c.startswith("Unnamed: ") and table[c].isna().all()])
+
+
+def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+    """A table of cases and of the files beside it; CohortError with everything that is wrong with it."""
+    table = read_cases(path, "notebook 00 makes one, or save it as CSV with commas, in UTF-8")
     missing = [column for column in columns if column not in table]
     if missing:
-        found = f"it has {', '.join(map(str, table))}"
+        found = f"it has {', '.join(table)}"
         raise CohortError([f"{path}: lacks the column(s) {', '.join(missing)}; {found}. Add them, set off by commas"])
-    faults = [*name_faults(table["case_id"]), *_file_faults(path.parent, table), *split_faults(table)]
-    for column in HEADS:
-        if column in table and not pd.api.types.is_numeric_dtype(table[column]):
-            faults.append(f"{path}: column {column} holds more than numbers; mend it, or leave the column out")
+    faults = [*name_faults(table["case_id"]), *_column_faults(path, table), *_file_faults(path.parent, table)]
+    faults += [*split_faults(table), *patient_faults(table)]
     if faults or table.empty:
         raise CohortError(faults or [f"{path}: has no cases; list at least one"])
     return table
 
 
+def patients(table: pd.DataFrame) -> pd.Series:
+    """The patient of every case, however it is spelt: blanks, capitals and the form of letters do not count.
+
+    Where none is known, the case itself.
+    """
+
+    def spelt_alike(name: object) -> str:
+        text = unicodedata.normalize("NFKC", str(name))
+        return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").casefold().split())
+
+    if "patient" not in table:
+        return table["case_id"]
+    known = table["patient"].map(spelt_alike, na_action="ignore").replace("", None)
+    return known.astype(object).where(known.notna(), table["case_id"])
+
+
 def name_faults(case_ids: Iterable[object]) -> Iterator[str]:
+    """Of names that are there twice, or cannot name files."""
     for number, (case_id, times) in enumerate(Counter(case_ids).items(), start=1):
         if times > 1:
             yield f"case {case_id}: is listed {times} times; give every scan a name of its own"
@@ -218,24 +281,67 @@ def split_faults(table: pd.DataFrame) -> Iterator[str]:
     None of the three may be empty then.
     """
     split = table["split"] if "split" in table else pd.Series(None, table.index, dtype=object)
+    labelled = table["label"].notna()
     for case_id, name in zip(table["case_id"], split, strict=True):
         if isinstance(name, str) and name not in SPLITS:
             yield f"case {case_id}: split is {name!r}; it must be one of {', '.join(SPLITS)}"
-    for row in table[split.notna() & table["label"].isna()].itertuples():
-        yield f"case {row.case_id}: has a split but no label; name its label, or leave its split empty"
-    for row in table[split.isna() & table["label"].notna() & split.notna().any()].itertuples():
-        yield f"case {row.case_id}: has no split, others have; fill it, or empty the column to have it drawn"
-    if "patient" in table:
-        for patient, names in split.groupby(table["patient"]):
-            if len(set(names.dropna())) > 1:
-                cases = ", ".join(map(str, table["case_id"][names.index]))
-                yield f"cases {cases}: are of one patient ({patient}) but in several splits; put them into one"
-    given = set(split.dropna())
-    if (
-        given and given < set(SPLITS) and not split[table["label"].notna()].isna().any()
-    ):  # else that is to be mended first
-        missing = " and ".join(name for name in SPLITS if name not in given)
-        yield f"column split: no case is in {missing}; give each split a case, or empty the column to have it drawn"
+    for case_id in table["case_id"][split.notna() & ~labelled]:
+        yield f"case {case_id}: has a split but no label; name its label, or leave its split empty"
+    for case_id in table["case_id"][split.isna() & labelled & split.notna().any()]:
+        yield f"case {case_id}: has no split, others have; fill it, or empty the column to have it drawn"
+    for patient, names in split.groupby(patients(table)):
+        if len(set(names.dropna())) > 1:
+            cases = ", ".join(map(str, table["case_id"][names.index]))
+            yield f"cases {cases}: are of one patient ({patient}) but in several splits; put them into one"
+    missing = [name for name in SPLITS if name not in set(split)]
+    if missing and split.notna().any() and not split[labelled].isna().any():  # else that is to be mended first
+        yield (
+            f"column split: no case is in {' and '.join(missing)}; give each split a case, or empty the column to "
+            "have it drawn"
+        )
+
+
+def patient_faults(table: pd.DataFrame) -> Iterator[str]:
+    """Of patients who may be one, and would be torn apart by a split that is drawn: nearly the same names.
+
+    Names that differ in zeros and signs alone (P1, P-01) are nearly the same. Without any patient known, cases that
+    share all before the last sign of their names, a number in it (10000_1000000, 10000_1000001, 10001_1000003), look
+    like scans of one patient.
+    """
+    if "patient" in table and table["patient"].notna().any():
+        known = patients(table)[table["patient"].notna()]
+        alike = known.map(lambda name: tuple(part.lstrip("0") for part in re.findall(r"\d+|[^\W\d_]+", name)))
+        for _, names in known.groupby(alike):
+            if len(set(names)) > 1:
+                spelt = " and ".join(map(repr, dict.fromkeys(table["patient"][names.index])))
+                cases = ", ".join(table["case_id"][names.index])
+                yield f"cases {cases}: their patients {spelt} are nearly the same; spell one patient in one way"
+        return
+    stem = table["case_id"].str.extract(r"^(.*\d.*)[_.-][^_.-]+$", expand=False)
+    drawn = "split" not in table or table["split"].isna().all()
+    torn = table["case_id" if drawn else "split"]  # a split yet to be drawn may tear any apart
+    for name, cases in table["case_id"].groupby(stem):
+        if 1 < len(cases) < len(table) and len(set(torn[cases.index].dropna())) > 1:
+            yield (
+                f"cases {', '.join(cases)}: look like scans of one patient, {name}. Say who is who: by a column "
+                "'patient' in the table, or by {patient} in the patterns ({patient}_{case}, or {patient} alone where "
+                "every scan is another patient's)"
+            )
+
+
+def _column_faults(path: Path, table: pd.DataFrame) -> Iterator[str]:
+    """Of columns that would be passed over though somebody means them, and of those that are there twice."""
+    for column in table:
+        name = re.sub(r"[^a-z]", "", column.casefold())
+        meant = "patient" if _PATIENT.fullmatch(name) else next(iter(get_close_matches(name, OPTIONAL, 1, 0.8)), None)
+        if meant and meant not in table:
+            yield f"{path}: nothing reads the column {column!r}; call it {meant!r}, or leave it out"
+        twice, _, number = column.rpartition(".")
+        if twice in table and number.isdigit():  # as pandas calls the second one
+            yield f"{path}: there are two columns {twice!r}; leave one out"
+    for column in table.columns.intersection(HEADS):
+        if not pd.api.types.is_numeric_dtype(table[column]):
+            yield f"{path}: column {column} holds more than numbers; mend it, or leave the column out"
 
 
 def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:

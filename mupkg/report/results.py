@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from mupkg.configurations import TABLE_II
+from mupkg.data.cohort import read_cases
 from mupkg.data.writing import whole_file
 from mupkg.parameters import Stage2Settings, Tag, tagged
 from mupkg.report import statistics
@@ -118,10 +119,7 @@ def _check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Ite
 
 
 def _run_metrics(path: Path, regions: Regions | None) -> pd.DataFrame:
-    try:
-        metrics = pd.read_csv(path, dtype={"case_id": str})
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: is not a CSV table ({error}); test the run again with notebook 03") from error
+    metrics = read_cases(path, "test the run again with notebook 03")
     if "case_id" not in metrics or metrics["case_id"].duplicated().any():
         raise ValueError(f"{path}: must have a case_id for every row, each once; test the run again with notebook 03")
     if regions is not None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from mupkg import progress
 from mupkg.data.cases import Point
-from mupkg.data.cohort import FINGERPRINT, Cohort, of_replicate, recorded_cohort
+from mupkg.data.cohort import FINGERPRINT, Cohort, of_replicate, read_cases, recorded_cohort
 from mupkg.data.preprocessing import (
     Prepared,
     centroid,
@@ -63,16 +63,12 @@ class Regions:
             ValueError: naming the file, if it is missing or broken, or the regions are of another cohort.
         """
         path = Path(stage1_folder) / "regions.csv"
-        if not path.is_file():
-            raise ValueError(f"{path}: there is no such table; run notebook 02 for this study first")
-        try:
-            table = pd.read_csv(path, dtype={"case_id": str, "fallback": str}).fillna({"fallback": ""})
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: is not a CSV table ({error}); run notebook 02 again") from error
+        table = read_cases(path, "run notebook 02 for this study")
         missing = [c for c in ("case_id", "split", *CENTRE, *GEOMETRY) if c not in table]
         if missing:
             raise ValueError(f"{path}: lacks the column(s) {', '.join(missing)}; run notebook 02 again")
-        regions = cls(path.parent, table.set_index("case_id", drop=False).rename_axis(None))
+        table = table.fillna({"fallback": ""}).set_index("case_id", drop=False).rename_axis(None)
+        regions = cls(path.parent, table)
         if cohort is not None and recorded_cohort(path.parent, 2) != recorded_cohort(cohort.folder, 0):
             raise ValueError(
                 f"{path}: its regions were not cut from {cohort.folder} as it is now (another cohort, or prepared "

@@ -17,8 +17,10 @@ SHAPE = (6, 12, 14)
 PREPARATION = Preparation(spacing_mm=(5.0, 4.0, 4.0))
 
 
-def scan() -> sitk.Image:
-    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(-200, 200, SHAPE).astype(np.int16))
+def scan(case_id: str = "") -> sitk.Image:
+    """Another one for every name."""
+    rng = np.random.default_rng(list(case_id.encode()))
+    image = sitk.GetImageFromArray(rng.integers(-200, 200, SHAPE).astype(np.int16))
     image.SetSpacing((4.0, 4.0, 5.0))
     return image
 
@@ -49,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def source(case_id: str, **columns) -> Source:
-    return Source(case_id, lambda: Case(case_id, scan(), mask()), columns)
+    return Source(case_id, lambda: Case(case_id, scan(case_id), mask()), columns)
 
 
 def broken(case_id: str) -> Source:
@@ -230,8 +232,8 @@ def test_a_failure_leaves_nothing_in_a_fresh_folder(tmp_path):
 
 
 def test_what_a_killed_build_left_aside_is_cleared_away(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / ".making.z.nii.gz").write_text("of a case that is no longer in the cohort")
+    (tmp_path / ".making.99999999" / "images").mkdir(parents=True)
+    (tmp_path / ".making.99999999" / "images" / "z.nii.gz").write_text("of a case that is no longer in the cohort")
     write_cohort(tmp_path, [source(i) for i in "abc"], PREPARATION, split_seed=0)
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or path.name.startswith("z")]
 
@@ -268,7 +270,7 @@ def test_a_case_may_be_called_na(tmp_path):
 
 def test_a_label_of_a_former_cohort_is_not_taken_for_the_cases(tmp_path):
     write_cohort(tmp_path, [source(i) for i in "abcx"], PREPARATION, split_seed=0)
-    bare = Source("x", lambda: Case("x", scan()), {})
+    bare = Source("x", lambda: Case("x", scan("x")), {})
     cohort = write_cohort(tmp_path, [bare, *(source(i) for i in "abc")], PREPARATION, split_seed=0)
     assert (tmp_path / "prepared" / "x_label.mha").is_file() and cohort.prepared("x").label is None
 
@@ -312,7 +314,7 @@ def test_a_split_that_is_brought_along_is_kept(tmp_path):
 
 
 def test_cases_without_a_label_get_no_split(tmp_path):
-    bare = Source("x", lambda: Case("x", scan()), {})
+    bare = Source("x", lambda: Case("x", scan("x")), {})
     cohort = write_cohort(tmp_path, [bare, *(source(i) for i in "abc")], PREPARATION, split_seed=0)
     assert pd.isna(cohort.table["split"]["x"]) and cohort.table["split"].notna().sum() == 3
     assert cohort.case("x").label is None and cohort.prepared("x").label is None
@@ -364,7 +366,7 @@ def test_a_cohort_in_the_making_has_neither_table_nor_fingerprint(tmp_path, monk
     replace = os.replace
 
     def killed(old, new):
-        if Path(new).name == "b_image.mha" and Path(old).name.startswith(".making."):
+        if Path(new) == tmp_path / "prepared" / "b_image.mha":
             raise KeyboardInterrupt
         replace(old, new)
 
