@@ -69,7 +69,7 @@ def alt_text(figure: Figure) -> str:
     for ax in figure.axes:
         labels = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
         parts.append(": ".join(filter(None, (ax.get_title(), ax.get_title("left"), labels))))
-    return "; ".join(part.replace("\n", ", ") for part in dict.fromkeys(parts) if part)
+    return "; ".join(part.replace(":\n", ": ").replace("\n", ", ") for part in dict.fromkeys(parts) if part)
 
 
 # Slices
