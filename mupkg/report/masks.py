@@ -10,6 +10,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from mupkg.data.files import write_image
+from mupkg.report.results import run_record
 from mupkg.stages.runs import write_json
 
 ENDINGS = re.compile(r"\.(nii(\.gz)?|mha|mhd|nrrd|nhdr|hdr|img)$", re.IGNORECASE)
@@ -46,6 +47,13 @@ def write_mask(image: sitk.Image, mask: Path, record: Mapping[str, str]) -> None
     """Write a mask with its record; the record first, for a mask without one is nobody's."""
     write_json(_beside(mask), record)
     write_image(image, mask)
+
+
+def described(run: Path) -> str:
+    """Which model a run is and what it was trained on, in a line that goes with its masks."""
+    data, parameters = run_record(run / "run.json")
+    told = [f"{name} {parameters[name]}" for name in ("configuration", "seed", "cohort") if name in parameters]
+    return f"Run {run.name}: {', '.join(told)}, trained on data {data}."
 
 
 def _beside(mask: Path) -> Path:

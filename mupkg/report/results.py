@@ -69,7 +69,7 @@ def case_metrics(table: pd.DataFrame, regions: Regions | None = None, may_differ
     cases = metrics.groupby(["configuration", "seed"])["case_id"].agg(frozenset)
     if len(set(cases)) > 1:
         raise ValueError("the runs were not tested on the same cases; evaluate runs of one study only")
-    records = {folder: _record(folder / "run.json") for folder in table["folder"]}
+    records = {folder: run_record(folder / "run.json") for folder in table["folder"]}
     trained_on = {folder: fingerprint for folder, (fingerprint, _) in records.items()}
     if len(set(trained_on.values())) > 1:
         raise ValueError(
@@ -85,7 +85,7 @@ def case_metrics(table: pd.DataFrame, regions: Regions | None = None, may_differ
     return metrics
 
 
-def _record(path: Path) -> tuple[str, dict[str, Any]]:
+def run_record(path: Path) -> tuple[str, dict[str, Any]]:
     """What a run was trained on, and with which parameters."""
     try:
         record = json.loads(path.read_bytes())

@@ -5,14 +5,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
+from dicom_series import write_series
 from matplotlib import pyplot as plt
 
+from mupkg.data.dicom_rt import read_rtstruct
 from mupkg.report import masks
 from mupkg.report.masks import record_of, scan_name, write_mask
 from mupkg.stages import Pipeline
 from mupkg.stages.localization import Location
+from mupkg.stages.runs import write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,3 +135,18 @@ def test_notebook_9_keeps_the_results_of_all_patients_apart(tmp_path, monkeypatc
     for number, stem in enumerate(stems):
         mask = sitk.GetArrayFromImage(sitk.ReadImage(str(output / f"{stem}_prostate.nii.gz")))
         np.testing.assert_array_equal(mask, sitk.GetArrayFromImage(scan(number)) > 400)
+
+
+def test_notebook_9_gives_a_dicom_series_its_contours_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(Pipeline, "load", lambda folder: Bright())
+    plt.switch_backend("Agg")
+    write_series(tmp_path / "P1", scan(0))
+    parameters = {"configuration": "UNet", "seed": 3, "cohort": "phantoms-quick"}
+    write_json(tmp_path / "UNet-seed3" / "run.json", {"data_fingerprint": "abc", "parameters": parameters})
+    notebook_9(run=str(tmp_path / "UNet-seed3"), scan=str(tmp_path / "P1"), output=str(tmp_path / "segmented"))
+    written = tmp_path / "segmented" / "P1_prostate_rtstruct.dcm"
+    mask = sitk.GetArrayFromImage(read_rtstruct(written, tmp_path / "P1", "Prostate"))
+    np.testing.assert_array_equal(mask, sitk.GetArrayFromImage(scan(0)) > 400)
+    told = pydicom.dcmread(written).StructureSetDescription
+    for words in ("no medical device", "UNet-seed3", "configuration UNet", "cohort phantoms-quick", "data abc"):
+        assert words in told
