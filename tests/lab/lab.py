@@ -328,9 +328,10 @@ class Notebook:
         self.page.keyboard.type(f"{value:g}")
         self.page.keyboard.press("Enter")
 
-    def press(self, text: str) -> None:
-        """Clicks the ipywidgets button of that text."""
-        self.page.locator("button.jupyter-button").filter(has_text=re.compile(rf"^\s*{re.escape(text)}\s*$")).click()
+    def press(self, text: str, within: Locator | None = None) -> None:
+        """Clicks the ipywidgets button of that text (of a cell, say)."""
+        buttons = (within or self.page).locator("button.jupyter-button")
+        buttons.filter(has_text=re.compile(rf"^\s*{re.escape(text)}\s*$")).click()
 
     # Asking the kernel: over the page's own connection, so after all that the page has sent before
 
