@@ -69,7 +69,7 @@ class CaseViewer:
             [heat[z] for heat in self.seen.heat.values()],
             [f"{name}\nDSC {row.DSC:.3f}, HD95 {row.HD95:.1f} mm" for name, row in self.scores.iterrows()],
             opacity=self.opacity.value,
-            levels=sorted({0.25, threshold, 0.75}),
+            levels=(0.25, threshold, 0.75),
             lit=self.lit[self.lit[:, 0] == z, 1:],
         )
         if self.volumes is not None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from mupkg import repository
 from mupkg.explore.case import CaseViewer
-from mupkg.explore.panels import DPI, SlicePanel, beside, button, colour_bar, control, key, small, table, wrapped
+from mupkg.explore.panels import DPI, SlicePanel, beside, button, control, small, table, wrapped
 from mupkg.explore.seen import SeenCase
 from mupkg.losses import squared_distance
 from mupkg.report.embeddings import (
@@ -31,7 +31,7 @@ from mupkg.report.embeddings import (
     principal_axes,
     project,
 )
-from mupkg.report.figures import CHOSEN, KIND_COLOURS, draw_points, mean, pc_names
+from mupkg.report.figures import CHOSEN, KIND_COLOURS, colour_bar, draw_points, key, mean, pc_names
 from mupkg.report.results import save_table
 from mupkg.stages.voxels import KINDS, draw, sample_voxels
 

@@ -8,7 +8,6 @@ several times as long.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +17,7 @@ import ipywidgets
 import numpy as np
 from IPython.display import display
 from jaxtyping import Float, Int
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from mupkg import in_lab
@@ -76,7 +72,7 @@ class SlicePanel:
         """Show the slice, with a heat in [0, 1] and a title for each network.
 
         Args:
-            levels: of the heat's contours; the middle one is drawn strongest. lit: rows and columns of lit voxels.
+            levels: of the heat's contours; the second one is drawn strongest. lit: rows and columns of lit voxels.
         """
         self.heats, self.titles, self.opacity, self.levels, self.lit = heats, titles, opacity, levels, lit
         if "pictures" in self.__dict__:
@@ -84,11 +80,11 @@ class SlicePanel:
 
     def _layers(self) -> list[tuple]:
         """Each network's slice: its pixels, its contours and the spacing, as `figures.slice_png` takes them."""
-        seen, z, strong = self.seen, self.seen.slice.value, len(self.levels) // 2
+        seen, z = self.seen, self.seen.slice.value
         truth = TRUTH, 3, seen.truth[z].astype(np.float32), 0.5
         layers = []
         for heat in self.heats:
-            cuts = [(PREDICTION, 3 if n == strong else 1, heat, level) for n, level in enumerate(self.levels)]
+            cuts = [(PREDICTION, 3 if n == 1 else 1, heat, level) for n, level in enumerate(self.levels)]
             pixels = figures.mix(seen.region[z], heat, self.colours, self.opacity, self.lit)
             layers.append((pixels, [truth, *cuts], seen.spacing_mm))
         return layers
@@ -96,28 +92,30 @@ class SlicePanel:
     @property
     def contours(self) -> dict[str, str]:
         """The contours' names and colours."""
-        cut = {"p = " + ", ".join(f"{level:g}" for level in self.levels): PREDICTION} if self.levels else {}
+        cut = (
+            {"p = " + ", ".join(f"{level:g}" for level in sorted(set(self.levels))): PREDICTION}
+            if self.levels
+            else {}
+        )
         return {"truth": TRUTH} | cut
 
     # As a picture
 
     @property
+    def _name(self) -> str:
+        return f"{self.seen.case_id}, axial, slice {self.seen.slice.value}"
+
+    @property
     def figure(self) -> Figure:
         """The slices side by side."""
-        count, (name, low, high) = len(self.heats), self.meaning
-        figure = Figure(figsize=(4.4 * count, 4.6), dpi=DPI, layout="constrained")
-        axes = figure.subplots(1, count, squeeze=False)[0]
-        self.paint_on(axes)
-        bar = figure.colorbar(ScalarMappable(cmap=self.colours), ax=list(axes), label=name, shrink=0.8)
-        bar.set_ticks([0, 1], labels=[f"{low:g}", f"{high:g}"])
+        figure = figures.draw_slices(self._layers(), self.titles, self._name, self.meaning, self.colours)
         figures.contour_legend(figure, self.contours)
         return figure
 
     def paint_on(self, axes: Sequence[Axes]) -> None:
         """The slices on axes of a figure."""
-        name = f"{self.seen.case_id}, axial, slice {self.seen.slice.value}"
         for ax, layer, title in zip(axes, self._layers(), self.titles, strict=True):
-            figures.draw_slice(ax, *layer, name=name, title=title)
+            figures.draw_slice(ax, *layer, name=self._name, title=title)
 
     # Alive
 
@@ -141,7 +139,9 @@ class SlicePanel:
     def _refresh(self) -> None:
         for image, words, layer, title in zip(self._images, self._titles, self._layers(), self.titles, strict=True):
             image.value, words.value = figures.slice_png(*layer), small(title, "32px")
-        self.legend.value = small(f"{key(self.contours)} &nbsp; {colour_bar(self.colours, *self.meaning)}")
+        self.legend.value = small(
+            f"{figures.key(self.contours)} &nbsp; {figures.colour_bar(self.colours, *self.meaning)}"
+        )
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
@@ -175,13 +175,6 @@ class SlicePanel:
         low, high = corners.min(axis=0), corners.max(axis=0) + 1
         if self.chosen is not None:
             self.chosen(np.argwhere(np.ones(high - low, bool)) + low)
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG, without touching its own canvas."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
-    return buffer.getvalue()
 
 
 def picture(value: bytes) -> ipywidgets.Image:
@@ -238,16 +231,3 @@ def small(text: str, height: str = "auto") -> str:
     """Small text in HTML, whose lines lie close to each other."""
     look = f"line-height: 16px; height: {height}; font-size: 12px; overflow: hidden; margin-right: 1.5em"
     return f"<div style='{look}'>{text.replace(chr(10), '<br>')}</div>"
-
-
-def key(colours: Mapping[str, str]) -> str:
-    """Names, each with a dot in its colour, as HTML."""
-    dots = (f'<span style="color: {c}">&#9679;</span>&nbsp;{name}' for name, c in colours.items())
-    return " &nbsp; ".join(f'<span style="white-space: nowrap">{dot}</span>' for dot in dots)
-
-
-def colour_bar(colours: str, name: str, low: float, high: float) -> str:
-    """A colour map with what its ends stand for, as HTML."""
-    stops = ", ".join(to_hex(colormaps[colours](part)) for part in np.linspace(0, 1, 9))
-    look = f"display: inline-block; width: 5em; height: 0.8em; background: linear-gradient(to right, {stops})"
-    return f'<span style="white-space: nowrap">{name} {low:g} <span style="{look}"></span> {high:g}</span>'

@@ -12,16 +12,24 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, UInt8
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from mupkg.explore.panels import DPI, picture, png, slider, wrapped
+from mupkg.explore.panels import DPI, picture, slider, wrapped
 from mupkg.explore.seen import SeenCase
 from mupkg.losses import gather_embeddings, squared_distance
 from mupkg.report import results
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, principal_axes, separation
-from mupkg.report.figures import TRUTH, TupleMarks, TuplePlane, draw_contour, draw_points, mix, pc_names
+from mupkg.report.figures import (
+    TRUTH,
+    FilmFrame,
+    TupleMarks,
+    TuplePlane,
+    draw_contour,
+    film_strip,
+    mix,
+    pc_names,
+    png,
+)
 from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler, Sampler
 from mupkg.stages.film import FOLDER as FILM
 from mupkg.stages.film import Frames, read_film
@@ -233,43 +241,25 @@ class FilmPlayer:
             self.numbers[name] = [separation(frame, seed) for frame in frames]
         self.frame = ipywidgets.SelectionSlider(options=self.steps, value=self.steps[-1], description="step")
 
-    def _show(self, name: str, step: int, top: Axes, bottom: Axes) -> None:
-        """One frame of a run: the slice with its heat above, the feature space below."""
+    def _frame(self, name: str, step: int) -> FilmFrame:
         frames, grey, truth = self.films[name]
         points, number = self.points[name], frames.steps.index(step)
-        top.imshow(mix(grey, frames.probability[number], opacity=0.6))
-        draw_contour(top, truth, TRUTH)
-        top.set_axis_off()
-        top.set_title(f"{name}, step {step}\n{frames.case_id}, slice {frames.z}", fontsize=9, y=1.0)
-        draw_points(bottom, points[number], frames.kind, self.axes[name])
         low, high = points.min(axis=(0, 1)), points.max(axis=(0, 1))
-        (left, down), (right, up) = low - 0.05 * (high - low), high + 0.05 * (high - low)
-        bottom.set(xlim=(left, right), ylim=(down, up))
-        text = ", ".join(f"{key} {value:.2f}" for key, value in self.numbers[name][number].items())
-        bottom.set_title(text, fontsize=9, y=1.0)
-
-    def _draw(self, rows: Sequence[Sequence[tuple[str, int]]]) -> Figure:
-        """Rows of frames, each given by its run and step."""
-        wide, high = 3.6 * len(rows[0]), 6.8 * len(rows)
-        figure = Figure(figsize=(wide, high + 0.3), dpi=DPI)
-        axes = figure.subplots(2 * len(rows), len(rows[0]), squeeze=False)
-        figure.subplots_adjust(0.3 / wide, 0.7 / high, 1 - 0.1 / wide, 1 - 0.3 / high, wspace=0.12, hspace=0.2)
-        for number, frames in enumerate(rows):
-            for (name, step), top, bottom in zip(frames, axes[2 * number], axes[2 * number + 1], strict=True):
-                self._show(name, step, top, bottom)
-        handles = [*axes[1, 0].get_legend_handles_labels()[0], Line2D([], [], color=TRUTH, label="truth")]
-        figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8, markerscale=3)
-        return figure
+        title = f"{name}, step {step}\n{frames.case_id}, slice {frames.z}"
+        numbers = ", ".join(f"{key} {value:.2f}" for key, value in self.numbers[name][number].items())
+        limits = zip(low - 0.05 * (high - low), high + 0.05 * (high - low), strict=True)
+        slices = grey, truth, frames.probability[number]
+        return FilmFrame(title, numbers, *slices, points[number], frames.kind, self.axes[name], tuple(limits))
 
     @property
     def figure(self) -> Figure:
         """The first frame, one between and the last side by side, a row a run."""
         steps = [self.steps[i] for i in np.unique(np.linspace(0, len(self.steps) - 1, 3).astype(int))]
-        return self._draw([[(name, step) for step in steps] for name in self.films])
+        return film_strip([[self._frame(name, step) for step in steps] for name in self.films])
 
     def png(self) -> bytes:
         """The frame that the slider shows, a column a run."""
-        return png(self._draw([[(name, self.frame.value) for name in self.films]]))
+        return png(film_strip([[self._frame(name, self.frame.value) for name in self.films]]))
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:

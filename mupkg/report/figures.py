@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,10 +16,11 @@ import PIL.Image
 import SimpleITK as sitk
 from contourpy import contour_generator
 from IPython.display import Image
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib import color_sequences, colormaps, patheffects
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.contour import QuadContourSet
@@ -70,6 +71,26 @@ def alt_text(figure: Figure) -> str:
         labels = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
         parts.append(": ".join(filter(None, (ax.get_title(), ax.get_title("left"), labels))))
     return "; ".join(part.replace(":\n", ": ").replace("\n", ", ") for part in dict.fromkeys(parts) if part)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG, without touching its own canvas."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
+    return buffer.getvalue()
+
+
+def key(colours: Mapping[str, str]) -> str:
+    """Names, each with a dot in its colour, as HTML."""
+    dots = (f'<span style="color: {c}">&#9679;</span>&nbsp;{name}' for name, c in colours.items())
+    return " &nbsp; ".join(f'<span style="white-space: nowrap">{dot}</span>' for dot in dots)
+
+
+def colour_bar(colours: str, name: str, low: float, high: float) -> str:
+    """A colour map with what its ends stand for, as HTML."""
+    stops = ", ".join(to_hex(colormaps[colours](part)) for part in np.linspace(0, 1, 9))
+    look = f"display: inline-block; width: 5em; height: 0.8em; background: linear-gradient(to right, {stops})"
+    return f'<span style="white-space: nowrap">{name} {low:g} <span style="{look}"></span> {high:g}</span>'
 
 
 # Slices
@@ -197,6 +218,22 @@ def draw_slice(
     mark_plane(ax, "axial", name, spacing_mm[2])
     ax.set_title(title, fontsize=9)
     ax.set_axis_off()
+
+
+def draw_slices(
+    layers: Sequence[tuple], titles: Sequence[str], name: str, meaning: tuple[str, float, float], colours: str
+) -> Figure:
+    """Slices side by side, each as `draw_slice` takes it, with a colour bar.
+
+    Args:
+        meaning: what the heat is, its lowest and its highest value. colours: of the heat.
+    """
+    figure, axes = plt.subplots(1, len(layers), figsize=(4.4 * len(layers), 4.6), squeeze=False, layout="constrained")
+    for ax, layer, title in zip(axes[0], layers, titles, strict=True):
+        draw_slice(ax, *layer, name=name, title=title)
+    bar = figure.colorbar(ScalarMappable(cmap=colours), ax=list(axes[0]), label=meaning[0], shrink=0.8)
+    bar.set_ticks([0, 1], labels=[f"{value:g}" for value in meaning[1:]])
+    return figure
 
 
 def contour_legend(figure: Figure, names: Mapping[str, str]) -> None:
@@ -390,6 +427,40 @@ def draw_points(ax: Axes, points: Float[np.ndarray, "n 2"], kind: np.ndarray, na
 def pc_names(pca: PCA) -> list[str]:
     """The principal components' names, with their shares of the variance."""
     return [f"PC {n} ({share:.0%} of the variance)" for n, share in enumerate(pca.explained_variance_ratio_, 1)]
+
+
+class FilmFrame(NamedTuple):
+    """One step of a training: a slice with its heat, and voxels on a plane of the feature space."""
+
+    title: str
+    numbers: str
+    grey: UInt8[np.ndarray, "y x"]
+    truth: Bool[np.ndarray, "y x"]
+    probability: Float[np.ndarray, "y x"]
+    points: Float[np.ndarray, "n 2"]
+    kind: UInt8[np.ndarray, " n"]
+    axes: Sequence[str]  # their names
+    limits: tuple[Sequence[float], Sequence[float]]  # of x and y
+
+
+def film_strip(rows: Sequence[Sequence[FilmFrame]]) -> Figure:
+    """Rows of frames: the slice with its heat above, the feature space below."""
+    wide, high = 3.6 * len(rows[0]), 6.8 * len(rows) + 0.3
+    figure = Figure(figsize=(wide, high), dpi=80)
+    axes = figure.subplots(2 * len(rows), len(rows[0]), squeeze=False)
+    figure.subplots_adjust(0.3 / wide, 0.8 / high, 1 - 0.1 / wide, 1 - 0.5 / high, wspace=0.12, hspace=0.2)
+    for number, frames in enumerate(rows):
+        for frame, top, bottom in zip(frames, axes[2 * number], axes[2 * number + 1], strict=True):
+            top.imshow(mix(frame.grey, frame.probability, opacity=0.6))
+            draw_contour(top, frame.truth, TRUTH)
+            top.set_axis_off()
+            top.set_title(frame.title, fontsize=9, y=1.0)  # a given y spares a search for it
+            draw_points(bottom, frame.points, frame.kind, frame.axes)
+            bottom.set(xlim=frame.limits[0], ylim=frame.limits[1])
+            bottom.set_title(frame.numbers, fontsize=9, y=1.0)
+    handles = [*axes[1, 0].get_legend_handles_labels()[0], Line2D([], [], color=TRUTH, label="truth")]
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8, markerscale=3)
+    return figure
 
 
 def embedding_scatter(voxels: Mapping[str, EmbeddedVoxels], numbers: Mapping[str, Mapping[str, float]]) -> Figure:

@@ -12,7 +12,6 @@ from torch import nn
 from mupkg.explore import linked
 from mupkg.explore.case import CaseViewer
 from mupkg.explore.linked import DistanceMap, EmbeddingExplorer
-from mupkg.explore.panels import png
 from mupkg.explore.seen import SeenCase
 from mupkg.models import EmbeddingTap, SegmentationOutput
 from mupkg.stages.voxels import KINDS, embed_slice, kinds

@@ -13,7 +13,7 @@ from mupkg import in_lab
 from mupkg.explore import panels
 from mupkg.explore.panels import SlicePanel, show
 from mupkg.explore.seen import SeenCase
-from mupkg.report.figures import CHOSEN, TRUTH
+from mupkg.report.figures import CHOSEN, TRUTH, colour_bar
 
 SHAPE = (12, 20)
 COLD = np.zeros(SHAPE, np.float32)
@@ -172,5 +172,5 @@ def test_outside_jupyterlab_the_picture_stands_for_the_widget(monkeypatch, tmp_p
 
 
 def test_a_colour_bar_has_its_ends():
-    bar = panels.colour_bar("coolwarm", "mm to contour", -10, 10)
+    bar = colour_bar("coolwarm", "mm to contour", -10, 10)
     assert "mm to contour -10" in bar and bar.count("#") == 9 and "> 10<" in bar

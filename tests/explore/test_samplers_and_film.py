@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 import torch
 
-from mupkg.explore.panels import png
 from mupkg.explore.samplers_and_film import FilmPlayer, SamplersAtWork, SeenFilm
 from mupkg.explore.seen import SeenCase
 from mupkg.losses import VoxelMetricLoss
