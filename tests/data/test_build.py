@@ -17,7 +17,7 @@ from mupkg.data.build import (
     sources_from_table,
     write_cohort,
 )
-from mupkg.data.cohort import CohortError
+from mupkg.data.cohort import CohortError, patient_faults
 from mupkg.data.preprocessing import Preparation
 
 SHAPE = (6, 12, 14)
@@ -254,3 +254,100 @@ def test_a_dicom_folder_is_a_case_without_a_label(tmp_path):
     assert source.case_id == "Pelvis_CT__2_"
     with pytest.raises(ValueError, match=r"case Pelvis_CT__2_: .*there is no such file"):
         source.read()
+
+
+# Who is who
+
+
+def three_of(folder: Path, names: dict[str, int], image="_t2w.mha", label="_roi.mha") -> None:
+    for name, seed in names.items():
+        write(scan(seed=seed), folder / f"{name}{image}")
+        write(mask(), folder / f"{name}{label}")
+
+
+STUDIES = {f"{patient}_{1000000 + n}": n for n, patient in enumerate((10000, 10000, 10000, 10001, 10002, 10003))}
+
+
+def test_scans_of_one_patient_stay_together_where_the_name_tells_the_patient(tmp_path):
+    three_of(tmp_path, STUDIES)
+    sources = sources_from_pattern(tmp_path, "{patient}_{case}_t2w.mha", "{patient}_{case}_roi.mha", modality="MR")
+    assert [source.case_id for source in sources] == [*STUDIES]
+    table = write_cohort(tmp_path / "out", sources, MR, split_seed=1).table
+    assert list(table["patient"]) == [name.partition("_")[0] for name in STUDIES]
+    assert table.groupby("patient")["split"].nunique().tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("ways", [("{case}_t2w.mha", "{case}_roi.mha"), ("table",)])
+def test_names_that_may_tell_a_patient_are_not_taken_for_patients(tmp_path, ways):
+    """Regression: three studies of one patient in training and test."""
+    three_of(tmp_path, STUDIES)
+    table = pd.DataFrame({"case_id": [*STUDIES]})
+    table = table.assign(image=table["case_id"] + "_t2w.mha", label=table["case_id"] + "_roi.mha")
+    table.to_csv(tmp_path / "cohort.csv", index=False)
+    with pytest.raises(CohortError, match=r"10000_1000002: look like scans of one patient, 10000\. Say who is who"):
+        sources = sources_from_table(tmp_path, modality="MR") if ways == ("table",) else None
+        sources = sources or sources_from_pattern(tmp_path, *ways, modality="MR")
+        write_cohort(tmp_path / "out", sources, MR, split_seed=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_patients_with_one_scan_each_may_be_said_to_be_so(tmp_path):
+    three_of(tmp_path, STUDIES)
+    sources = sources_from_pattern(tmp_path, "{patient}_t2w.mha", "{patient}_roi.mha", modality="MR")
+    assert [source.columns["patient"] for source in sources] == [source.case_id for source in sources] == [*STUDIES]
+
+
+@pytest.mark.parametrize(
+    "names", [["prostate_00", "prostate_01", "prostate_02"], ["Case00", "Case01"], ["P1_a", "P1_b"], ["a-1", "b-2"]]
+)
+def test_names_with_the_same_beginning_are_no_patients_of_their_own(names):
+    assert not list(patient_faults(pd.DataFrame({"case_id": names})))
+
+
+def test_placeholders_may_be_folders_and_come_twice(tmp_path):
+    for name, seed in STUDIES.items():
+        patient, case = name.split("_")
+        three_of(tmp_path / "images" / patient, {name: seed}, label="_other.mha")
+        write(mask(), tmp_path / "labels" / f"{case}.mha")
+    patterns = "images/{patient}/{patient}_{case}_t2w.mha", "labels/{case}.mha"
+    assert [source.case_id for source in sources_from_pattern(tmp_path, *patterns, modality="MR")] == [*STUDIES]
+    with pytest.raises(CohortError, match=r"label_pattern holds \{patient\}, which image_pattern lacks"):
+        sources_from_pattern(tmp_path, "{case}.mha", "{patient}_{case}.mha", modality="MR")
+
+
+def test_a_name_that_can_be_read_in_two_ways_is_refused(tmp_path):
+    three_of(tmp_path, {"a_b_c": 0})
+    with pytest.raises(CohortError, match=r"^a_b_c_t2w\.mha: fits .* in two ways, as .*'a_b'.* and .*'a'"):
+        sources_from_pattern(tmp_path, "{patient}_{case}_t2w.mha", "{patient}_{case}_roi.mha", modality="MR")
+
+
+def test_labels_without_an_image_are_told(tmp_path):
+    """Regression: two of five cases were left out without a word."""
+    three_of(tmp_path, dict(zip("abcde", range(5), strict=True)))
+    (tmp_path / "d_t2w.mha").rename(tmp_path / "d_t2.mha")
+    (tmp_path / "e_t2w.mha").rename(tmp_path / "e_t2w.nii")
+    with pytest.raises(CohortError) as error:
+        sources_from_pattern(tmp_path, "{case}_t2w.mha", "{case}_roi.mha", modality="MR")
+    for name, fault in zip(("d_roi.mha", "e_roi.mha"), error.value.faults, strict=True):
+        assert fault.startswith(f"{name}: no image matching '{{case}}_t2w.mha' belongs to this label")
+
+
+def test_the_longer_pattern_says_what_a_file_is(tmp_path):
+    three_of(tmp_path, {"a": 0}, image="_image.mha", label=".mha")
+    (source,) = sources_from_pattern(tmp_path, "{case}_image.mha", "{case}.mha", modality="MR")
+    assert source.columns == {"source": "a_image.mha", "label": "a.mha"}
+
+
+def test_the_same_voxels_under_two_names_are_refused(tmp_path):
+    """In whatever file, type, direction and place."""
+    three_of(tmp_path, {"a": 0, "b": 1, "c": 2})
+    again = sitk.Flip(sitk.Cast(scan(seed=1), sitk.sitkFloat32), [True, False, True])
+    label = sitk.Flip(mask(), [True, False, True])
+    for image, name in ((again, "d_t2w.mha"), (label, "d_roi.mha")):
+        image.SetOrigin([x + 7 for x in image.GetOrigin()])
+        write(image, tmp_path / name)
+    sources = sources_from_pattern(tmp_path, "{case}_t2w.mha", "{case}_roi.mha", modality="MR")
+    with pytest.raises(CohortError) as error:
+        write_cohort(tmp_path / "out", sources, MR, split_seed=0)
+    assert error.value.faults == ["cases b, d: have the same voxels; leave one of them out"]
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,9 @@
 """A cohort is checked as a whole, split by patient, and there only if it is complete."""
 
 import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,17 @@ import SimpleITK as sitk
 
 from mupkg.data.build import Source, _drawn_folds, split_cases, write_cohort
 from mupkg.data.cases import Case
-from mupkg.data.cohort import Cohort, CohortError, of_replicate, recorded_cohort
-from mupkg.data.preprocessing import Preparation
+from mupkg.data.cohort import (
+    Cohort,
+    CohortError,
+    of_replicate,
+    patient_faults,
+    patients,
+    read_cases,
+    read_table,
+    recorded_cohort,
+)
+from mupkg.data.preprocessing import Preparation, array_spacing
 
 SHAPE = (6, 12, 14)
 PREPARATION = Preparation(spacing_mm=(5.0, 4.0, 4.0))
@@ -421,3 +433,180 @@ def test_more_folds_than_patients_are_refused():
 def test_a_cohort_without_replicates_says_who_makes_them():
     with pytest.raises(ValueError, match="which has none; notebook 00 makes replicates and folds"):
         of_replicate(cases_with(split=["train"]), 0)
+
+
+# Patients
+
+SPELLINGS = [
+    ("P1", "P1 "),
+    ("P1", "p1"),
+    ("P1", "\uff30\uff11"),
+    ("P1", "P1\u200b"),
+    ("Anna  B", " anna b"),
+    ("P1", "P1\u00a0"),
+]
+
+
+@pytest.mark.parametrize("spellings", SPELLINGS)
+def test_a_patient_is_one_in_any_spelling(folder, spellings, tmp_path_factory):
+    """Regression: they were told apart by their raw strings, one in training and one in the test."""
+    one, other = spellings
+    table_of("abc", patient=[one, "Q2", other]).to_csv(folder / "cohort.csv", index=False)
+    (fault,) = faults_of(folder, check_voxels=False)
+    assert fault.startswith("cases a, c: are of one patient (") and "in several splits; put them into one" in fault
+    for seed in range(3):
+        named = dict(zip("abcde", (one, other, "Q2", "Q3", "Q4"), strict=True))
+        sources = [source(case_id, patient=patient) for case_id, patient in named.items()]
+        place = tmp_path_factory.mktemp("built")
+        table = write_cohort(place, sources, PREPARATION, split_seed=seed).table
+        assert table["split"]["a"] == table["split"]["b"]
+        assert Cohort.read(place).table["split"].to_dict() == table["split"].to_dict()
+
+
+@pytest.mark.parametrize("spellings", [("P1", "P01"), ("P1", "P-1"), ("P_1", "P 1"), ("1", "001"), ("AB.1", "ab1")])
+def test_patients_of_nearly_the_same_name_are_refused(folder, tmp_path, spellings):
+    one, other = spellings
+    sources = [source(i, patient=p) for i, p in zip("abcd", (one, other, "Q2", "Q3"), strict=True)]
+    with pytest.raises(CohortError, match=r"cases a, b: their patients '.*' and '.*' are nearly the same; spell one"):
+        write_cohort(tmp_path / "out", sources, PREPARATION, split_seed=0)
+    table_of("abc", patient=[one, other, "Q2"]).to_csv(folder / "cohort.csv", index=False)
+    assert "are nearly the same" in faults_of(folder, check_voxels=False)[0]
+
+
+@pytest.mark.parametrize("names", [("P1", "P10"), ("1-11", "11-1"), ("A1", "B1"), ("P1a", "P1b"), ("Ann", "Anna")])
+def test_patients_of_other_names_are_others(names):
+    table = cases_with(patient=list(names))
+    assert not list(patient_faults(table)) and len(set(patients(table))) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "meant"),
+    [("patient_id", "patient"), ("PatientID", "patient"), ("subject", "patient"), ("Patient", "patient")]
+    + [("participant_id", "patient"), ("MRN", "patient"), ("patinet", "patient"), ("Modality", "modality")],
+)
+def test_a_column_that_nothing_reads_though_it_was_meant_is_told(folder, column, meant):
+    table_of("abc", **{column: ["CT"] * 3}).to_csv(folder / "cohort.csv", index=False)
+    (fault,) = faults_of(folder, check_voxels=False)
+    assert fault.endswith(f"cohort.csv: nothing reads the column {column!r}; call it {meant!r}, or leave it out")
+    table_of("abc", **{column: [1] * 3, meant: "CT"}, age=70).to_csv(folder / "cohort.csv", index=False)
+    assert not [fault for fault in faults_of_table(folder) if "nothing reads" in fault]
+
+
+def faults_of_table(folder: Path) -> list[str]:
+    try:
+        read_table(folder / "cohort.csv")
+    except CohortError as error:
+        return error.faults
+    return []
+
+
+# Tables as they come
+
+ROWS = "case_id,image,label,split\n" + "".join(
+    f"{case_id},{case_id}.nii.gz,{case_id}_label.nii.gz,{split}\n"
+    for case_id, split in zip("abc", ("train", "validation", "test"), strict=True)
+)
+AS_THEY_COME = {
+    "byte order mark": "\ufeff" + ROWS,
+    "Windows' line ends": ROWS.replace("\n", "\r\n"),
+    "old Macs' line ends": ROWS.replace("\n", "\r"),
+    "rows of commas alone": ROWS + ",,,\n , ,,\n",
+    "blank lines": ROWS.replace("\n", "\n\n"),
+    "blanks after commas": ROWS.replace(",", ", "),
+    "blanks before commas": ROWS.replace(",", " ,"),
+    "quoted blanks": ROWS.replace("a.nii.gz", '" a.nii.gz "').replace("train", '"train "'),
+    "all quoted": "\n".join(",".join(f'"{entry}"' for entry in row.split(",")) for row in ROWS.split()),
+    "a column without a name": ROWS.replace("\n", ",\n"),
+    "no line end at the end": ROWS.rstrip(),
+}
+
+
+@pytest.mark.parametrize("how", AS_THEY_COME)
+def test_a_table_is_read_as_spreadsheets_write_it(folder, how):
+    (folder / "cohort.csv").write_bytes(AS_THEY_COME[how].encode())
+    table = Cohort.read(folder).table
+    assert table.to_csv(index=False) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (ROWS.replace(",", ";"), r"lacks the column\(s\) case_id, image, label, split; .*set off by commas"),
+        (ROWS.replace(",", "\t"), "set off by commas"),
+        (ROWS.replace("train\n", "train,12\n"), "is not a CSV table .*save it as CSV"),
+        (ROWS.replace("\n", ",12\n").replace("split,12", "split"), "is not a CSV table .*save it as CSV"),
+        (
+            ROWS.replace("label,split", "label,split,split").replace("\n", ",x\n").replace("split,x", "split"),
+            "two columns",
+        ),
+    ],
+)
+def test_a_table_that_would_be_misread_is_refused(folder, text, fault):
+    """Regression: an entry too many in every row, and each column was read as its neighbour."""
+    (folder / "cohort.csv").write_text(text)
+    with pytest.raises(CohortError, match=fault):
+        Cohort.read(folder)
+
+
+def test_a_path_may_begin_at_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "cohort.csv").write_text(ROWS.replace(",b.nii", ",~/b.nii"))
+    assert Cohort.read(folder).ids() == ["a", "b", "c"]
+
+
+NAMES = ["NA", "null", "nan", "None", "1e5", "007", "True", "1.0", "inf", "N-A"]
+
+
+def test_a_case_keeps_its_name_in_every_table(tmp_path):
+    """Regression: NA and null passed notebook 00 and ended 02, when it read its own regions.csv."""
+    cohort = write_cohort(tmp_path, [source(name) for name in NAMES], PREPARATION, split_seed=0)
+    assert cohort.ids() == NAMES
+    numbers = pd.DataFrame({"case_id": NAMES, "fallback": [None, "NA"] * 5, "DSC": [np.inf, np.nan] * 5})
+    numbers.to_csv(tmp_path / "numbers.csv", index=False)
+    found = read_cases(tmp_path / "numbers.csv", "make it again")
+    assert found["case_id"].tolist() == NAMES
+    pd.testing.assert_series_equal(found["DSC"], numbers["DSC"])
+    assert found["fallback"].dropna().tolist() == ["NA"] * 5
+
+
+# Two builds at once
+
+
+def test_two_builds_of_one_cohort_do_not_mix(tmp_path):
+    """Regression: their volumes lay in one folder, and fingerprint and all checks passed."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow() -> Case:
+        begun.set()
+        go_on.wait(60)
+        return Case("a", scan("a"), mask())
+
+    def build(spacing: float, *sources: Source) -> Cohort:
+        preparation = PREPARATION.model_copy(update={"spacing_mm": (spacing,) * 3})
+        return write_cohort(tmp_path / "c", [*sources, source("b"), source("c")], preparation, split_seed=0)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(build, 4.0, Source("a", slow, {}))
+        assert begun.wait(60)
+        with pytest.raises(CohortError, match="c: another process is making this cohort; wait for it"):
+            build(5.0, source("a"))
+        go_on.set()
+        cohort = first.result()
+    assert {array_spacing(cohort.prepared(case_id).image) for case_id in "abc"} == {(4.0,) * 3}
+    build(5.0, source("a"))  # the lock is free again
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+@pytest.mark.parametrize("kind", ["image", "label"])
+def test_a_prepared_volume_of_another_build_is_refused(tmp_path, kind):
+    sources = [source(i) for i in "abc"]
+    other = PREPARATION.model_copy(update={"spacing_mm": (4.0, 4.0, 4.0)})
+    cohort, _ = (
+        write_cohort(tmp_path / n, sources, p, split_seed=0) for n, p in (("one", PREPARATION), ("two", other))
+    )
+    shutil.copy(tmp_path / "two" / "prepared" / f"b_{kind}.mha", tmp_path / "one" / "prepared")
+    with pytest.raises(
+        CohortError, match=r"case b: .*does not lie on the grid of \(5\.0, 4\.0, 4\.0\) mm .*; run notebook 00"
+    ):
+        cohort.prepared("b")
+    assert cohort.prepared("a").label is not None
