@@ -111,8 +111,9 @@ def stored(image: sitk.Image, path: Path, *, compress: bool = False) -> Path:
     return path
 
 
-*GOOD, P7 = [
-    Source(i, lambda i=i: Case(i, scan(), mask()), {"label": f"{i}.mha"}) for i in ("good-1", "good-2", "P7")
+*GOOD, P7 = [  # each a scan of its own: identical voxels are refused
+    Source(name, lambda name=name, low=low: Case(name, scan(low=low), mask()), {"label": f"{name}.mha"})
+    for name, low in (("good-1", -300), ("good-2", -310), ("P7", -320))
 ]
 
 

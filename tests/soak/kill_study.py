@@ -69,8 +69,8 @@ DATA, STAGE1, REPORT = "data/phantoms-smoke", f"{OUT}/stage1", f"{OUT}/report"
 UNET, RUN = f"{OUT}/UNet-seed0", f"{OUT}/MetricUNet-HCP-seed0"
 MOMENTS = (  # in the order of a study; every notebook at least once
     begins("00", DATA, 4.0),
-    writes("00", DATA, "images/*"),
-    writes("00", DATA, "prepared/*"),
+    writes("00", DATA, ".making.*/images/*"),
+    writes("00", DATA, ".making.*/prepared/*"),
     Moment("00", DATA, "cohort.csv"),
     begins("01", REPORT, 5.0),
     begins("02", STAGE1),
