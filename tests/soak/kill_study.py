@@ -155,12 +155,13 @@ def kill(folder: Path) -> int:
 
 
 def stamps(folder: Path, pattern: str) -> dict[Path, int]:
-    """The files of a pattern (its last part alone may be one), and when each was written."""
-    found, place = {}, (folder / pattern).parent
-    with suppress(FileNotFoundError):
-        for name in fnmatch.filter(os.listdir(place), Path(pattern).name):  # quick: some files live for 0.2 ms
-            with suppress(FileNotFoundError):
-                found[place / name] = (place / name).stat().st_mtime_ns
+    """The files of a pattern, and when each was written; the folder may be a pattern too."""
+    found, parent = {}, str(Path(pattern).parent)
+    for place in folder.glob(parent) if "*" in parent else [folder / parent]:
+        with suppress(FileNotFoundError):
+            for name in fnmatch.filter(os.listdir(place), Path(pattern).name):  # quick: some files live for 0.2 ms
+                with suppress(FileNotFoundError):
+                    found[place / name] = (place / name).stat().st_mtime_ns
     return found
 
 
