@@ -35,6 +35,7 @@ from pydantic import (
 from mupkg import repository
 from mupkg.configurations import build, configuration
 from mupkg.data.build import (
+    DECATHLON_T2,
     Source,
     check_pattern,
     source_from_dicom,
@@ -345,7 +346,9 @@ class CohortSettings(SizedSettings):
 
     @property
     def preparation(self) -> Preparation:
-        return Preparation(modality=self.modality, spacing_mm=self.spacing_mm, window_hu=self.window_hu)
+        channel = DECATHLON_T2 if self.source == "decathlon" and self.channel is None else self.channel
+        settings = {"modality": self.modality, "spacing_mm": self.spacing_mm, "window_hu": self.window_hu}
+        return Preparation(channel=channel, **settings)
 
 
 class StudySettings(Settings):

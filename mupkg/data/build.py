@@ -36,6 +36,7 @@ from mupkg.data.preprocessing import Preparation, prepare
 from mupkg.data.writing import machine_lock, whole_file, write_text
 
 ASIDE = ".making."  # begins the name of the folder of a cohort in the making
+DECATHLON_T2 = 0  # the channel that is T2
 LEAST_KEPT = 0.5  # of the prostate's volume; preparing a scan that loses more has gone wrong
 
 
@@ -404,7 +405,7 @@ def sources_from_decathlon(
     *,
     modality: str = "MR",
     label_values: tuple[int, ...] | None = (1, 2),
-    channel: int | None = 0,
+    channel: int | None = DECATHLON_T2,
 ) -> list[Source]:
     """The Medical Segmentation Decathlon's layout: imagesTr/ and labelsTr/.
 

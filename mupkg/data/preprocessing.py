@@ -44,6 +44,7 @@ class Preparation(BaseModel):
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
         (1.0, 1.0, 1.0), description="working grid (z, y, x)"
     )
+    channel: int | None = Field(None, ge=0, description="which volume of a 4D file; None: files are 3D")
     window_hu: Window = Field((-160.0, 240.0), description="CT window that becomes 0..255 (reading R1)")
 
 

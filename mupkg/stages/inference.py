@@ -16,7 +16,7 @@ from mupkg import progress
 from mupkg.configurations import build, configuration
 from mupkg.data.cases import Case, checked_case, grid_difference, label_volume_ml
 from mupkg.data.cohort import Cohort
-from mupkg.data.files import write_image
+from mupkg.data.files import one_volume, write_image
 from mupkg.data.preprocessing import (
     Grid,
     Preparation,
@@ -173,6 +173,8 @@ class Pipeline:
         if not isinstance(image, sitk.Image):
             kind = type(image).__name__
             raise TypeError(f"{name}: must be a SimpleITK image, not {kind}; read it with mupkg.data.files.read_scan")
+        if self.preparation.channel is not None:
+            image = one_volume(image, self.preparation.channel, name)
         case = checked_case(name, image, None, image_name="image", modality=self.preparation.modality)
         prepared = prepare(case, self.preparation).image
         location = locate(case, prepared, self.localizer, coarse_mm=self.coarse_mm)
@@ -186,7 +188,7 @@ def segment(image: sitk.Image, run_folder: str | Path, *, precision: Literal["no
     """The prostate mask of a new scan, on the scan's own grid: both stages of a trained run.
 
     Args:
-        image: a CT in HU or an MR volume, as the run was trained on.
+        image: a CT in HU or an MR volume, as the run was trained on; of a 4D one the channel that the run knows.
         run_folder: outputs/<study>/<configuration>-seed<k>, or a copy of it anywhere.
         precision: of stage 2; "bf16" halves the time on a processor that multiplies bf16, see `predict_volume`.
 

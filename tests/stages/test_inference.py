@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mupkg.data.cases import Case
+from mupkg.data.files import read_scan
 from mupkg.data.preprocessing import Preparation, crop_region, prepare
 from mupkg.metrics import segmentation_metrics
 from mupkg.stages import inference, localization
@@ -105,6 +106,24 @@ def test_the_largest_component_is_an_option(scan, run_folder, bones):
     pipeline = Pipeline.load(run_folder)
     kept, everything = (array(pipeline(scan, largest=largest).mask) > 0 for largest in (True, False))
     assert kept.sum() < everything.sum() and not (kept & ~everything).any()
+
+
+def test_of_a_4d_scan_the_channel_that_the_run_was_trained_on_is_taken(scan, run_folder, heads, tmp_path):
+    """Regression: "choose a channel" was said, where there was none to choose."""
+    copied = shutil.copytree(run_folder, tmp_path / "run")
+    tensors, metadata = load_tensors(copied / LOCALIZER)
+    metadata["preparation"]["channel"] = 1
+    save_tensors(tensors, copied / LOCALIZER, metadata)
+    several = sitk.JoinSeries([scan * 0 + 40, scan])
+    sitk.WriteImage(several, str(tmp_path / "several.nii.gz"))
+    pipeline = Pipeline.load(copied)
+    again = read_scan(tmp_path / "several.nii.gz", channel=pipeline.preparation.channel)
+    for image in (several, again, scan):
+        np.testing.assert_array_equal(array(segment(image, copied)), array(segment(scan, run_folder)))
+    with pytest.raises(ValueError, match=r"P1: has 1 channels, no channel 1; choose one from 0 to 0"):
+        pipeline(sitk.JoinSeries([scan]), name="P1")
+    with pytest.raises(ValueError, match=r"several\.nii\.gz: 4D .* choose a channel when the cohort is made"):
+        read_scan(tmp_path / "several.nii.gz", channel=Pipeline.load(run_folder).preparation.channel)
 
 
 def test_the_precision_of_stage_2_is_an_option(scan, run_folder, heads):
