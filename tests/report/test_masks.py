@@ -106,7 +106,7 @@ def notebook_9(**parameters):
 class Bright:
     """Instead of a trained run: what is above 400 HU."""
 
-    preparation = SimpleNamespace(modality="CT")
+    preparation = SimpleNamespace(modality="CT", channel=None)
 
     def __call__(self, image, **options):
         location = Location((0.0, 0.0, 0.0), None, None, "")
