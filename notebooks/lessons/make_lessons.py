@@ -38,6 +38,10 @@ def notebooks(source: Path) -> dict[Path, str]:
     }
     for number, cell in enumerate(lesson.cells):
         cell.id = str(number)  # as nbstripout numbers them
+        if tagged(cell, "setup") or tagged(
+            cell, "check"
+        ):  # folded: the picture comes first, and checks know the answer
+            cell.metadata["jupyter"] = {"source_hidden": True}
         if SOLUTION.search(cell.source) or tagged(cell, "check"):
             check = tagged(cell, "check")
             cell.metadata["nbgrader"] = {

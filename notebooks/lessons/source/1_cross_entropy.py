@@ -15,7 +15,7 @@
 # find the whole prostate, and both call the same number of background voxels prostate by mistake: one along the
 # rim, the other anywhere.
 
-# %%
+# %% tags=["setup"]
 import sys
 
 import numpy as np
@@ -29,7 +29,7 @@ from mupkg.losses import VoxelMetricLoss
 from mupkg.metrics import segmentation_metrics
 from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
 
-# %%
+# %% tags=["setup"]
 sys.path.append(str(repository() / "notebooks/lessons"))
 from classroom import SPACING_MM, embed, exercise, expect, narrow, phantoms, same, show_slice, train
 

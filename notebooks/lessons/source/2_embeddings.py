@@ -15,7 +15,7 @@
 # Then we take voxels *at the rim* of four phantoms that neither has seen: prostate and background, at most 5 mm
 # from the contour. Each voxel has a grey value, and in each network an embedding of 16 numbers (in the paper, 256).
 
-# %%
+# %% tags=["setup"]
 import sys
 
 import numpy as np
@@ -42,7 +42,7 @@ for name in ("UNet", "MetricUNet-R"):
     train(networks[name], loss, volumes)
 
 
-# %%
+# %% tags=["setup"]
 def rim(label, within_mm=5):
     truth = label == 1
     depth = [ndimage.distance_transform_edt(mask, sampling=SPACING_MM) for mask in (truth, ~truth)]
@@ -53,7 +53,7 @@ def rim(label, within_mm=5):
 # The rim first, then the voxels: their label, their grey value, and their embedding in each network, a list a
 # phantom.
 
-# %%
+# %% tags=["setup"]
 at_rim = [rim(label) for label in unseen[1]]
 is_prostate = [label[where] == 1 for label, where in zip(unseen[1], at_rim, strict=True)]
 vectors = {"grey": [image[where][:, None] / 255 for image, where in zip(unseen[0], at_rim, strict=True)]}
@@ -64,7 +64,7 @@ y = np.concatenate(is_prostate)
 print(f"{len(y)} voxels at the rim, {y.mean():.0%} of them prostate")
 
 
-# %%
+# %% tags=["setup"]
 def scatter(ax, points, y, title):
     for kind, colour, marker, name in ((False, BACKGROUND, "s", "background"), (True, PROSTATE, "o", "prostate")):
         some = points[y == kind][:400]

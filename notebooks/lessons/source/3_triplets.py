@@ -16,7 +16,7 @@
 # prostate, and a *negative* from the background. In every step the loss pulls 20 anchors to their positives and
 # pushes them away from their negatives.
 
-# %%
+# %% tags=["setup"]
 import sys
 
 import torch
@@ -32,7 +32,7 @@ sys.path.append(str(repository() / "notebooks/lessons"))
 from classroom import BACKGROUND, PROSTATE, SPACING_MM, exercise, expect, narrow, phantoms, same, train
 
 
-# %%
+# %% tags=["setup"]
 def move(loss, steps=60):
     generator = torch.Generator().manual_seed(3)
     points, values = torch.randn(60, 2, generator=generator) / 2, []

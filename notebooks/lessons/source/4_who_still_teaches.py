@@ -15,7 +15,7 @@
 # them: a triplet is *active* while $d(a, p) - d(a, n) + \sigma > 0$. The line is the share of R's triplets that are
 # active.
 
-# %%
+# %% tags=["setup"]
 import sys
 
 import torch

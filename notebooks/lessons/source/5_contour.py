@@ -15,7 +15,7 @@
 # random seeds each. We run them over six phantoms that they have not seen, and take the mean probability of
 # prostate at each distance from the true contour, in plane. Inside is to the left of 0.
 
-# %%
+# %% tags=["setup"]
 import sys
 
 import numpy as np
@@ -29,7 +29,7 @@ from mupkg.data import PatchSource
 from mupkg.metrics import segmentation_metrics
 from mupkg.samplers import contour
 
-# %%
+# %% tags=["setup"]
 sys.path.append(str(repository() / "notebooks/lessons"))
 from classroom import BLUE, SPACING_MM, VERMILION, embed, exercise, narrow, phantoms, same, train
 
@@ -42,7 +42,7 @@ for name in ("UNet", "MetricUNet-C"):
         train(networks[name, seed], loss, volumes, seed=seed)
 
 
-# %%
+# %% tags=["setup"]
 def signed_distance(label):
     """In each slice, in mm: from a voxel's centre to the contour, which runs between voxels; below 0 inside."""
     truth, plane = label == 1, (1e6, *SPACING_MM[1:])  # slices far apart, so that none sees another
@@ -53,7 +53,7 @@ def signed_distance(label):
 # %% [markdown]
 # We collect voxels in bins of 2.5 mm, the edge of a voxel, and average the probability in each.
 
-# %%
+# %% tags=["setup"]
 distance = np.concatenate([signed_distance(label).ravel() for label in unseen[1]])
 edges = np.arange(-12.5, 12.6, 2.5)
 number = np.digitize(distance, edges)

@@ -15,7 +15,7 @@
 # Eight patients, segmented by a method A and by a method B; a line for each patient. The numbers are **simulated**,
 # so that we know the truth; how, we tell in a minute.
 
-# %%
+# %% tags=["setup"]
 import sys
 
 import numpy as np
