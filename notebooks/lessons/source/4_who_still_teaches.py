@@ -243,7 +243,7 @@ figure, axes = plt.subplots(1, 2, figsize=(9, 4.3), sharey=True)
 for ax, name in zip(axes, draws, strict=True):
     show_slice(ax, images[number, 1], {"truth": labels[number]}, f"{name}: 100 triplets of one patch")
     for role, marker, colour in (("negatives", "o", VERMILION), ("anchors", "x", "white")):
-        here = getattr(draws[name], role)
+        here = getattr(draws[name], role).numpy()
         here = here[here // labels[0].numel() == number] % labels[0].numel()
         y, x = here // 32, here % 32
         ax.scatter(2.5 * x + 1.25, 2.5 * y + 1.25, c=colour, marker=marker, s=16, linewidths=1.2, label=role)
