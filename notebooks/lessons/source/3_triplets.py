@@ -256,7 +256,9 @@ mistakes = {
     "you left the margin out when you asked which triplets are satisfied.": 2 * (n - p) * no_margin,
 }
 with exercise("3.2", "The derivative of d(a, p) with respect to a is 2 (a - p)."):
-    same(anchor_gradient(a, p, n), right, mistakes, "Two pieces: which triplets push at all, and then 2 (n - p).")
+    same(
+        anchor_gradient(a, p, n), right, mistakes, "Two pieces: which triplets push at all, and the two derivatives."
+    )
 
 # %% [markdown]
 # The anchor itself has dropped out: the push of a triplet is $2(n - p)$, as long as the distance of negative and

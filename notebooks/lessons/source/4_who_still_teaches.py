@@ -11,9 +11,9 @@
 # %% [markdown]
 # ## A picture first
 #
-# We train a narrow MetricUNet-R for 150 steps. In every step we draw 800 random triplets more, only to look at
-# them: a triplet is *active* while $d(a, p) - d(a, n) + \sigma > 0$. The line is the share of R's triplets that are
-# active.
+# We train a narrow MetricUNet-R for 150 steps. In every step we draw up to 800 more random triplets, only to look
+# at them: a triplet is *active* while $d(a, p) - d(a, n) + \sigma > 0$. The line is the share of R's triplets that
+# are active.
 
 # %% tags=["setup"]
 import sys
