@@ -124,9 +124,9 @@ def show_slice(ax: Axes, image: np.ndarray, masks: Mapping[str, np.ndarray], tit
     """An axial slice in mm, with the outlines of "truth" and "prediction", if given."""
     height, width = np.multiply(image.shape, SPACING_MM[1:])
     extent = (0, width, height, 0)
-    ax.imshow(image, cmap="gray", extent=extent)
+    ax.imshow(np.asarray(image), cmap="gray", extent=extent)
     for name, mask in masks.items():
-        ax.contour(mask, [0.5], colors=OUTLINES[name], linewidths=1.6, extent=extent, origin="upper")
+        ax.contour(np.asarray(mask), [0.5], colors=OUTLINES[name], linewidths=1.6, extent=extent, origin="upper")
         ax.plot([], color=OUTLINES[name], label=name)
     ax.set(title=title, xlabel="to the patient's left, mm", ylabel="to the back, mm")
 
