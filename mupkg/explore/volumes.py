@@ -47,10 +47,8 @@ class NiivueViewer:
     """A row of ipyniivue views, one a run, with their cross-hairs tied together.
 
     Grey: the region. Over it the truth's contour, the foreground probability, and what exceeds the threshold: that is
-    one number to the graphics card, so the cut follows the slider at once.
-
-    Args:
-        moved: called with the slice (z) when somebody moves the cross-hair.
+    one number to the graphics card, so the cut follows the slider at once. `moved` is called with the slice (z) when
+    somebody moves the cross-hair.
     """
 
     def __init__(self, seen: SeenCase, moved: Callable[[int], None], height: int = 260):
@@ -127,7 +125,6 @@ def show_itkwidgets(seen: SeenCase) -> None:
     from ngff_zarr import to_ngff_image
 
     scale = dict(zip("zyx", seen.spacing_mm, strict=True))
-    image, label = (
-        to_ngff_image(a, dims=["z", "y", "x"], scale=scale) for a in (seen.region, seen.truth.astype(np.uint8))
-    )
+    volumes = seen.region, seen.truth.astype(np.uint8)
+    image, label = (to_ngff_image(volume, dims=["z", "y", "x"], scale=scale) for volume in volumes)
     view(image, label_image=label)

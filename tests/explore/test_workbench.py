@@ -38,7 +38,7 @@ def test_the_worst_case_comes_first_and_is_shown(bench, study, regions):
     assert [text for text, _ in bench.case.options] == [
         f"{bad}: DSC 0.400",
         f"{good}: DSC 0.900",
-        f"{other}: not tested",
+        f"{other}: DSC not tested",
     ]
     assert bench.seen.case_id == bad
 
