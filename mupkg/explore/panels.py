@@ -1,7 +1,7 @@
 """What the interactive views are built of: a slice that can be clicked, sliders, pictures as PNG.
 
-JupyterLab shows a view's `widget`, made when it is first asked for; its `figure` is the same without a browser. Pillow
-draws the slices that follow a slider, because matplotlib would take several times as long.
+JupyterLab shows a view's `widget`, made when it is first asked for; its `figure` is the same without a browser.
+Pillow draws the slices that follow a slider, because matplotlib would take several times as long.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ ITK_HOSTS = (
     "https://cdn.jsdelivr.net/npm/imjoy-rpc",
     "https://bafybeiauuswm657tct7b7kpnorrsz7hvvaljpsbeuw35hkfobtyyrbblpm.ipfs.dweb.link/itkVtkViewer.js",
 )
-PATIENCE_S = 4.0
 
 
 def nifti(array: np.ndarray, spacing_mm: tuple[float, float, float]) -> bytes:
@@ -110,7 +109,7 @@ def why_no_itkwidgets() -> str:
         return 'itkwidgets is not installed: pip install -c constraints.txt -e ".[itkwidgets]"'
     for host in ITK_HOSTS:
         try:
-            urllib.request.urlopen(host, timeout=PATIENCE_S).close()
+            urllib.request.urlopen(host, timeout=4.0).close()
         except (OSError, ValueError) as error:
             return f"itkwidgets loads its viewer from the internet, and {host} does not answer ({error})"
     return ""
