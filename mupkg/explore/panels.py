@@ -132,7 +132,7 @@ class SlicePanel:
 
     def _refresh(self) -> None:
         for image, words, layer, title in zip(self._images, self._titles, self._layers(), self.titles, strict=True):
-            image.value, words.value = figures.slice_png(*layer), small(title, "32px")
+            image.value, words.value = figures.slice_png(*layer, lit=self.lit), small(title, "32px")
         bar = figures.colour_bar(self.colours, *self.meaning)
         self.legend.value = small(f"{figures.key(self.contours)} &nbsp; {bar}")
 

@@ -78,6 +78,20 @@ def test_another_case_comes_into_the_same_panel(study):
     assert names[:2] == ["Dropdown", "IntSlider"] and bench.seen.slice in bench.widget.children[0].children
 
 
+def test_a_case_that_cannot_be_shown_is_said_and_the_one_before_stays(study, regions, monkeypatch):
+    folder, bad, good = study
+    bench = Workbench(folder, bad, **SMALL)
+    volume = regions.volume
+
+    def empty(self, case_id, kind="image"):
+        return np.zeros_like(volume(case_id, kind)) if (case_id, kind) == (good, "label") else volume(case_id, kind)
+
+    monkeypatch.setattr(type(regions), "volume", empty)
+    bench.case.value = good
+    assert f"case {good}: its region holds no prostate" in bench.explorer.found.value
+    assert bench.seen.case_id == bench.explorer.seen.case_id == bad
+
+
 def test_without_a_browser_it_is_a_picture_of_three_columns(bench):
     slices, feature_space, distances = bench.figure.axes
     assert "DSC" in slices.get_title() and "silhouette" in feature_space.get_title()
