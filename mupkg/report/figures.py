@@ -65,11 +65,13 @@ def save(figure: Figure, path: str | Path, alt: str | None = None) -> Image:
 
 
 def alt_text(figure: Figure) -> str:
-    """A figure in words: its title, and each panel's title and axis labels."""
+    """A figure in words: its title, and each panel's title, axis labels and legend."""
     parts = [figure.get_suptitle()]
     for ax in figure.axes:
         labels = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
-        parts.append(": ".join(filter(None, (ax.get_title(), ax.get_title("left"), labels))))
+        shown = ", ".join(dict.fromkeys(ax.get_legend_handles_labels()[1]))
+        words = (ax.get_title(), ax.get_title("left"), labels, shown)
+        parts.append(": ".join(filter(None, words)))
     return "; ".join(part.replace(":\n", ": ").replace("\n", ", ") for part in dict.fromkeys(parts) if part)
 
 
@@ -288,6 +290,7 @@ def patches(images: np.ndarray, labels: np.ndarray, count: int = 8) -> Figure:
         ax.imshow(image[image.shape[0] // 2], cmap="gray", vmin=0, vmax=1)
         draw_contour(ax, label, TRUTH)
         ax.set_axis_off()
+    figure.suptitle("training patches, middle slices", fontsize=9)
     contour_legend(figure, {"prostate": TRUTH})
     return figure
 
