@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 
 import ipywidgets
@@ -23,20 +22,13 @@ class CaseViewer:
     Args:
         viewer: "niivue" (three planes, WebGL), "slices" (pictures) or "itkwidgets" (asks the internet; if that
             cannot work a line says why, and the default viewer is there all the same).
-        chosen: see `SlicePanel`.
     """
 
-    def __init__(
-        self,
-        seen: SeenCase,
-        viewer: str = "niivue",
-        *,
-        chosen: Callable[[Int[np.ndarray, "n 2"]], None] | None = None,
-    ):
+    def __init__(self, seen: SeenCase, viewer: str = "niivue"):
         if viewer not in ("niivue", "slices", "itkwidgets"):
             raise ValueError(f"viewer must be niivue, slices or itkwidgets, not {viewer!r}")
         self.seen, self.viewer, self.slice = seen, viewer, seen.slice
-        self.panel = SlicePanel(seen, chosen=chosen)
+        self.panel = SlicePanel(seen)
         self.opacity = slider("opacity", 0.4, 0, 1, 0.05)
         self.threshold = slider("threshold", 0.5, 0.02, 0.98, 0.02)
         self.worst = button("worst slice", "the one with most wrong voxels", self.jump_to_worst)

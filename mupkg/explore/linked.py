@@ -19,18 +19,10 @@ from matplotlib.figure import Figure
 
 from mupkg import repository
 from mupkg.explore.case import CaseViewer
-from mupkg.explore.panels import DPI, SlicePanel, beside, button, control, small, table, wrapped
+from mupkg.explore.panels import DPI, SlicePanel, beside, button, dropdown, small, table, wrapped
 from mupkg.explore.seen import SeenCase
-from mupkg.losses import squared_distance
-from mupkg.report.embeddings import (
-    MARGIN,
-    EmbeddedVoxels,
-    Projection,
-    embed_all,
-    measure_all,
-    principal_axes,
-    project,
-)
+from mupkg.report import embeddings
+from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, Projection
 from mupkg.report.figures import CHOSEN, KIND_COLOURS, colour_bar, draw_points, key, mean, pc_names
 from mupkg.report.results import save_table
 from mupkg.stages.voxels import KINDS, draw, sample_voxels
@@ -57,8 +49,7 @@ class EmbeddingExplorer:
         folder: where "save voxels" writes `chosen_<case>.csv`, from the repository's root.
 
     Attributes:
-        table: a row a voxel: z, y, x, kind, "mm to contour" (negative inside), and for each run its probability
-            "p <run>" and error "error <run>".
+        table: a row a voxel: z, y, x, kind, "mm to contour" (negative inside), and "p <run>" and "error <run>".
         rows: the chosen voxels, as row numbers of the table.
         numbers: a row a run: silhouette, Fisher ratio, share of active triplets, mean distances; measured on the
             balanced voxels, the extra hard ones left out.
@@ -78,13 +69,11 @@ class EmbeddingExplorer:
         self.seen, self.seed, self.folder, self.names = seen, seed, repository() / folder, list(seen.networks)
         self.rows = np.empty(0, int)
         self._draw_voxels(per_kind, tau, margin)
-        self.view = CaseViewer(seen, "slices", chosen=self.choose_in_slice)
-        self.slice = seen.slice
-        self.colour = ipywidgets.Dropdown(options=list(COLOURS), description="colour", **control(170))
+        self.view, self.slice = CaseViewer(seen, "slices"), seen.slice
+        self.view.panel.chosen = self.choose_in_slice
+        self.colour = dropdown("colour", list(COLOURS), "kind", 170)
         there = [m for m in get_args(Projection) if m in ("PCA", "t-SNE", projection) or find_spec("umap")]
-        self.projection = ipywidgets.Dropdown(
-            options=there, value=projection, description="projection", **control(150)
-        )
+        self.projection = dropdown("projection", there, projection, 150)
         self.clear = button("clear", "choose no voxel", lambda: self.choose(self.rows[:0]))
         self.keep = button("save voxels", "the chosen ones, as CSV", self.save)
         self.found, self.legend = ipywidgets.HTML(), ipywidgets.HTML(small(self._colours()[1]))
@@ -106,21 +95,21 @@ class EmbeddingExplorer:
         index = np.concatenate([index, draw(hard, per_kind, np.random.default_rng(self.seed))])
         z, y, x = index.T
         self.index, kind = index, seen.kind[z, y, x]
-        self.samples = embed_all(seen.networks, seen.region, index, kind)
+        self.samples = embeddings.embed_all(seen.networks, seen.region, index, kind)
         self.table = pd.DataFrame({"z": z, "y": y, "x": x, "kind": np.array(KINDS)[kind]})
         self.table["mm to contour"] = seen.distance_mm[z, y, x]
         for name, heat in seen.heat.items():
             self.table[f"p {name}"] = heat[z, y, x]
             self.table[f"error {name}"] = np.abs(heat[z, y, x] - seen.truth[z, y, x])
         fair = {n: EmbeddedVoxels(*(part[:balanced] for part in sample)) for n, sample in self.samples.items()}
-        self.numbers = measure_all(fair, margin, self.seed)
+        self.numbers = embeddings.measure_all(fair, margin, self.seed)
 
     def _project(self) -> None:
         """Lay the voxels out on a plane for each network, and name its axes."""
         method, self.points, self.axes = self.projection.value, {}, {}
         for name, sample in self.samples.items():
-            self.points[name] = project(sample, method, self.seed)
-            names = pc_names(principal_axes(sample)) if method == "PCA" else [f"{method} 1", f"{method} 2"]
+            self.points[name] = embeddings.project(sample, method, self.seed)
+            names = pc_names(embeddings.principal_axes(sample)) if method == "PCA" else [f"{method} 1", f"{method} 2"]
             across, up = (axis.replace(" of the variance", "") for axis in names)
             self.axes[name] = names
             self.titles[name].value = small(f"across {across}, up {up}\n{self._summary(name)}", "32px")
@@ -171,20 +160,22 @@ class EmbeddingExplorer:
     @property
     def figure(self) -> Figure:
         """The slice and the scatters in one picture, a row a run, chosen voxels ringed."""
-        figure = Figure(figsize=(8.4, 4.4 * len(self.names)), dpi=DPI, layout="constrained")
-        self.paint_on(figure.subplots(len(self.names), 2, squeeze=False))
-        return figure
+        return self.figure_with()
 
-    def paint_on(self, axes: np.ndarray) -> None:
-        """Slices on the first column of axes (a row a run), scatters on the second."""
-        self.view.panel.paint_on(axes[:, 0])
+    def figure_with(self, *panels: SlicePanel) -> Figure:
+        """The same, with a column for each of further panels."""
+        rows, columns = len(self.names), 2 + len(panels)
+        figure = Figure(figsize=(4.2 * columns, 4.4 * rows), dpi=DPI, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for panel, column in zip((self.view.panel, *panels), (0, *range(2, columns)), strict=True):
+            panel.paint_on(axes[:, column])
         for ax, name in zip(axes[:, 1], self.names, strict=True):
-            points = self.points[name]
-            draw_points(ax, points, self.samples[name].kind, self.axes[name])
+            draw_points(ax, self.points[name], self.samples[name].kind, self.axes[name])
             ring = {"s": 16, "facecolors": "none", "edgecolors": CHOSEN, "linewidths": 0.6}
-            ax.scatter(*points[self.rows].T, label="chosen", **ring)
+            ax.scatter(*self.points[name][self.rows].T, label="chosen", **ring)
             ax.set_title(f"{name}: {self._summary(name)}", fontsize=9)
         axes[-1, 1].legend(fontsize=7, markerscale=2)
+        return figure
 
     def _frame(self, name: str) -> pd.DataFrame:
         """What a scatter shows: coordinates from -1 to 1, and every value that points can be coloured by."""
@@ -280,17 +271,12 @@ class DistanceMap:
     """
 
     def __init__(
-        self,
-        seen: SeenCase,
-        voxel: tuple[int, int, int] | None = None,
-        *,
-        scale: Mapping[str, float] | None = None,
-        seed: int = 0,
+        self, seen: SeenCase, voxel: tuple[int, int, int] | None = None, *, scale: Mapping[str, float] | None = None
     ):
         self.seen, self.slice = seen, seen.slice
         if scale is None:
-            samples = embed_all(seen.networks, seen.region, *sample_voxels(seen.truth, 300, seed))
-            scale = measure_all(samples)["mean d(a, n)"]
+            samples = embeddings.embed_all(seen.networks, seen.region, *sample_voxels(seen.truth, 300))
+            scale = embeddings.measure_all(samples)["mean d(a, n)"]
         self.scale = dict(scale)
         if voxel is None:
             voxel = seen.widest, *np.argwhere(seen.truth[seen.widest]).mean(axis=0).round()
@@ -313,13 +299,12 @@ class DistanceMap:
 
     def distances(self) -> dict[str, Float[np.ndarray, "y x"]]:
         """For each run the scaled squared distance of every voxel of the slice to the chosen one."""
-        return {name: self._distance(name) for name in self.seen.networks}
-
-    def _distance(self, name: str) -> Float[np.ndarray, "y x"]:
-        (z, *place), embedding = self.voxel, self.seen.embedding(name, self.slice.value)
-        every, chosen = embedding.flatten(0, 1), self.seen.embedding(name, z)[tuple(place)]
-        flat = squared_distance(every, chosen.expand_as(every))
-        return (flat / self.scale[name]).reshape(embedding.shape[:2]).numpy()
+        (z, *place), found = self.voxel, {}
+        for name, scale in self.scale.items():
+            chosen = self.seen.embedding(name, z)[tuple(place)]
+            squares = (self.seen.embedding(name, self.slice.value) - chosen).square().sum(dim=-1)
+            found[name] = (squares / scale).numpy()
+        return found
 
     def tell(self, z: int, y: int, x: int) -> str:
         """A voxel of the slice shown in one line, with its distances."""

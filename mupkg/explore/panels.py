@@ -1,9 +1,7 @@
 """What the interactive views are built of: a slice that can be clicked, sliders, pictures as PNG.
 
-A view keeps its state in plain attributes. Its `widget`, made when it is first asked for, is what JupyterLab shows;
-its `figure` is the same picture without a browser. The widgets are libraries': ipywidgets for controls and pictures,
-ipyevents where a picture must report the mouse. Pillow draws the slices that follow a slider; matplotlib would take
-several times as long.
+JupyterLab shows a view's `widget`, made when it is first asked for; its `figure` is the same without a browser.
+Pillow draws the slices that follow a slider, because matplotlib would take several times as long.
 """
 
 from __future__ import annotations
@@ -84,7 +82,7 @@ class SlicePanel:
         truth = TRUTH, 3, seen.truth[z].astype(np.float32), 0.5
         layers = []
         for heat in self.heats:
-            cuts = [(PREDICTION, 3 if n == 1 else 1, heat, level) for n, level in enumerate(self.levels)]
+            cuts = [(PREDICTION, wide, heat, level) for wide, level in zip((1, 3, 1), self.levels, strict=False)]
             pixels = figures.mix(seen.region[z], heat, self.colours, self.opacity, self.lit)
             layers.append((pixels, [truth, *cuts], seen.spacing_mm))
         return layers
@@ -92,12 +90,8 @@ class SlicePanel:
     @property
     def contours(self) -> dict[str, str]:
         """The contours' names and colours."""
-        cut = (
-            {"p = " + ", ".join(f"{level:g}" for level in sorted(set(self.levels))): PREDICTION}
-            if self.levels
-            else {}
-        )
-        return {"truth": TRUTH} | cut
+        cuts = ", ".join(f"{level:g}" for level in sorted(set(self.levels)))
+        return {"truth": TRUTH} | ({f"p = {cuts}": PREDICTION} if cuts else {})
 
     # As a picture
 
@@ -138,14 +132,13 @@ class SlicePanel:
 
     def _refresh(self) -> None:
         for image, words, layer, title in zip(self._images, self._titles, self._layers(), self.titles, strict=True):
-            image.value, words.value = figures.slice_png(*layer), small(title, "32px")
-        self.legend.value = small(
-            f"{figures.key(self.contours)} &nbsp; {figures.colour_bar(self.colours, *self.meaning)}"
-        )
+            image.value, words.value = figures.slice_png(*layer, lit=self.lit), small(title, "32px")
+        bar = figures.colour_bar(self.colours, *self.meaning)
+        self.legend.value = small(f"{figures.key(self.contours)} &nbsp; {bar}")
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
-        """The pictures, what their colours mean, and a line about the voxel under the mouse."""
+        """The pictures, what their colours mean, and a line on the voxel under the mouse."""
         return ipywidgets.VBox([table(self.pictures), self.legend, self.words])
 
     def _voxel(self, event: Mapping[str, Any]) -> np.ndarray:
@@ -179,9 +172,8 @@ class SlicePanel:
 
 def picture(value: bytes) -> ipywidgets.Image:
     """A PNG at its own size, smaller where the page is narrow."""
-    return ipywidgets.Image(
-        value=value, layout=ipywidgets.Layout(max_width="100%", height="auto", align_self="flex-start")
-    )
+    layout = ipywidgets.Layout(max_width="100%", height="auto", align_self="flex-start")
+    return ipywidgets.Image(value=value, layout=layout)
 
 
 def slider(name: str, value: float, low: float, high: float, step: float | None = None):
@@ -193,6 +185,11 @@ def slider(name: str, value: float, low: float, high: float, step: float | None 
 def control(width: int) -> dict[str, Any]:
     """How wide a control is, in pixels, its name included."""
     return {"style": {"description_width": "initial"}, "layout": ipywidgets.Layout(width=f"{width}px")}
+
+
+def dropdown(name: str, options: Sequence[Any], value: Any, width: int) -> ipywidgets.Dropdown:
+    """A list to choose from; each option is a value, or a pair of what is shown and the value."""
+    return ipywidgets.Dropdown(options=options, value=value, description=name, **control(width))
 
 
 def button(name: str, tip: str, pressed: Callable[[], Any]) -> ipywidgets.Button:
@@ -208,11 +205,7 @@ def wrapped(*parts: ipywidgets.Widget) -> ipywidgets.Widget:
 
 
 def table(*rows: Sequence[ipywidgets.Widget], more: Sequence[int] = (0, 0, 0)) -> ipywidgets.Widget:
-    """Rows of square pictures, as large as the page is wide and the window high, so that all can be seen at once.
-
-    Args:
-        more: pixels by which each column may be wider than high.
-    """
+    """Rows of pictures that fit the page and the window; `more`: pixels by which a column may be wider than high."""
     high = f"(100vh - 262px) / {max(2, len(rows))} - 36px"  # without Lab's bars, controls and titles
     for row in rows:
         for part, pixels in zip(row, more, strict=False):

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, UInt8
 from matplotlib.figure import Figure
 
-from mupkg.explore.panels import DPI, picture, slider, wrapped
+from mupkg.explore.panels import DPI, dropdown, picture, slider, wrapped
 from mupkg.explore.seen import SeenCase
 from mupkg.losses import gather_embeddings, squared_distance
 from mupkg.report import results
@@ -30,7 +30,7 @@ from mupkg.report.figures import (
     pc_names,
     png,
 )
-from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler, Sampler
+from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
 from mupkg.stages.film import FOLDER as FILM
 from mupkg.stages.film import Frames, read_film
 from mupkg.stages.regions import Regions
@@ -64,10 +64,8 @@ class SamplersAtWork:
 
     Above, the patch with each anchor joined to its positive and its negative; below, each tuple's d(a, p) and
     d(a, n). The hinge is zero above the line d(a, n) = d(a, p) + margin: tuples below it are active, the others teach
-    nothing any more. With near negatives (N), negatives are drawn within 2 voxels of the contour only.
-
-    The patch is one of the film's, at any step that was filmed, or any patch of the case as the trained network
-    sees it (step "trained").
+    nothing any more. With near negatives (N), negatives are drawn within 2 voxels of the contour only. The patch is
+    the film's, at any step that was filmed, or any patch as the trained network sees it (step "trained").
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class SamplersAtWork:
         self.seen, self.films, self.margin, self.slice = seen, dict(films or {}), margin, seen.slice
         self.extent = np.minimum(patch, seen.region.shape[1:])
         names = list(seen.networks)
-        self.run = ipywidgets.Dropdown(options=names, value=names[-1], description="run")
+        self.run = dropdown("run", names, names[-1], 200)
         self.step = ipywidgets.SelectionSlider(options=[TRAINED], description="step")
         free = np.array(seen.region.shape[1:]) - self.extent
         middle = np.clip(np.argwhere(seen.truth[seen.widest]).mean(axis=0) - self.extent // 2, 0, free).astype(int)
@@ -147,22 +145,14 @@ class SamplersAtWork:
         self.patch = grey[window], truth[window], heat[window]
         self.embedding = embedding.movedim(-1, 0)[None]
 
-    def samplers(self, anchors: int | None = None, near: bool | None = None) -> list[Sampler]:
-        """R, H and C with these settings; None: as the controls say."""
-        sizes = anchors or self.anchors.value, self.pairs.value
-        near = {"near_negatives": self.near.value if near is None else near}
-        hard = HardNegativeSampler(*sizes, self.tau.value, **near)
-        return [RandomSampler(*sizes, **near), hard, ContourSampler(*sizes, **near)]
-
     def tuples(self, anchors: int | None = None, near: bool | None = None) -> pd.DataFrame:
-        """All tuples drawn, with the controls' settings or those given.
-
-        Columns: the sampler's letter, flat indices into the patch, d(a, p), d(a, n), active.
-        """
+        """All tuples drawn, as the controls or the arguments say: sampler, flat indices, d(a, p), d(a, n), active."""
         _, truth, heat = self.patch
         label, probability = (torch.from_numpy(np.ascontiguousarray(a))[None] for a in (truth, heat))
-        parts = []
-        for number, sampler in enumerate(self.samplers(anchors, near)):
+        sizes = anchors or self.anchors.value, self.pairs.value
+        near = {"near_negatives": self.near.value if near is None else near}
+        hard, parts = HardNegativeSampler(*sizes, self.tau.value, **near), []
+        for number, sampler in enumerate((RandomSampler(*sizes, **near), hard, ContourSampler(*sizes, **near))):
             generator = torch.Generator().manual_seed(3 * self.draw_number.value + number)
             drawn = sampler(label, probability, generator)
             anchor, positive, negative = (gather_embeddings(self.embedding, indices) for indices in drawn)
@@ -176,8 +166,7 @@ class SamplersAtWork:
     def active_by_step(self) -> pd.DataFrame:
         """Share of active tuples at every filmed step of this run, of 200 anchors on the film's patch.
 
-        Columns R, H and C, and the same with near negatives, RN, HN and CN. Without a film, on the patch shown. NaN
-        where a sampler found no candidates.
+        RN, HN and CN have near negatives. Without a film, on the patch shown. NaN where there are no candidates.
         """
         rows = {}
         for step in self.step.options[:-1] or (TRAINED,):
@@ -207,18 +196,14 @@ class SamplersAtWork:
             top.set_title(f"{name}: {len(mine)} tuples, {int(mine['active'].sum())} still teach", fontsize=10, y=1.0)
             plane.show(*mine[["d(a, p)", "d(a, n)"]].to_numpy().T)
             plane.ax.set(xlim=(0, reach), ylim=(0, reach))
-        if "_picture" in self.__dict__:
-            self._picture.value = png(self.figure)
-
-    @cached_property
-    def _picture(self) -> ipywidgets.Image:
-        return picture(png(self.figure))
+        if "widget" in self.__dict__:
+            self.widget.children[-1].value = png(self.figure)
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
         where = wrapped(self.run, self.step, self.slice, self.top, self.left)
         what = wrapped(self.anchors, self.pairs, self.tau, self.draw_number, self.near)
-        return ipywidgets.VBox([where, what, self._picture])
+        return ipywidgets.VBox([where, what, picture(png(self.figure))])
 
 
 class FilmPlayer:

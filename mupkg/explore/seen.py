@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import ipywidgets
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mupkg.explore.panels import slider
 from mupkg.metrics import segmentation_metrics
-from mupkg.models import EmbeddingTap, SegmentationNetwork, SegmentationOutput
+from mupkg.models import EmbeddingTap, SegmentationNetwork
 from mupkg.report import results
 from mupkg.stages.inference import load_network
 from mupkg.stages.prediction import predict_volume
@@ -63,14 +63,11 @@ class SeenCase:
     ) -> SeenCase:
         """A case (the first test case if none is named) and the runs of a study folder, `outputs/<study>` say.
 
-        Raises:
-            ValueError: naming what is missing: the runs, the case, or a file of a run.
+        ValueError naming what is missing: the runs, the case, or a file of a run.
         """
         runs = results.runs(study, configurations, seed).set_index("configuration")["folder"]
         regions = Regions.read(Path(study) / "stage1")
-        if not case_id and not regions.ids("test"):
-            raise ValueError(f"{study}: has no test case; give case_id one of {', '.join(regions.table.index)}")
-        case_id = case_id or regions.ids("test")[0]
+        case_id = case_id or [*regions.ids("test"), *regions.table.index][0]
         if case_id not in regions.table.index:
             raise ValueError(f"case {case_id!r} is not in {study}; there are {', '.join(regions.table.index)}")
         region, label = (np.array(regions.volume(case_id, kind)) for kind in ("image", "label"))
@@ -89,8 +86,9 @@ class SeenCase:
     @cached_property
     def embedding(self) -> Callable[[str, int], Float[Tensor, "y x e"]]:
         """`embedding(name, z)`: the embeddings of a slice; the last few are kept."""
-        embed = lambda name, z: torch.from_numpy(embed_slice(self.networks[name], self.region, z))  # noqa: E731
-        return lru_cache(SLICES_KEPT)(embed)
+        return lru_cache(SLICES_KEPT)(
+            lambda name, z: torch.from_numpy(embed_slice(self.networks[name], self.region, z))
+        )
 
     @cached_property
     def kind(self) -> UInt8[np.ndarray, "z y x"]:
@@ -102,10 +100,8 @@ class SeenCase:
     @cached_property
     def distance_mm(self) -> Float[np.ndarray, "z y x"]:
         """Distance of every voxel's centre to the nearest voxel of the other label in mm; negative inside."""
-        outside, inside = (
-            ndimage.distance_transform_edt(m, sampling=self.spacing_mm) for m in (~self.truth, self.truth)
-        )
-        return (outside - inside).astype(np.float32)
+        to_edge = partial(ndimage.distance_transform_edt, sampling=self.spacing_mm)
+        return (to_edge(~self.truth) - to_edge(self.truth)).astype(np.float32)
 
     @property
     def widest(self) -> int:
@@ -120,10 +116,8 @@ class SeenCase:
 
     def scores(self, threshold: float = 0.5) -> pd.DataFrame:
         """DSC and HD95 (mm) of each run cut at a threshold, on the region's working grid; a row a run."""
-        rows = {
-            name: segmentation_metrics(heat > threshold, self.truth, spacing_mm=self.spacing_mm)
-            for name, heat in self.heat.items()
-        }
+        measure = partial(segmentation_metrics, truth=self.truth, spacing_mm=self.spacing_mm)
+        rows = {name: measure(heat > threshold) for name, heat in self.heat.items()}
         return pd.DataFrame.from_dict(rows, orient="index")[["DSC", "HD95"]]
 
     def worst_slice(self, threshold: float = 0.5) -> int:
@@ -132,17 +126,10 @@ class SeenCase:
         return int(np.argmax(wrong))
 
 
-class UnitLength(nn.Module):
-    """A network whose embeddings are brought to unit length, as `normalize` does in the loss."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Float[Tensor, "n c h w"]) -> SegmentationOutput:
-        output = self.network(images)
-        return output._replace(embeddings=F.normalize(output.embeddings, dim=1))
-
-
 def _as_the_loss_sees_it(network: SegmentationNetwork, about: Mapping) -> SegmentationNetwork:
-    return UnitLength(network) if about.get("loss", {}).get("normalize") else network
+    """The network, its embeddings at unit length if the loss took them so (`normalize`)."""
+    if about.get("loss", {}).get("normalize"):
+        network.register_forward_hook(
+            lambda _, images, output: output._replace(embeddings=F.normalize(output.embeddings, dim=1))
+        )
+    return network

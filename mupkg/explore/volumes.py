@@ -24,7 +24,6 @@ ITK_HOSTS = (
     "https://cdn.jsdelivr.net/npm/imjoy-rpc",
     "https://bafybeiauuswm657tct7b7kpnorrsz7hvvaljpsbeuw35hkfobtyyrbblpm.ipfs.dweb.link/itkVtkViewer.js",
 )
-PATIENCE_S = 4.0
 
 
 def nifti(array: np.ndarray, spacing_mm: tuple[float, float, float]) -> bytes:
@@ -47,10 +46,8 @@ class NiivueViewer:
     """A row of ipyniivue views, one a run, with their cross-hairs tied together.
 
     Grey: the region. Over it the truth's contour, the foreground probability, and what exceeds the threshold: that is
-    one number to the graphics card, so the cut follows the slider at once.
-
-    Args:
-        moved: called with the slice (z) when somebody moves the cross-hair.
+    one number to the graphics card, so the cut follows the slider at once. `moved` is called with the slice (z) when
+    somebody moves the cross-hair.
     """
 
     def __init__(self, seen: SeenCase, moved: Callable[[int], None], height: int = 260):
@@ -112,7 +109,7 @@ def why_no_itkwidgets() -> str:
         return 'itkwidgets is not installed: pip install -c constraints.txt -e ".[itkwidgets]"'
     for host in ITK_HOSTS:
         try:
-            urllib.request.urlopen(host, timeout=PATIENCE_S).close()
+            urllib.request.urlopen(host, timeout=4.0).close()
         except (OSError, ValueError) as error:
             return f"itkwidgets loads its viewer from the internet, and {host} does not answer ({error})"
     return ""
@@ -127,7 +124,6 @@ def show_itkwidgets(seen: SeenCase) -> None:
     from ngff_zarr import to_ngff_image
 
     scale = dict(zip("zyx", seen.spacing_mm, strict=True))
-    image, label = (
-        to_ngff_image(a, dims=["z", "y", "x"], scale=scale) for a in (seen.region, seen.truth.astype(np.uint8))
-    )
+    volumes = seen.region, seen.truth.astype(np.uint8)
+    image, label = (to_ngff_image(volume, dims=["z", "y", "x"], scale=scale) for volume in volumes)
     view(image, label_image=label)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ipywidgets
-import pandas as pd
 from matplotlib.figure import Figure
 
 from mupkg.explore.linked import TOOLBAR, DistanceMap, EmbeddingExplorer
-from mupkg.explore.panels import DPI, beside, control, table, wrapped
+from mupkg.explore.panels import beside, dropdown, small, table, wrapped
 from mupkg.explore.seen import SeenCase
 from mupkg.report import results
 from mupkg.stages.regions import Regions
@@ -42,21 +41,23 @@ class Workbench:
         self.runs, self.options = (study, configurations, seed), options
         metrics = results.case_metrics(results.runs(study, configurations, seed))
         self.scores = results.worst_first(metrics, Regions.read(Path(study) / "stage1"))
-        listed = []
-        for case, *row in self.scores.itertuples():
-            known = ", ".join(f"{dsc:.3f}" for dsc in row if not pd.isna(dsc))
-            listed.append((f"{case}: DSC {known}" if known else f"{case}: not tested", case))
+        texts = self.scores.map("{:.3f}".format).replace("nan", "not tested").agg(", ".join, axis=1)
         self._open(case_id or self.scores.index[0])
-        start = {"options": listed, "value": self.seen.case_id}
-        self.case = ipywidgets.Dropdown(description="case", **start, **control(290))
-        self.case.observe(lambda change: self._open(change["new"]), "value")
+        listed = [(f"{case}: DSC {text}", case) for case, text in texts.items()]
+        self.case = dropdown("case", listed, self.seen.case_id, 290)
+        self.case.observe(self._change, "value")
+
+    def _change(self, change: Mapping[str, str]) -> None:
+        try:
+            self._open(change["new"])
+        except ValueError as error:  # where nobody reads a traceback
+            self.explorer.found.value = small(str(error))
 
     def _open(self, case_id: str) -> None:
         study, configurations, seed = self.runs
-        self.seen = SeenCase.read(study, case_id, configurations, seed)
-        self.explorer = EmbeddingExplorer(self.seen, seed=seed, **self.options)
-        scale = self.explorer.numbers["mean d(a, n)"]
-        self.distance = DistanceMap(self.seen, scale=scale)
+        seen = SeenCase.read(study, case_id, configurations, seed)
+        self.explorer = EmbeddingExplorer(seen, seed=seed, **self.options)
+        self.seen, self.distance = seen, DistanceMap(seen, scale=self.explorer.numbers["mean d(a, n)"])
         self.panels = self.explorer.view.panel, self.distance.panel
         for panel in self.panels:
             panel.chosen, panel.told, panel.words = self._chosen, self.distance.tell, self.panels[0].words
@@ -71,12 +72,7 @@ class Workbench:
     @property
     def figure(self) -> Figure:
         """Slices, feature space and distance map, a row a run."""
-        names = self.explorer.names
-        figure = Figure(figsize=(12, 4.2 * len(names)), dpi=DPI, layout="constrained")
-        axes = figure.subplots(len(names), 3, squeeze=False)
-        self.explorer.paint_on(axes[:, :2])
-        self.distance.panel.paint_on(axes[:, 2])
-        return figure
+        return self.explorer.figure_with(self.distance.panel)
 
     def _parts(self) -> list[ipywidgets.Widget]:
         explorer, (slices, distances) = self.explorer, self.panels

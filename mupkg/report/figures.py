@@ -65,11 +65,13 @@ def save(figure: Figure, path: str | Path, alt: str | None = None) -> Image:
 
 
 def alt_text(figure: Figure) -> str:
-    """A figure in words: its title, and each panel's title and axis labels."""
+    """A figure in words: its title, and each panel's title, axis labels and legend."""
     parts = [figure.get_suptitle()]
     for ax in figure.axes:
         labels = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
-        parts.append(": ".join(filter(None, (ax.get_title(), ax.get_title("left"), labels))))
+        shown = ", ".join(dict.fromkeys(ax.get_legend_handles_labels()[1]))
+        words = (ax.get_title(), ax.get_title("left"), labels, shown)
+        parts.append(": ".join(filter(None, words)))
     return "; ".join(part.replace(":\n", ": ").replace("\n", ", ") for part in dict.fromkeys(parts) if part)
 
 
@@ -175,12 +177,15 @@ def slice_png(
     pixels: UInt8[np.ndarray, "y x 3"],
     lines: Sequence[tuple[str, int, Float[np.ndarray, "y x"], float]],
     spacing_mm: Sequence[float],
+    *,
+    lit: Int[np.ndarray, "n 2"] | Sequence = (),
     least: int = 420,
 ) -> bytes:
     """An axial slice with contours, drawn by Pillow: as a picture on the screen must be, soon rather than small.
 
     Args:
         lines: of each contour the colour, width in pixels, values and the level that they cross.
+        lit: rows and columns of voxels that lie over the contours, which would hide them.
         least: pixels of the width; a voxel is a whole number of pixels wide.
     """
     height, width = pixels.shape[:2]
@@ -191,6 +196,9 @@ def slice_png(
     for colour, wide, values, level in lines:
         for line in contour_generator(z=values).lines(level):
             pen.line(((line + 0.5) * scale).flatten().tolist(), fill=colour, width=wide, joint="curve")
+    for row, column in lit:
+        corner = np.array([column, row]) * scale
+        pen.rectangle((*(corner + 1), *(corner + scale - 2)), fill=CHOSEN)
     (right, low), bar = size - 12, BAR_MM / spacing_mm[2] * scale[0]
     pen.line((right - bar, low, right, low), fill="white", width=4)
     outlined = {"fill": "white", "stroke_width": 2, "stroke_fill": "black", "font": ImageFont.load_default(19)}
@@ -282,6 +290,7 @@ def patches(images: np.ndarray, labels: np.ndarray, count: int = 8) -> Figure:
         ax.imshow(image[image.shape[0] // 2], cmap="gray", vmin=0, vmax=1)
         draw_contour(ax, label, TRUTH)
         ax.set_axis_off()
+    figure.suptitle("training patches, middle slices", fontsize=9)
     contour_legend(figure, {"prostate": TRUTH})
     return figure
 

@@ -1,12 +1,17 @@
-"""Executed notebooks as web pages that read well without running anything; an index leads to them."""
+"""Executed notebooks as web pages that read well without running anything, and offline; an index leads to them."""
 
 from __future__ import annotations
 
+import base64
 import html
+import io
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import nbformat
+from matplotlib.mathtext import math_to_image
 from nbconvert import HTMLExporter
 
 from mupkg.data.writing import write_text
@@ -16,6 +21,24 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <h1>{title}</h1><p>Executed notebooks. CT results on phantoms are results on phantoms, not on patients.</p>
 <ul>{items}</ul>
 """
+
+# Lab's page without the scripts that it would ask the internet for, and with the alternative texts of pictures
+TEMPLATE = """{% extends 'lab/index.html.j2' %}
+{% block html_head_js %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block data_png scoped %}<div class="jp-RenderedImage jp-OutputArea-output {{ extra_class }}">
+<img src="data:image/png;base64,{{ output.data['image/png'] | escape_html }}"
+alt="{{ (output | get_metadata('alt', 'image/png') or '') | escape_html }}"></div>{% endblock %}
+"""
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$`\n]+?)\$", re.DOTALL)
+
+
+def draw_formula(found: re.Match) -> str:
+    """A TeX formula as a picture in HTML, with its source as alternative text."""
+    source, drawn = (found[1] or found[2]).strip(), io.BytesIO()
+    math_to_image(f"${source}$", drawn, dpi=72, format="svg")
+    data = base64.b64encode(drawn.getvalue()).decode()
+    return f'<img alt="{html.escape(source)}" style="display: inline" src="data:image/svg+xml;base64,{data}">'
 
 
 def executed_notebooks(folder: Path) -> list[Path]:
@@ -30,10 +53,13 @@ def make_gallery(notebooks: Iterable[Path], target: Path, title: str) -> Path:
     Raises:
         ValueError: if there is no notebook to show.
     """
-    exporter, items = HTMLExporter(embed_images=True), []
+    exporter, items = HTMLExporter(embed_images=True, raw_template=TEMPLATE), []
     for notebook in notebooks:
-        name = f"{notebook.stem}-{notebook.parent.name}.html"
-        page, _ = exporter.from_filename(str(notebook))
+        name, content = f"{notebook.stem}-{notebook.parent.name}.html", nbformat.read(notebook, 4)
+        for cell in content.cells:
+            if cell.cell_type == "markdown":
+                cell.source = FORMULA.sub(draw_formula, cell.source)
+        page, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})
         write_text(target / name, page)
         items.append(
             f'<li><a href="{html.escape(name)}">{html.escape(f"{notebook.stem} ({notebook.parent.name})")}</a></li>'

@@ -14,6 +14,7 @@ from mupkg.explore.case import CaseViewer
 from mupkg.explore.linked import DistanceMap, EmbeddingExplorer
 from mupkg.explore.seen import SeenCase
 from mupkg.models import EmbeddingTap, SegmentationOutput
+from mupkg.report.figures import png
 from mupkg.stages.voxels import KINDS, embed_slice, kinds
 
 SPACING = (3.0, 2.0, 1.0)

@@ -64,6 +64,14 @@ def test_heat_shows_where_it_is_warm_and_contours_where_they_belong():
         assert abs(found / scale - voxel) < 3 / scale
 
 
+def test_a_lit_voxel_is_seen_although_a_contour_runs_through_it():
+    truth = np.zeros(SHAPE, bool)
+    truth[5, 5] = True
+    panel = SlicePanel(grey_case(truth))
+    panel.draw([truth.astype(np.float32)], ["a"], levels=(0.25, 0.5, 0.75), lit=np.array([[5, 5]]))
+    assert (middles(pixels(panel))[5, 5] == np.round(255 * np.array(to_rgb(CHOSEN)))).all()
+
+
 def test_the_heat_is_cut_where_it_crosses_the_levels():
     heat = np.tile(np.linspace(0, 1, SHAPE[1], dtype=np.float32), (SHAPE[0], 1))
     panel = SlicePanel(grey_case())

@@ -9,7 +9,7 @@ from mupkg.explore.samplers_and_film import FilmPlayer, SamplersAtWork, SeenFilm
 from mupkg.explore.seen import SeenCase
 from mupkg.losses import VoxelMetricLoss
 from mupkg.models import UNet
-from mupkg.report.figures import mix
+from mupkg.report.figures import mix, png
 from mupkg.samplers import VoxelTuples, contour, near_contour
 from mupkg.stages.film import Film, read_film
 from mupkg.stages.voxels import embed_slice

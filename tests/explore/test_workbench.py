@@ -38,7 +38,7 @@ def test_the_worst_case_comes_first_and_is_shown(bench, study, regions):
     assert [text for text, _ in bench.case.options] == [
         f"{bad}: DSC 0.400",
         f"{good}: DSC 0.900",
-        f"{other}: not tested",
+        f"{other}: DSC not tested",
     ]
     assert bench.seen.case_id == bad
 
@@ -76,6 +76,20 @@ def test_another_case_comes_into_the_same_panel(study):
     assert bench.widget.children != pictures
     names = [type(part).__name__ for part in bench.widget.children[0].children]
     assert names[:2] == ["Dropdown", "IntSlider"] and bench.seen.slice in bench.widget.children[0].children
+
+
+def test_a_case_that_cannot_be_shown_is_said_and_the_one_before_stays(study, regions, monkeypatch):
+    folder, bad, good = study
+    bench = Workbench(folder, bad, **SMALL)
+    volume = regions.volume
+
+    def empty(self, case_id, kind="image"):
+        return np.zeros_like(volume(case_id, kind)) if (case_id, kind) == (good, "label") else volume(case_id, kind)
+
+    monkeypatch.setattr(type(regions), "volume", empty)
+    bench.case.value = good
+    assert f"case {good}: its region holds no prostate" in bench.explorer.found.value
+    assert bench.seen.case_id == bench.explorer.seen.case_id == bad
 
 
 def test_without_a_browser_it_is_a_picture_of_three_columns(bench):

@@ -81,10 +81,10 @@ def test_a_figure_says_in_words_what_it_shows(tmp_path):
     figure, (left, right) = plt.subplots(1, 2)
     figure.suptitle("case 7")
     left.set(title="UNet\nDSC 0.9", xlabel="step", ylabel="loss")
+    left.plot([0, 1], label="training")
     right.set_title("on the left", loc="left")
-    assert figures.alt_text(figure) == "case 7; UNet, DSC 0.9: loss against step; on the left"
     shown = figures.save(figure, tmp_path / "figure")
-    assert shown.alt == "case 7; UNet, DSC 0.9: loss against step; on the left"
+    assert shown.alt == "case 7; UNet, DSC 0.9: loss against step: training; on the left"
     assert shown._repr_mimebundle_()[1]["image/png"]["alt"] == shown.alt
     assert figures.save(plt.figure(), tmp_path / "figure", "a picture").alt == "a picture"
 
