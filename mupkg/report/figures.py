@@ -455,7 +455,7 @@ class FilmFrame(NamedTuple):
 def film_strip(rows: Sequence[Sequence[FilmFrame]]) -> Figure:
     """Rows of frames: the slice with its heat above, the feature space below."""
     wide, high = 3.6 * len(rows[0]), 6.8 * len(rows) + 0.3
-    figure = Figure(figsize=(wide, high), dpi=80)
+    figure = Figure(figsize=(wide, high), dpi=80, layout="none")
     axes = figure.subplots(2 * len(rows), len(rows[0]), squeeze=False)
     figure.subplots_adjust(0.3 / wide, 0.8 / high, 1 - 0.1 / wide, 1 - 0.5 / high, wspace=0.12, hspace=0.2)
     for number, frames in enumerate(rows):

@@ -17,7 +17,7 @@ CASE = """
 import numpy as np
 import torch
 from mupkg.models import UNet
-from mupkg.explore.linked import CaseViewer, EmbeddingExplorer, SeenCase
+from mupkg.explore import CaseViewer, EmbeddingExplorer, SeenCase
 
 # a region as in METHOD.md: 128 slices of 128 x 128 voxels of 1 mm, a prostate of 80 ml
 z, y, x = np.indices((128, 128, 128)) - 63.5
