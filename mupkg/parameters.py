@@ -48,7 +48,7 @@ from mupkg.data.build import (
 )
 from mupkg.data.preprocessing import Grid, Preparation, Window
 from mupkg.models import MULTIPLE
-from mupkg.stages.runs import MOST
+from mupkg.stages.runs import MOST, Shift
 
 Size = Literal["smoke", "quick", "paper"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -449,6 +449,7 @@ class Stage2Settings(MetricOptions, TrainingSettings):
     configuration: Annotated[str, Tag.NAME, Tag.NETWORK] = "MetricUNet-HCP"
     arm: Annotated[FolderName | None, Tag.NAME] = None
     training_cases: PositiveInt | None = None
+    label_noise_mm: Annotated[float, Field(ge=0, le=20)] = 0.0
     base_filters: Annotated[PositiveInt, Field(le=MOST["base_filters"]), Tag.NETWORK] = OF_SIZE
     embedding_dim: Annotated[PositiveInt, Field(le=MOST["embedding_dim"]), Tag.NETWORK] = OF_SIZE
     validate_every: Annotated[PositiveInt, Tag.TRAINING] = OF_SIZE
@@ -460,6 +461,7 @@ class Stage2Settings(MetricOptions, TrainingSettings):
     deterministic: Annotated[bool, Tag.TRAINING, Tag.SPEED] = False
     workers: Annotated[int, Field(ge=0, le=64), Tag.SPEED] = 0
     film: Annotated[bool, Tag.SPEED] = False
+    test_shifts: Annotated[tuple[Shift, ...], Tag.SPEED] = ()
 
     @field_validator("configuration")
     @classmethod

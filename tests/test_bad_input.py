@@ -935,6 +935,7 @@ WRONG = {  # of every parameter of every notebook: a wrong type and a value out 
         "configuration": (7, "MetricUNet-X"),
         "arm": (7, "a/b"),
         "training_cases": ("all", 0),
+        "label_noise_mm": ("some", -1.0),
         "choose_from": ("late", 1.5),
         "base_filters": ("many", -1),
         "embedding_dim": (0.5, -8),
@@ -958,6 +959,7 @@ WRONG = {  # of every parameter of every notebook: a wrong type and a value out 
         "workers": ("many", -1),
         "deterministic": ([True], -1),
         "film": ("perhaps", 2),
+        "test_shifts": ("noise", ["blur"]),
     },
     ReportSettings: {
         **NAMES,

@@ -1,6 +1,7 @@
 """The metrics: against brute force, against MONAI, cases by hand, and masks that are empty."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from scipy import ndimage
 
-from mupkg.metrics import METRICS, dice, segmentation_metrics, surface
+from mupkg.metrics import METRICS, calibration, dice, segmentation_metrics, surface, surface_dice
 
 ANISOTROPIC = {2: (2.5, 0.8), 3: (3.0, 1.25, 0.9)}
 
@@ -312,3 +313,55 @@ def test_masks_of_other_values_are_refused_by_name(value, wrong):
     masks[wrong][1, 1] = value
     with pytest.raises(ValueError, match=f"{wrong} must be boolean"):
         segmentation_metrics(**masks, spacing_mm=(1, 1))
+
+
+# Beyond the paper
+
+
+def test_two_plates_apart_agree_within_a_tolerance_or_not_at_all():
+    truth, shifted = np.zeros((12, 6, 6), bool), np.zeros((12, 6, 6), bool)
+    truth[2], shifted[5] = True, True  # 3 slices of 1.5 mm: 4.5 mm apart everywhere
+    for tolerance, share in ((4.4, 0.0), (4.5, 1.0)):
+        assert surface_dice(truth, shifted, spacing_mm=(1.5, 1, 1), tolerance_mm=tolerance) == share
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, 2.0, 3.5])
+def test_the_share_of_the_surface_is_the_naive_one(tolerance):
+    rng, spacing = np.random.default_rng(5), np.array([3.0, 1.0, 2.0])
+    for _ in range(5):
+        a, b = rng.random((5, 7, 6)) > 0.6, rng.random((5, 7, 6)) > 0.7
+        points = [np.argwhere(surface(mask)) * spacing for mask in (a, b)]
+        apart = np.linalg.norm(points[0][:, None] - points[1][None], axis=-1)
+        near = (apart.min(1) <= tolerance).sum() + (apart.min(0) <= tolerance).sum()
+        expected = near / (len(points[0]) + len(points[1]))
+        assert surface_dice(a, b, spacing_mm=spacing, tolerance_mm=tolerance) == pytest.approx(expected)
+
+
+def test_the_share_of_empty_surfaces():
+    full, empty = np.ones((3, 4, 5), bool), np.zeros((3, 4, 5), bool)
+    assert surface_dice(empty, empty, spacing_mm=(1, 1, 1)) == 1
+    assert surface_dice(full, empty, spacing_mm=(1, 1, 1)) == surface_dice(empty, full, spacing_mm=(1, 1, 1)) == 0
+    with pytest.raises(ValueError, match="spacing_mm must be 3 finite"):
+        surface_dice(full, full, spacing_mm=(1, 1))
+
+
+def test_calibration_in_closed_form():
+    half = np.full((2, 3, 4), 0.5, np.float32)
+    truth = np.zeros((2, 3, 4), bool)
+    truth[0] = True  # half of the voxels: .5 is the right probability, though it decides nothing
+    assert calibration(half, truth) == pytest.approx({"Brier": 0.25, "ECE": 0.0})
+    assert calibration(truth.astype(np.float32), truth) == {"Brier": 0.0, "ECE": 0.0}
+    assert calibration((~truth).astype(np.float32), truth) == {"Brier": 1.0, "ECE": 1.0}
+    assert calibration(np.full((2, 3, 4), 0.8, np.float32), truth)["ECE"] == pytest.approx(0.3)
+
+
+def test_calibration_is_the_naive_one():
+    rng = np.random.default_rng(3)
+    probability = rng.random(2000).astype(np.float32)
+    truth = rng.random(2000) < probability**2
+    edges = np.linspace(0, 1, 11)
+    naive = 0.0
+    for low, high in pairwise(edges):
+        inside = (probability >= low) & (probability < high)
+        naive += inside.mean() * abs(probability[inside].mean() - truth[inside].mean())
+    assert calibration(probability, truth, bins=10)["ECE"] == pytest.approx(naive, abs=1e-5)

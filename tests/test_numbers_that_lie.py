@@ -106,7 +106,7 @@ class Study:
         folder = self.root / "study" / run
         if not (folder / "run.json").exists():
             write_run(folder, {}, data_fingerprint=self.regions.fingerprint())
-        return inference.test_run(folder, self.cohort, self.regions)
+        return inference.evaluate_run(folder, self.cohort, self.regions)
 
     def notebook(self, name: str, stop: str | None = None, **parameters: object) -> dict[str, Any]:
         """A notebook's cells run here, up to the first one that holds `stop`; the names they leave."""
@@ -293,7 +293,7 @@ def watched(study: Study, monkeypatch, notebook: str, stop: str, **parameters: o
 STAGE_1 = ("02", "load_localizer(settings", {"patch_size": 8, "filters": 2, "coarse_mm": 8.0})
 STAGE_2 = (
     "03",
-    "test_run(",
+    "evaluate_run(",
     {"patch_size": 8, "base_filters": 2, "embedding_dim": 4, "validate_every": 1, "configuration": "UNet"},
 )
 
@@ -775,7 +775,7 @@ def test_what_notebook_3_is_told_reaches_sampler_loss_patches_and_training(study
 def test_what_notebook_3_is_told_is_stored_with_the_weights_and_in_the_record(study, monkeypatch):
     """So that no checkpoint of other settings is continued, and no other run compared."""
     told, kept = STAGE_2_TOLD, {"workers", "film"}  # these change no weight
-    names = caught(study, monkeypatch, "03", "inference.test_run", **told)
+    names = caught(study, monkeypatch, "03", "inference.evaluate_run", **told)
     made_by = names["arrived"]["metadata"]
     flat = made_by | made_by["loss"] | made_by["training"]
     flat["metric_weight"] = flat.pop("weight")

@@ -31,9 +31,9 @@ from mupkg.report.figures import (
     png,
 )
 from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
-from mupkg.stages.film import FOLDER as FILM
 from mupkg.stages.film import Frames, read_film
 from mupkg.stages.regions import Regions
+from mupkg.stages.runs import FILM
 
 TRAINED = "trained"  # the step of a network as it is, not of its film
 

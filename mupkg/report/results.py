@@ -17,6 +17,7 @@ from mupkg.data.writing import whole_file
 from mupkg.parameters import Stage2Settings, Tag, tagged
 from mupkg.report import statistics
 from mupkg.stages.regions import Regions
+from mupkg.stages.runs import RUN, Shift, metrics_name
 
 HEADLINE = ("DSC", "ASD", "SEN", "PPV", "HD95", "aRVD")
 
@@ -50,7 +51,12 @@ def runs(study: str | Path, configurations: Sequence[str] | None = None, seed: i
     return table.sort_values(["configuration", "seed"], key=lambda c: c.map(order.index) if c.name != "seed" else c)
 
 
-def case_metrics(table: pd.DataFrame, regions: Regions | None = None, may_differ: Iterable[str] = ()) -> pd.DataFrame:
+def case_metrics(
+    table: pd.DataFrame,
+    regions: Regions | None = None,
+    may_differ: Iterable[str] = (),
+    shift: Shift | None = None,
+) -> pd.DataFrame:
     """metrics.csv of all these runs in one table: configuration, seed, case_id and the metrics.
 
     Args:
@@ -62,14 +68,14 @@ def case_metrics(table: pd.DataFrame, regions: Regions | None = None, may_differ
             broken or lists a case twice.
     """
     parts = [
-        _run_metrics(row.folder / "metrics.csv", regions).assign(configuration=row.configuration, seed=row.seed)
+        _run_metrics(row.folder / metrics_name(shift), regions).assign(configuration=row.configuration, seed=row.seed)
         for row in table.itertuples()
     ]
     metrics = pd.concat(parts, ignore_index=True)
     cases = metrics.groupby(["configuration", "seed"])["case_id"].agg(frozenset)
     if len(set(cases)) > 1:
         raise ValueError("the runs were not tested on the same cases; evaluate runs of one study only")
-    records = {folder: run_record(folder / "run.json") for folder in table["folder"]}
+    records = {folder: run_record(folder / RUN) for folder in table["folder"]}
     trained_on = {folder: fingerprint for folder, (fingerprint, _) in records.items()}
     if len(set(trained_on.values())) > 1:
         raise ValueError(

@@ -15,13 +15,12 @@ from pathlib import Path
 
 from mupkg.data.writing import whole_file
 from mupkg.report import results
-from mupkg.stages.film import FOLDER as FILM
 from mupkg.stages.film import read_film
 from mupkg.stages.inference import LOCALIZER
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import BEST, HISTORY
+from mupkg.stages.runs import BEST, FILM, HISTORY, METRICS, RUN
 
-KEPT = (BEST, LOCALIZER, HISTORY, "metrics.csv", "run.json")
+KEPT = (BEST, LOCALIZER, HISTORY, METRICS, RUN)
 
 
 def ship(study: str | Path, target: str | Path, cases: int = 2) -> None:

@@ -19,7 +19,8 @@ from scipy.stats import false_discovery_control, rankdata, t, ttest_1samp, wilco
 LEVEL = 0.05  # of every test; intervals hold 95 %
 FEW = 5  # with fewer cases or replicates Satterthwaite's approximation is too generous: up to 13 % false alarms
 MARGINS = {"DSC": 0.01, "DSC_all": 0.01}  # a smaller difference does not matter; without a margin, no equivalence
-BETTER = dict.fromkeys(("DSC", "SEN", "PPV"), 1) | dict.fromkeys(("ASD", "HD95", "HD", "aRVD"), -1)
+BETTER = dict.fromkeys(("DSC", "SEN", "PPV", "surface_DSC_2mm", "validation_area"), 1)
+BETTER |= dict.fromkeys(("ASD", "HD95", "HD", "aRVD", "Brier", "ECE"), -1)
 PILOT_SD = {"DSC": 0.010, "DSC_all": 0.010}  # of a difference over replicates: the least of a pilot, quick phantoms
 PAPERS_T_TEST = "paper's t-test over cases, one replicate"
 ONE_REPLICATE = "one seed cannot tell the method from the draw of the seed"

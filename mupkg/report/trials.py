@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from mupkg.report import results
 from mupkg.report.statistics import differences
 from mupkg.stages.regions import Regions
-from mupkg.stages.training import HISTORY
+from mupkg.stages.runs import HISTORY, METRICS, Shift, metrics_name
 
 ARM_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#999999")  # Okabe, Ito
 
@@ -28,7 +29,7 @@ def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
         ValueError: naming every run of the protocol that is not there.
     """
     study = Path(study)
-    missing = [name for name in runs if not (study / name / "metrics.csv").is_file()]
+    missing = [name for name in runs if not (study / name / METRICS).is_file()]
     if missing:
         raise ValueError(
             f"{study}: {len(missing)} of the protocol's {len(runs)} runs are missing: {', '.join(missing)}; "
@@ -41,11 +42,15 @@ def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def trial_metrics(table: pd.DataFrame, regions: Regions | None, may_differ: Iterable[str]) -> pd.DataFrame:
+def trial_metrics(
+    table: pd.DataFrame, regions: Regions | None, may_differ: Iterable[str], shift: Shift | None = None
+) -> pd.DataFrame:
     """metrics.csv of these runs in one table, `seed` being the replicate: what `statistics.contrasts` takes.
 
     Args:
         may_differ: the parameters in which the arms differ on purpose, `Trial.told_by_arms`.
+        shift: on shifted test scans instead. Else `validation_area` is there as well, the mean validation DSC over
+            the whole training: a run's own, so the same for all its cases.
 
     Raises:
         ValueError: as `results.case_metrics`; and if a replicate was trained on a case that is tested.
@@ -54,10 +59,24 @@ def trial_metrics(table: pd.DataFrame, regions: Regions | None, may_differ: Iter
         both = regions.table.query("split == 'test' and replicate == replicate")
         if len(both):
             raise ValueError(f"{', '.join(both.index)}: tested, but of one replicate alone; prepare the cohort anew")
-    metrics = results.case_metrics(table, regions, may_differ)
-    replicate = table.set_index(["configuration", "seed"])["replicate"]
-    keys = pd.MultiIndex.from_frame(metrics[["configuration", "seed"]])
+    metrics = results.case_metrics(table, regions, may_differ, shift)
+    runs = table.set_index(["configuration", "seed"])
+    keys, replicate = pd.MultiIndex.from_frame(metrics[["configuration", "seed"]]), runs["replicate"]
+    if shift is None:
+        metrics["validation_area"] = runs["folder"].map(_validation_area).loc[keys].to_numpy()
     return metrics.assign(seed=replicate.loc[keys].to_numpy())
+
+
+def _validation_area(run: Path) -> float:
+    """The area under a training's validation curve, as a share of a curve that is 1 from the first step on."""
+    curve = pd.read_csv(run / HISTORY).dropna(subset="validation_dsc")
+    steps, dsc = ([0, *curve[name]] for name in ("step", "validation_dsc"))
+    return float(np.trapezoid(dsc, steps) / steps[-1])
+
+
+def shifts_tested(table: pd.DataFrame) -> list[Shift]:
+    """The shifts that every run of the table was tested on."""
+    return [s for s in get_args(Shift) if all((folder / metrics_name(s)).is_file() for folder in table["folder"])]
 
 
 def histories(table: pd.DataFrame) -> pd.DataFrame:

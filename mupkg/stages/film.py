@@ -13,10 +13,9 @@ from mupkg.models import SegmentationNetwork
 from mupkg.stages.inference import CHANNELS
 from mupkg.stages.prediction import run_slices
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import load_tensors, require, save_tensors
+from mupkg.stages.runs import FILM, load_tensors, require, save_tensors
 from mupkg.stages.voxels import embed_voxels, sample_voxels
 
-FOLDER = "film"
 EARLY = (5, 10, 20, 40, 80)  # steps to be filmed beside the validations: most tuples stop teaching between them
 
 
@@ -43,7 +42,7 @@ class Film:
         patch: int = 32,
         seed: int = 0,
     ):
-        self.folder, self.case_id, self.region = Path(folder) / FOLDER, case_id, region
+        self.folder, self.case_id, self.region = Path(folder) / FILM, case_id, region
         self.index, self.kind = sample_voxels(label, per_kind, seed)
         if not len(self.index):
             raise ValueError(f"case {case_id}: its region holds no prostate, so no film can be made of it")
@@ -113,7 +112,7 @@ def read_film(run_folder: str | Path) -> Frames:
     Raises:
         ValueError: naming the folder or file, if there is no film or its frames do not belong together.
     """
-    folder = Path(run_folder) / FOLDER
+    folder = Path(run_folder) / FILM
     paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     if not paths:
         raise ValueError(f"{folder}: holds no film; set film to True in notebook 03 (delete a run trained without)")

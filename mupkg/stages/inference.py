@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from mupkg.data.cases import Case, checked_case, grid_difference, label_volume_m
 from mupkg.data.cohort import Cohort
 from mupkg.data.files import one_volume, write_image
 from mupkg.data.preprocessing import (
+    AIR,
     Grid,
     Preparation,
     array_spacing,
@@ -27,12 +29,13 @@ from mupkg.data.preprocessing import (
     to_scan_grid,
 )
 from mupkg.data.writing import whole_file
-from mupkg.metrics import segmentation_metrics
+from mupkg.metrics import calibration, segmentation_metrics, surface_dice
 from mupkg.models import SegmentationNetwork, UNet, light_unet
 from mupkg.stages.localization import COARSE_CHANNELS, Location, locate
 from mupkg.stages.prediction import predict_volume
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import BEST, load_tensors, load_weights, require
+from mupkg.stages.runs import BEST, PREDICTIONS, Shift, load_tensors, load_weights, metrics_name, require
+from mupkg.stages.shifts import shifted
 
 CHANNELS = 3  # neighbouring slices into stage 2
 LOCALIZER = "localizer.safetensors"  # stage 1's weights, copied into every run
@@ -77,28 +80,48 @@ def keep_largest(probability: sitk.Image) -> sitk.Image:
     return sitk.Mask(probability, dropped, outsideValue=0.0, maskingValue=1)
 
 
-def test_run(run_folder: str | Path, cohort: Cohort, regions: Regions) -> pd.DataFrame:
+def evaluate_run(
+    run_folder: str | Path, cohort: Cohort, regions: Regions, shift: Shift | None = None
+) -> pd.DataFrame:
     """Predict a run's test cases and measure them on their scans' own grids; a row a case.
 
     Writes predictions/<case>.nii.gz (with the largest-component step) and metrics.csv: `DSC`, `ASD`, ... with that
-    step, `DSC_all`, `ASD_all`, ... without.
+    step, `DSC_all`, `ASD_all`, ... without; `surface_DSC_2mm` with it; `Brier` and `ECE` of the whole region.
+
+    Args:
+        shift: measure on shifted scans instead, in the regions of the scans as they are. Writes metrics_<shift>.csv
+            alone.
     """
     run_folder, rows = Path(run_folder), []
     network, _ = load_network(run_folder / BEST)
-    for case_id in progress(regions.ids("test"), desc="testing", unit="case"):
-        case = cohort.case(case_id)
-        probability = region_probability(network, regions.image(case_id))
+    for case_id in progress(regions.ids("test"), desc=f"testing {shift or ''}".strip(), unit="case"):
+        case, region = cohort.case(case_id), regions.image(case_id)
+        if shift is not None:
+            region = _shifted_region(case, region, cohort.preparation, shift)
+        probability = region_probability(network, region)
         mask = to_scan_grid(keep_largest(probability), case.image)
-        write_image(mask, run_folder / "predictions" / f"{case_id}.nii.gz")
         everything = measure(to_scan_grid(probability, case.image), case)
-        rows.append({"case_id": case_id} | measure(mask, case) | {f"{k}_all": v for k, v in everything.items()})
+        row = {"case_id": case_id} | measure(mask, case) | {f"{k}_all": v for k, v in everything.items()}
+        arrays = (sitk.GetArrayFromImage(i).astype(bool) for i in (mask, case.label))
+        row["surface_DSC_2mm"] = surface_dice(*arrays, spacing_mm=array_spacing(case.image), tolerance_mm=2.0)
+        truth = regions.volume(case_id, "label") == 1
+        rows.append(row | calibration(sitk.GetArrayFromImage(probability), truth))
+        if shift is None:
+            write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")
     table = pd.DataFrame(rows)
-    with whole_file(run_folder / "metrics.csv") as temporary:
+    with whole_file(run_folder / metrics_name(shift)) as temporary:
         table.to_csv(temporary, index=False)
     return table
 
 
-test_run.__test__ = False  # not a test of pytest's
+def _shifted_region(case: Case, region: sitk.Image, preparation: Preparation, shift: Shift) -> sitk.Image:
+    """The region of a shifted scan, on the voxels of the region as it was."""
+    if case.modality != "CT":
+        raise ValueError(f"case {case.case_id}: is {case.modality}; scans are shifted in HU, so only CT can be")
+    image = shifted(case.image, shift, seed=zlib.crc32(case.case_id.encode()))
+    prepared = prepare(replace(case, image=image, label=None), preparation).image
+    on_region = sitk.Resample(prepared, region, sitk.Transform(), sitk.sitkLinear, AIR, sitk.sitkFloat32)
+    return sitk.Cast(sitk.Round(on_region), sitk.sitkUInt8)
 
 
 def measure(mask: sitk.Image, case: Case) -> dict[str, float]:

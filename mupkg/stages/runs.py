@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,16 @@ from mupkg.models import MULTIPLE
 BEST, LAST, CHECKPOINT = "weights.safetensors", "last.safetensors", "checkpoint.safetensors"
 HISTORY, RUN, METRICS, REGIONS = "history.csv", "run.json", "metrics.csv", "regions.csv"
 FILM, PREDICTIONS = "film", "predictions"
-RESULTS = (BEST, LAST, HISTORY, RUN, METRICS, REGIONS, "fingerprint.json", FILM, PREDICTIONS)  # of one training
+Shift = Literal["noise", "contrast", "thick"]  # test scans made harder, see mupkg.stages.shifts
+
+
+def metrics_name(shift: Shift | None = None) -> str:
+    """The file with a run's metrics on the test scans, or on the same scans shifted."""
+    return METRICS if shift is None else f"metrics_{shift}.csv"
+
+
+OF_SHIFTS = tuple(map(metrics_name, get_args(Shift)))
+RESULTS = (BEST, LAST, HISTORY, RUN, METRICS, *OF_SHIFTS, REGIONS, "fingerprint.json", FILM, PREDICTIONS)  # of a run
 
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at
 MOST = {"base_filters": MOST_CHANNELS // MULTIPLE, "embedding_dim": MOST_CHANNELS, "filters": MOST_CHANNELS}

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mupkg.report.trials import bands, histories, replicate_means, trial_metrics, trial_runs
+from mupkg.report.trials import bands, histories, replicate_means, shifts_tested, trial_metrics, trial_runs
 from mupkg.stages.training import HISTORY
 
 RUNS = {
@@ -44,6 +44,23 @@ def test_a_replicate_is_what_arms_share_whatever_their_seeds(study):
     means = metrics.groupby(["configuration", "seed"])["DSC"].mean()
     assert means["B"].sub(means["A"]).tolist() == pytest.approx([0.1, 0.3])
     assert set(metrics["case_id"]) == {"x", "NA"}
+
+
+def test_the_area_under_the_validation_curve_is_a_run_s_own(study):
+    """0 at step 0, .4 at 20, .5 at 40: (.2 * 20 + .45 * 20) / 40."""
+    metrics = trial_metrics(trial_runs(study, RUNS), None, {"margin"})
+    assert metrics["validation_area"].tolist() == pytest.approx([0.325] * len(metrics))
+
+
+def test_shifted_tests_are_compared_once_every_run_has_them(study):
+    runs = trial_runs(study, RUNS)
+    for name in RUNS:
+        assert shifts_tested(runs) == []
+        harder = pd.read_csv(study / name / "metrics.csv", keep_default_na=False)
+        harder.assign(DSC=harder["DSC"] - 0.2).to_csv(study / name / "metrics_noise.csv", index=False)
+    assert shifts_tested(runs) == ["noise"]
+    plain, harder = (trial_metrics(runs, None, {"margin"}, shift) for shift in (None, "noise"))
+    assert (plain["DSC"] - harder["DSC"]).tolist() == pytest.approx([0.2] * len(plain))
 
 
 def test_settings_that_no_arm_sets_must_be_the_same(study):

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mupkg.models import UNet
-from mupkg.stages.film import FOLDER, Film, read_film
+from mupkg.stages.film import Film, read_film
 from mupkg.stages.prediction import run_slices
-from mupkg.stages.runs import load_tensors, save_tensors
+from mupkg.stages.runs import FILM, load_tensors, save_tensors
 
 LABEL = np.zeros((6, 30, 44), np.uint8)
 LABEL[1:5, 12:22, 30:42] = 1
@@ -52,7 +52,7 @@ def test_frames_are_read_in_the_order_of_their_steps(tmp_path):
 def test_recording_again_gives_the_same_bytes(tmp_path):
     film = Film(tmp_path, "c", REGION, LABEL, per_kind=3)
     film.record(network(0), 5)
-    (path,) = (tmp_path / FOLDER).iterdir()
+    (path,) = (tmp_path / FILM).iterdir()
     before = path.read_bytes()
     Film(tmp_path, "c", REGION, LABEL, per_kind=3).record(network(0), 5)
     assert path.read_bytes() == before
@@ -116,7 +116,7 @@ def test_frames_that_do_not_belong_together_are_refused_by_name(tmp_path):
 
 def test_a_broken_frame_is_refused_by_name(tmp_path):
     Film(tmp_path, "c", REGION, LABEL, per_kind=3).record(network(0), 0)
-    (path,) = (tmp_path / FOLDER).iterdir()
+    (path,) = (tmp_path / FILM).iterdir()
     tensors, about = load_tensors(path)
     save_tensors(tensors, path, {name: value for name, value in about.items() if name != "slice"})
     with pytest.raises(ValueError, match=r"000000.safetensors: .*lacks slice"):

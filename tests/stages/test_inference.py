@@ -1,5 +1,6 @@
 """A trained run segments any scan on the scan's own grid, and needs nothing but its folder."""
 
+import dataclasses
 import shutil
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from mupkg.data.cases import Case
 from mupkg.data.files import read_scan
 from mupkg.data.preprocessing import Preparation, crop_region, prepare
-from mupkg.metrics import segmentation_metrics
+from mupkg.metrics import calibration, segmentation_metrics, surface_dice
 from mupkg.stages import inference, localization
 from mupkg.stages.inference import LOCALIZER, Pipeline, keep_largest, load_localizer, load_network, measure, segment
 from mupkg.stages.landmarks import FemoralHeads
@@ -248,7 +249,7 @@ def test_none_or_one_component_stays_as_it_is(value):
 
 
 def test_a_run_is_measured_on_the_scans_own_grid(cohort, regions, copied, bones):
-    table = inference.test_run(copied, cohort, regions)
+    table = inference.evaluate_run(copied, cohort, regions)
     (case_id,) = cohort.ids("test")
     case = cohort.case(case_id)
     mask = sitk.ReadImage(str(copied / "predictions" / f"{case_id}.nii.gz"))
@@ -262,6 +263,37 @@ def test_a_run_is_measured_on_the_scans_own_grid(cohort, regions, copied, bones)
     stored = pd.read_csv(copied / "metrics.csv")
     pd.testing.assert_frame_equal(stored, table)
     assert stored["case_id"].tolist() == [case_id]
+    assert row["surface_DSC_2mm"] == surface_dice(prediction, truth, spacing_mm=(7, 6, 6), tolerance_mm=2.0)
+    network, _ = load_network(copied / "weights.safetensors")
+    heat = array(inference.region_probability(network, regions.image(case_id)))
+    expected = calibration(heat, regions.volume(case_id, "label") == 1)
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
+def test_harder_scans_change_the_metrics_and_nothing_else(cohort, regions, copied, bones):
+    plain = inference.evaluate_run(copied, cohort, regions)
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    for shift in ("noise", "contrast", "thick"):
+        harder = inference.evaluate_run(copied, cohort, regions, shift)
+        assert harder["case_id"].tolist() == plain["case_id"].tolist() and list(harder) == list(plain)
+        assert harder["Brier"].iloc[0] != plain["Brier"].iloc[0]
+        pd.testing.assert_frame_equal(pd.read_csv(copied / f"metrics_{shift}.csv"), harder)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_region_of_an_unshifted_scan_is_the_region(cohort, regions, monkeypatch):
+    """So that a shift changes the scan alone and not its place."""
+    (case_id,) = cohort.ids("test")
+    monkeypatch.setattr(inference, "shifted", lambda image, shift, seed: image)
+    same = inference._shifted_region(cohort.case(case_id), regions.image(case_id), cohort.preparation, "noise")
+    np.testing.assert_array_equal(array(same), regions.volume(case_id))
+
+
+def test_mr_is_not_shifted_in_hu(cohort, regions):
+    (case_id,) = cohort.ids("test")
+    case = dataclasses.replace(cohort.case(case_id), modality="MR")
+    with pytest.raises(ValueError, match=f"case {case_id}: is MR; scans are shifted in HU"):
+        inference._shifted_region(case, regions.image(case_id), cohort.preparation, "noise")
 
 
 def test_the_largest_component_is_taken_before_the_scans_grid(tmp_path, monkeypatch):
@@ -275,10 +307,12 @@ def test_the_largest_component_is_taken_before_the_scans_grid(tmp_path, monkeypa
     label = sitk.Cast(sitk.Resample(probability, scan) > 0.5, sitk.sitkUInt8)
     assert sitk.GetArrayFromImage(sitk.ConnectedComponent(label)).max() == 1
     cohort = SimpleNamespace(case=lambda case_id: Case(case_id, scan, label))
-    regions = SimpleNamespace(ids=lambda split: ["a"], image=lambda case_id: probability)
+    regions = SimpleNamespace(
+        ids=lambda split: ["a"], image=lambda case_id: probability, volume=lambda case_id, kind: voxels > 0.5
+    )
     monkeypatch.setattr(inference, "load_network", lambda path: (None, {}))
     monkeypatch.setattr(inference, "region_probability", lambda network, region: probability)
-    row = inference.test_run(tmp_path, cohort, regions).iloc[0]
+    row = inference.evaluate_run(tmp_path, cohort, regions).iloc[0]
     mask = array(sitk.ReadImage(str(tmp_path / "predictions" / "a.nii.gz")))
     columns = np.flatnonzero(mask.any(axis=(0, 1)))
     assert columns.min() == 4 and columns.max() < 11  # of the larger piece alone, which ends at 10 mm

@@ -20,7 +20,7 @@ from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import light_unet
 from mupkg.stages import localization, runs, segment, training
 from mupkg.stages import regions as regions_module
-from mupkg.stages.inference import copy_localizer, load_localizer, test_run
+from mupkg.stages.inference import copy_localizer, evaluate_run, load_localizer
 from mupkg.stages.prediction import mean_dice
 
 REAL = Path(os.environ.get("MUPKG_REALDATA") or "missing")
@@ -75,7 +75,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cohort]:
     )
     assert history["cross_entropy"].iloc[-1] < history["cross_entropy"].iloc[0]
     copy_localizer(folder / "stage1", folder / "run")
-    test_run(folder / "run", cohort, regions)
+    evaluate_run(folder / "run", cohort, regions)
     return folder, cohort
 
 
