@@ -49,14 +49,20 @@ STAGE1 = {run: told.get("stage1", "stage1") for run, told in STUDY.runs.items()}
 FOLDS = {told["stage1"]: {"replicate": told["replicate"]} for told in STUDY.runs.values() if "stage1" in told}
 
 
+TRIAL_NOTEBOOKS = ["10_does_it_help"]
+if STUDY.trial and STUDY.trial.by_parameter:
+    TRIAL_NOTEBOOKS += ["06_parameter_studies"]
+
+
 wildcard_constraints:
+    trial_notebook="|".join(TRIAL_NOTEBOOKS),
     run=r"[^/]+-seed\d+",
     stage1=r"stage1(-replicate\d+)?",
 
 
 rule all:
     input:
-        f"{OUT}/report/{STUDY.trial.name}/10_does_it_help.ipynb"
+        [f"{OUT}/report/{STUDY.trial.name}/{name}.ipynb" for name in TRIAL_NOTEBOOKS]
         if STUDY.trial
         else [
             f"{OUT}/report/01_data_exploration.ipynb",
@@ -128,12 +134,12 @@ rule stage2:
         TRAIN
 
 
-rule does_it_help:
+rule analyse_trial:
     input:
-        "notebooks/10_does_it_help.ipynb",
+        "notebooks/{trial_notebook}.ipynb",
         expand(OUT + "/{run}/metrics.csv", run=RUNS),
     output:
-        notebook=f"{OUT}/report/{STUDY.trial.name if STUDY.trial else '-'}/10_does_it_help.ipynb",
+        notebook=f"{OUT}/report/{STUDY.trial.name if STUDY.trial else '-'}/" + "{trial_notebook}.ipynb",
     params:
         notebook=json.dumps({**FOLDERS, "protocol": str(workflow.configfiles[-1])}),
     shell:

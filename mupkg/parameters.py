@@ -442,6 +442,11 @@ class MetricOptions(Settings):
         return {"weight": options.pop("metric_weight"), **options}
 
 
+NUMBERS_OF_THE_LOSS = {
+    name for name, field in MetricOptions.model_fields.items() if type(field.default) in (int, float)
+}
+
+
 class Stage2Settings(MetricOptions, TrainingSettings):
     """Notebook 03: one configuration, one seed."""
 
@@ -549,7 +554,8 @@ class Trial(Settings):
     """A question put in advance: which arms are compared, on how many replicates, by what, within which margin.
 
     A replicate is a training set and a seed of its own, the same for all arms. `seed_offset` of an arm gives it other
-    seeds on the same training sets. `varies` names further parameters of notebook 03 that the trial is about.
+    seeds on the same training sets. `varies` names further parameters of notebook 03 that the trial is about. With
+    `by_parameter`, every arm differs from the first in one number, and notebook 06 shows them parameter by parameter.
     """
 
     name: FolderName
@@ -559,6 +565,21 @@ class Trial(Settings):
     primary: str = "DSC"
     margin: PositiveFloat = 0.01
     varies: tuple[str, ...] = ()
+    by_parameter: bool = False
+
+    @property
+    def parameters(self) -> dict[str, dict[Any, str]]:
+        """With `by_parameter`: each parameter's values and their arms, among them the first arm's."""
+        base, found = next(iter(self.arms)), {}
+        for arm in list(self.arms)[1:]:
+            ((name, value),) = self._unlike_the_first(arm).items()
+            usual = self.arms[base].get(name, Stage2Settings.model_fields[name].default)
+            found.setdefault(name, {usual: base})[value] = arm
+        return {name: dict(sorted(arms.items())) for name, arms in found.items()}
+
+    def _unlike_the_first(self, arm: str) -> dict[str, Any]:
+        first = next(iter(self.arms.values()))
+        return {name: value for name, value in self.arms[arm].items() if name not in first or first[name] != value}
 
     @property
     def told_by_arms(self) -> set[str]:
@@ -578,6 +599,13 @@ class Trial(Settings):
         for pair in self.contrasts:
             if unknown := [arm for arm in pair if arm not in self.arms]:
                 raise ValueError(f"contrasts: there is no arm {', '.join(unknown)}; there are {', '.join(self.arms)}")
+        for arm in list(self.arms)[1:] if self.by_parameter else ():
+            other = self._unlike_the_first(arm)
+            if len(other) != 1 or not other.keys() <= NUMBERS_OF_THE_LOSS:
+                raise ValueError(
+                    f"arm {arm}: differs from the first arm in {', '.join(other) or 'nothing'}; with by_parameter it "
+                    "must differ in one number of the metric loss"
+                )
         return self
 
 
@@ -709,3 +737,16 @@ class TrialSettings(Settings):
     @property
     def report_path(self) -> Path:
         return self.study_path / "report" / self.study.trial.name
+
+
+class ParameterStudySettings(TrialSettings):
+    """Notebook 06: the file of a trial with `by_parameter`."""
+
+    protocol: AnyPath = "notebooks/studies/trials/parameters.yaml"
+
+    @field_validator("protocol")
+    @classmethod
+    def _by_parameter(cls, value: str) -> str:
+        if not TrialSettings(protocol=value).study.trial.by_parameter:
+            raise ValueError(f"{value}: is no study of parameters (by_parameter); notebook 10 analyses it")
+        return value

@@ -21,6 +21,7 @@ from mupkg.parameters import (
     EvaluationSettings,
     ExploreSettings,
     MetricOptions,
+    ParameterStudySettings,
     ReportSettings,
     SegmentSettings,
     Stage1Settings,
@@ -286,6 +287,7 @@ NOTEBOOKS = {
     "05_visualization": VisualizationSettings,
     "08_explore": ExploreSettings,
     "09_segment_a_patient": SegmentSettings,
+    "06_parameter_studies": ParameterStudySettings,
     "10_does_it_help": TrialSettings,
 }
 
@@ -343,7 +345,7 @@ def test_every_setting_reaches_the_weights_or_is_known_not_to():
         told |= {"metric_weight"} if "weight" in told else set()
         untold = {*settings.model_fields} - told
         assert untold == tagged(settings, Tag.NAME, Tag.SPEED) - told | {"cohort", "size"} | (
-            untold & {"training_cases"}
+            untold & {"training_cases", "label_noise_mm"}
         )
         assert told >= tagged(settings, Tag.NETWORK, Tag.TRAINING, Tag.METRIC)
 
@@ -599,6 +601,45 @@ def test_what_a_trial_varies_may_differ_between_its_arms():
     arms = {"2": {"configuration": "UNet", "batch_size": 2}, "4": {"configuration": "UNet", "batch_size": 4}}
     trial = TRIAL | {"arms": arms, "contrasts": [["4", "2"]], "varies": ["batch_size"]}
     assert study_with(trial).runs["4-seed1"]["batch_size"] == 4
+
+
+R = {"configuration": "MetricUNet-R"}
+
+
+def by_parameter(**others: dict) -> Study:
+    arms = {"R": R} | {name: R | other for name, other in others.items()}
+    contrasts = [[name, "R"] for name in others]
+    return study_with(TRIAL | {"arms": arms, "contrasts": contrasts, "by_parameter": True})
+
+
+def test_a_study_of_parameters_sorts_its_arms_by_what_they_vary():
+    study = by_parameter(wide={"margin": 1.0}, narrow={"margin": 0.1}, many={"anchors": 50})
+    assert study.trial.parameters == {
+        "margin": {0.1: "narrow", 0.7: "R", 1.0: "wide"},
+        "anchors": {20: "R", 50: "many"},
+    }
+    assert list(study.trial.parameters["margin"]) == [0.1, 0.7, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"margin": 1.0, "anchors": 50}, "arm X: differs from the first arm in margin, anchors"),
+        ({}, "arm X: differs from the first arm in nothing"),
+        ({"configuration": "MetricUNet-H"}, "arm X: differs from the first arm in configuration"),
+        ({"normalize": True}, "arm X: differs from the first arm in normalize"),
+        ({"control": "shuffled"}, "must differ in one number of the metric loss"),
+    ],
+)
+def test_arms_of_a_study_of_parameters_differ_in_one_number(other, told):
+    with pytest.raises(ValueError, match=told):
+        by_parameter(X=other)
+
+
+def test_notebook_06_refuses_a_trial_that_is_none_of_parameters():
+    assert ParameterStudySettings().study.trial.name == "parameters"
+    with pytest.raises(ValueError, match=r"e1\.yaml: is no study of parameters"):
+        ParameterStudySettings.checked({"protocol": "notebooks/studies/trials/e1.yaml"})
 
 
 def test_a_study_names_its_configurations_or_a_trial_and_not_both():

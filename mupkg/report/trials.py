@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from mupkg.report import results
+from mupkg.report.figures import UNITS
 from mupkg.report.statistics import differences
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import HISTORY, METRICS, Shift, metrics_name
@@ -106,6 +107,33 @@ def bands(history: pd.DataFrame, by: str = "step") -> Figure:
         ax.plot(by_step.median(), color=colour, label=f"{arm}, n = {rows['replicate'].nunique()} replicates")
     ax.set(xlabel=by.replace("_", " "), ylabel="validation DSC: median, lowest to highest", ylim=(0, 1))
     ax.legend(loc="lower right")
+    return figure
+
+
+def boxes(metrics: pd.DataFrame, parameters: Mapping[str, Mapping[Any, str]], names: Sequence[str]) -> Figure:
+    """Fig. 6: one row a metric, one column a parameter, one box a value, over the cases' means over replicates.
+
+    Dots are the replicates' means over the cases: what one seed would have reported. Values that are not finite are
+    left out of a mean.
+
+    Args:
+        parameters: `Trial.parameters`.
+    """
+    size = (4.2 * len(parameters), 3.4 * len(names))
+    figure, axes = plt.subplots(len(names), len(parameters), figsize=size, squeeze=False, layout="constrained")
+    for line, metric in zip(axes, names, strict=True):
+        finite = metrics.assign(**{metric: metrics[metric].where(np.isfinite(metrics[metric]))})
+        of_case, of_replicate = (finite.groupby(["configuration", k])[metric].mean() for k in ("case_id", "seed"))
+        for ax, (parameter, arms) in zip(line, parameters.items(), strict=True):
+            values = [of_case[arm].dropna().to_numpy() for arm in arms.values()]
+            ax.boxplot(values, tick_labels=[f"{value:g}" for value in arms], flierprops={"markersize": 3})
+            for place, arm in enumerate(arms.values(), 1):
+                dots = of_replicate[arm]
+                ax.plot(np.full(len(dots), place), dots, "o", color=ARM_COLOURS[0], alpha=0.6, label="one replicate")
+            ax.set(xlabel=parameter.replace("_", " "), title=f"{len(values[0])} cases, {len(dots)} replicates")
+        line[0].set_ylabel(" ".join([metric, *([f"({UNITS[metric]})"] if metric in UNITS else [])]))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[0, 0].legend(handles[:1], labels[:1], fontsize=8)
     return figure
 
 

@@ -30,9 +30,9 @@ def snakemake(folder: Path, *options: str, study: str = "smoke", **config: objec
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smoke study and the smoke trial, run from scans to tables and figures in a folder of their own."""
+    """The smoke study and the smoke trials, run from scans to tables and figures in a folder of their own."""
     folder = tmp_path_factory.mktemp("smoke")
-    for name in ("smoke", "trials/smoke"):
+    for name in ("smoke", "trials/smoke", "trials/smoke_parameters"):
         done = snakemake(folder, study=name)
         assert done.returncode == 0, done.stderr[-4000:]
     return folder

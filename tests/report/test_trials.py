@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mupkg.report.trials import bands, histories, replicate_means, shifts_tested, trial_metrics, trial_runs
+from mupkg.report.trials import bands, boxes, histories, replicate_means, shifts_tested, trial_metrics, trial_runs
 from mupkg.stages.training import HISTORY
 
 RUNS = {
@@ -95,3 +95,14 @@ def test_the_pictures_show_every_arm_and_every_replicate(study):
     (ax,) = replicate_means(trial_metrics(runs, None, {"margin"}), [("B", "A")], "DSC", 0.01).axes
     dots = next(line for line in ax.lines if line.get_label() == "one replicate")
     assert dots.get_xdata() == pytest.approx([0.1, 0.3])
+
+
+def test_boxes_are_over_cases_and_dots_over_replicates(study):
+    metrics = trial_metrics(trial_runs(study, RUNS), None, {"margin"})
+    metrics.loc[0, "DSC"] = np.inf  # of A, in replicate 0
+    (ax,) = boxes(metrics, {"margin": {0.7: "A", 1.0: "B"}}, ["DSC"]).axes
+    dots = [line.get_ydata().tolist() for line in ax.lines if line.get_label() == "one replicate"]
+    assert dots == [pytest.approx([0.6, 0.55]), pytest.approx([0.65, 0.85])]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.7", "1"] and ax.get_xlabel() == "margin"
+    medians = [line.get_ydata()[0] for line in ax.lines if line.get_color() == "C1"]
+    assert medians == pytest.approx([0.55, 0.75])  # of the cases' means over replicates: .5 and .6; .7 and .8
