@@ -20,6 +20,7 @@ from mupkg.losses import gather_embeddings, squared_distance
 from mupkg.report import results
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, principal_axes, separation
 from mupkg.report.figures import (
+    FIXED,
     TRUTH,
     FilmFrame,
     TupleMarks,
@@ -104,7 +105,7 @@ class SamplersAtWork:
             control.observe(lambda _: self.draw(), "value")
 
     def _lay_out(self) -> None:
-        self.figure = Figure(figsize=(10.2, 7.4), dpi=DPI, layout="none")  # not what rcParams say
+        self.figure = Figure(figsize=(10.2, 7.4), dpi=DPI, layout=FIXED)
         axes = self.figure.subplots(2, 3, sharey="row")
         self.figure.subplots_adjust(left=0.06, right=0.99, bottom=0.11, top=0.95, wspace=0.15, hspace=0.14)
         self._patches, self._planes, self._contours = [], [], []

@@ -25,6 +25,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.lines import Line2D
 from PIL import ImageDraw, ImageFont
 
@@ -46,6 +47,8 @@ ROLES = {"anchor": ("x", YELLOW), "positive": (".", SKY), "negative": ("o", VERM
 HEAT = "inferno"  # of probabilities
 PLANES = {"axial": "RL", "coronal": "RL", "sagittal": "AP"}  # and which sides of the patient lie left and right
 CT_WINDOW = (-160, 240)
+# The axes stay where they were put, whatever rcParams say; layout="none" is forgotten when the figure is saved.
+FIXED = PlaceHolderLayoutEngine(adjust_compatible=True, colorbar_gridspec=True)
 UNITS = {"ASD": "mm", "HD95": "mm", "HD": "mm", "aRVD": "%"}
 BAR_MM = 20
 ON_IMAGES = {"color": "white", "path_effects": [patheffects.withStroke(linewidth=1.5, foreground="black")]}
@@ -455,7 +458,7 @@ class FilmFrame(NamedTuple):
 def film_strip(rows: Sequence[Sequence[FilmFrame]]) -> Figure:
     """Rows of frames: the slice with its heat above, the feature space below."""
     wide, high = 3.6 * len(rows[0]), 6.8 * len(rows) + 0.3
-    figure = Figure(figsize=(wide, high), dpi=80, layout="none")
+    figure = Figure(figsize=(wide, high), dpi=80, layout=FIXED)
     axes = figure.subplots(2 * len(rows), len(rows[0]), squeeze=False)
     figure.subplots_adjust(0.3 / wide, 0.8 / high, 1 - 0.1 / wide, 1 - 0.5 / high, wspace=0.12, hspace=0.2)
     for number, frames in enumerate(rows):

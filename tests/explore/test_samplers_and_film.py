@@ -91,8 +91,7 @@ def test_a_sampler_without_candidates_draws_nothing(seen):
 
 
 def test_a_filmed_step_shows_its_own_patch_and_the_trained_one_comes_back(seen, films):
-    with matplotlib.rc_context({"figure.constrained_layout.use": True}):  # as in the lessons' kernels
-        work = SamplersAtWork(seen, films)
+    work = SamplersAtWork(seen, films)
     trained = png(work.figure)
     assert work.step.options == ("0", "5", "10", "trained")
     for number, step in enumerate(("0", "5", "10")):
@@ -105,6 +104,14 @@ def test_a_filmed_step_shows_its_own_patch_and_the_trained_one_comes_back(seen, 
     work.step.value = "trained"
     same = png(work.figure) == trained  # pytest would spend minutes on how unequal bytes differ
     assert not work.top.disabled and same
+
+
+def test_a_picture_is_the_same_twice_in_a_lesson_s_kernel(seen, films):
+    """Which lays all figures out by constraints, and a little further at every drawing."""
+    with matplotlib.rc_context({"figure.constrained_layout.use": True}):
+        work = SamplersAtWork(seen, films)
+        panel, strip = (png(work.figure) for _ in range(2)), (FilmPlayer(films).png() for _ in range(2))
+        assert len(set(panel)) == len(set(strip)) == 1
 
 
 def test_active_shares_by_step(seen, films):
