@@ -69,6 +69,7 @@ rule all:
             f"{OUT}/report/04_evaluation.ipynb",
             f"{OUT}/report/05_visualization.ipynb",
             f"{OUT}/report/08_explore.ipynb",
+            f"{OUT}/report/07_external_validation.ipynb" if STUDY.external else [],
             f"{OUT}/report/09_segment_a_patient.ipynb" if STUDY.segment_case else [],
         ],
 
@@ -155,6 +156,18 @@ rule evaluate:
         notebook=f"{OUT}/report/04_evaluation.ipynb",
     params:
         notebook=report(EvaluationSettings),
+    shell:
+        RUN
+
+
+rule validate_externally:
+    input:
+        "notebooks/07_external_validation.ipynb",
+        expand(OUT + "/{run}/metrics.csv", run=RUNS),
+    output:
+        notebook=f"{OUT}/report/07_external_validation.ipynb",
+    params:
+        notebook=json.dumps({**COMMON, "configurations": list(STUDY.configurations), **STUDY.external}),
     shell:
         RUN
 

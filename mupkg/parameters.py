@@ -504,6 +504,18 @@ class EvaluationSettings(StudySettings):
     configurations: Configurations | None = None
 
 
+class ExternalSettings(EvaluationSettings):
+    """Notebook 07: a study on a public cohort, and a run that was trained on other data."""
+
+    study: Annotated[FolderName, Tag.NAME] = "promise12_128"
+    cohort: FolderName = "promise12_128"
+    zero_shot: AnyPath | None = None
+
+    @property
+    def zero_shot_path(self) -> Path | None:
+        return repository() / self.zero_shot if self.zero_shot else None
+
+
 class VisualizationSettings(EvaluationSettings):
     """Notebook 05: the same, of one seed."""
 
@@ -615,6 +627,7 @@ SECTIONS: dict[str, tuple[type[Settings], tuple[str, ...]]] = {  # and what it t
     "stage1": (Stage1Settings, ()),
     "stage2": (Stage2Settings, ("configuration", "seed", "arm", "replicate", "stage1")),
     "report": (ReportSettings, ("configurations", "seed")),
+    "external": (ExternalSettings, ("configurations",)),
     "explore": (ExploreSettings, ("configurations", "seed", "study_folder", "pictures_folder")),
 }
 
@@ -635,6 +648,7 @@ class Study(Settings):
     stage1: dict[str, Any] = {}
     stage2: dict[str, Any] = {}
     report: dict[str, Any] = {}
+    external: dict[str, Any] = {}
     explore: dict[str, Any] = {}
     segment_case: bool = False
     threads: dict[Literal["stage1", "stage2"], Annotated[PositiveInt, Field(strict=True)]] = {}

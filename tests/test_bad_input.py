@@ -996,6 +996,7 @@ WRONG = {  # of every parameter of every notebook: a wrong type and a value out 
         "stage1": ([1], {"step": 5}),
         "stage2": ("all", {"momentum": 2.0}),
         "report": ("all", {"cases": 0}),
+        "external": ("all", {"zero_shot": ""}),
         "explore": ("all", {"viewer": "vtk"}),
         "segment_case": ("perhaps", 2),
         "threads": (2, {"stage1": 0}),

@@ -20,6 +20,7 @@ from mupkg.parameters import (
     DataSettings,
     EvaluationSettings,
     ExploreSettings,
+    ExternalSettings,
     MetricOptions,
     ParameterStudySettings,
     ReportSettings,
@@ -285,9 +286,10 @@ NOTEBOOKS = {
     "03_stage2_training": Stage2Settings,
     "04_evaluation": EvaluationSettings,
     "05_visualization": VisualizationSettings,
+    "06_parameter_studies": ParameterStudySettings,
+    "07_external_validation": ExternalSettings,
     "08_explore": ExploreSettings,
     "09_segment_a_patient": SegmentSettings,
-    "06_parameter_studies": ParameterStudySettings,
     "10_does_it_help": TrialSettings,
 }
 

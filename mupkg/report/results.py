@@ -183,7 +183,7 @@ def summary(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFr
     return table
 
 
-def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
+def as_text(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """A summary as text: the number of seeds, "mean ± std (median), n" and what was undefined."""
     text: dict[str, Any] = {"seeds": table["", "seeds"], "collapsed": table["", "collapsed"]}
     for name in dict.fromkeys(table.columns.get_level_values(0).drop("")):
@@ -210,7 +210,7 @@ def published(table: int, **options: Any) -> pd.DataFrame:
     return pd.read_csv(files("mupkg.report") / "published" / f"table{table}.csv", **options)
 
 
-def published_readable(table: int) -> pd.DataFrame:
+def published_as_text(table: int) -> pd.DataFrame:
     """The same as text, "mean ± std (median)", digit by digit; what the paper lacks is left out."""
     printed, text = published(table, dtype=str, keep_default_na=False), {}
     for name in (column.removesuffix("_mean") for column in printed if column.endswith("_mean")):

@@ -43,6 +43,10 @@ def coarse(image: sitk.Image, coarse_mm: float = 4.0, *, label: bool = False) ->
     return resample(image, np.maximum(own, wanted), label=label)
 
 
+class NotLocated(ValueError):
+    """Stage 1 found no prostate in a scan."""
+
+
 def coarse_volumes(cohort: Cohort, split: str, coarse_mm: float = 4.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Images and labels of one split on stage 1's grid, uint8 (z, y, x); ValueError if the split is empty."""
     if not cohort.ids(split):
@@ -69,7 +73,7 @@ def locate(case: Case, prepared: sitk.Image, network: nn.Module, *, coarse_mm: f
     Heads are looked for in CT only. One part missing: the other alone, said in `fallback`.
 
     Raises:
-        ValueError: naming the case, if neither part is found.
+        NotLocated: naming the case, if neither part is found.
     """
     rough = coarse_centre(network, prepared, coarse_mm)
     heads_centre, reason = None, "MR: no femoral heads are sought"
@@ -80,7 +84,7 @@ def locate(case: Case, prepared: sitk.Image, network: nn.Module, *, coarse_mm: f
             heads_centre = tuple(np.mean([heads.left, heads.right], axis=0).tolist())
     parts = [part for part in (rough, heads_centre) if part is not None]
     if not parts:
-        raise ValueError(
+        raise NotLocated(
             f"case {case.case_id}: the prostate cannot be located: the coarse mask is empty, and there is no centre "
             f"of the femoral heads ({reason}). Check its field of view and intensities, or train stage 1 longer."
         )

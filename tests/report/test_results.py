@@ -10,12 +10,12 @@ from scipy.stats import ttest_rel
 
 from mupkg.configurations import TABLE_II
 from mupkg.report.results import (
+    as_text,
     case_metrics,
     paired_tests,
     per_case,
     published,
-    published_readable,
-    readable,
+    published_as_text,
     runs,
     save_table,
     summary,
@@ -218,24 +218,24 @@ def test_a_case_undefined_everywhere_is_still_a_case():
 
 
 def test_a_summary_as_text_tells_the_number_of_seeds():
-    text = readable(summary(metrics_of(A=[[0.5, 0.7], [0.6, 0.8], [0.7, 0.9]], B=[0.1, 0.2]), ["DSC"]))
+    text = as_text(summary(metrics_of(A=[[0.5, 0.7], [0.6, 0.8], [0.7, 0.9]], B=[0.1, 0.2]), ["DSC"]))
     assert text["seeds"].to_dict() == {"A": 3, "B": 1} and list(text) == ["seeds", "collapsed", "DSC"]
 
 
 def test_a_summary_as_text_says_it_too():
     table = summary(metrics_of(A=[0.5, nan, 0.9], B=[1.0, inf, 3.0], C=[0.25, 0.25, 0.25]), ["DSC"])
-    text = readable(table)["DSC"]
+    text = as_text(table)["DSC"]
     assert text["A"] == "0.700 ± 0.283 (0.700), n=2, 1 undefined"
     assert text["B"] == "inf ± nan (3.000), n=3"
-    assert readable(table)["seeds"].tolist() == [1, 1, 1]
-    assert readable(table, 1)["DSC"]["C"] == "0.2 ± 0.0 (0.2), n=3"
+    assert as_text(table)["seeds"].tolist() == [1, 1, 1]
+    assert as_text(table, 1)["DSC"]["C"] == "0.2 ± 0.0 (0.2), n=3"
 
 
 # Tests: what a row holds is tested with mupkg.report.statistics
 
 
 def test_a_collapsed_run_is_counted_in_the_summary_and_stays_in_its_mean():
-    text = readable(summary(metrics_of(A=[[0.8, 0.6], [0.0, 0.0]], B=[[0.8, 0.6], [0.0, 0.5]]), ["DSC"]))
+    text = as_text(summary(metrics_of(A=[[0.8, 0.6], [0.0, 0.0]], B=[[0.8, 0.6], [0.0, 0.5]]), ["DSC"]))
     assert text["collapsed"].to_dict() == {"A": 1, "B": 0}
     assert text["DSC"]["A"].startswith("0.350")
 
@@ -288,7 +288,7 @@ def test_a_table_is_saved_and_given_back(tmp_path):
 
 
 def test_published_tables_are_shown_with_the_papers_digits_and_without_what_they_lack():
-    text = published_readable(3)
+    text = published_as_text(3)
     assert text.loc["MetricUNet-R-Sep", "DSC"] == "0.8514 ± 0.0506 (0.8550)"
     assert list(text.index) == list(published(3)["configuration"])
-    assert " nan" not in published_readable(4).to_string().lower()
+    assert " nan" not in published_as_text(4).to_string().lower()
