@@ -1,6 +1,7 @@
 """What every test runs under: one thread, and the method's signatures checked at run time."""
 
 import locale
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,3 +117,13 @@ def trained_on():
     """Both stages on another cohort, long enough that something is predicted; the run's folder."""
     smoke = {"base_filters": 4, "embedding_dim": 8, "batch_size": 16, "steps": 60, "learning_rate": 0.5}
     return lambda cohort, study: run_of(stage1_of(cohort, study), **smoke)
+
+
+@pytest.fixture(scope="session")
+def trained(cohort, run_folder, tmp_path_factory) -> Path:
+    """What the spoilers of runs copy: the cohort, stage 1 and the run of the session."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(cohort.folder, folder / "phantoms")
+    shutil.copytree(run_folder.parent / "stage1", folder / "study" / "stage1")
+    shutil.copytree(run_folder, folder / "study" / "run-seed0")
+    return folder

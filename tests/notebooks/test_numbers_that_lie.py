@@ -1,150 +1,39 @@
 """Known ways in which a number can be wrong while everything runs; each check is shown to notice its trap.
 
-A study of phantoms with anisotropic voxels, whose prostate is bright: an oracle that sees brightness stands for the
-network, so every number is known beforehand. A check passes on the code as it is, and fails with the trap built in.
+A check passes on the code as it is, and fails with the trap built in.
 """
 
 from __future__ import annotations
 
-import builtins
-import inspect
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
+from bright_study import BRIGHT, SPACING, SPLITS, STAGE_1, STAGE_2, WORKING, Study, bright_case, two_runs
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 import mupkg.data
-from mupkg.configurations import build, configuration
-from mupkg.data.build import Source, write_cohort
 from mupkg.data.cases import Case
 from mupkg.data.cohort import Cohort
 from mupkg.data.patches import PatchSource
-from mupkg.data.preprocessing import Preparation, centroid, resample
+from mupkg.data.preprocessing import resample
 from mupkg.metrics import segmentation_metrics
-from mupkg.models import light_unet
-from mupkg.report import figures, results, statistics
-from mupkg.stages import inference, localization, prediction, training
+from mupkg.report import results, statistics
+from mupkg.stages import inference, localization, prediction
 from mupkg.stages import regions as regions_module
-from mupkg.stages.localization import COARSE_CHANNELS, Location
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import load_tensors, save_tensors, write_run
+from mupkg.stages.runs import load_tensors, write_run
 from mupkg.stages.training import BEST
-
-ROOT = Path(__file__).resolve().parents[1]
-SHAPE, SPACING = (14, 30, 30), (4.0, 1.5, 2.5)  # (z, y, x)
-WORKING = Preparation(spacing_mm=(5.0, 3.0, 3.0))
-REGION_MM, BRIGHT = (70.0, 48.0, 60.0), 150
-SPLITS = {"a": "train", "b": "train", "c": "validation", "d": "test", "e": "test", "f": "test"}
-SAGITTAL = (0, 0, 1, 1, 0, 0, 0, 1, 0)
-
-
-def bright_case(case_id: str) -> Case:
-    """A box of flesh in air with a bright prostate, elsewhere and a little larger in every case."""
-    number = ord(case_id) - ord("a")
-    grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1) * SPACING
-    middle = np.array(SHAPE) * SPACING / 2 + (number - 2, number % 3 - 1, 2 * (number % 2) + 3)
-    inside = (((grid - middle) / (13 + number, 8, 14)) ** 2).sum(-1) < 1
-    hu = np.random.default_rng(number).normal(0, 10, SHAPE) + 160 * inside
-    hu[:, [0, 1, -2, -1]] = hu[:, :, [0, -1]] = -1000
-    images = [sitk.GetImageFromArray(voxels) for voxels in (hu.astype(np.int16), inside.astype(np.uint8))]
-    for image in images:
-        image.SetSpacing(SPACING[::-1])
-        image.SetDirection(SAGITTAL if case_id == "f" else (1, 0, 0, 0, 1, 0, 0, 0, 1))
-    return Case(case_id, *images)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    """The cohort, and stage 1 of a study that found every prostate."""
-    folder = tmp_path_factory.mktemp("built")
-    sources = [Source(i, lambda i=i: bright_case(i), {"split": split}) for i, split in SPLITS.items()]
-    cohort = write_cohort(folder / "cohort", sources, WORKING, split_seed=0)
-    stage1 = folder / "study" / "stage1"
-    save_tensors(light_unet(COARSE_CHANNELS, 2).state_dict(), stage1 / BEST, {"filters": 2})
-    write_run(stage1, {"region_mm": REGION_MM})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(regions_module, "locate", lambda case, *_, **__: Location(centroid(case.label), None, None, ""))
-        regions_module.write_regions(cohort, None, stage1, coarse_mm=8.0, region_mm=REGION_MM)
-    return folder
-
-
-@dataclass
-class Study:
-    """A copy of it to look at and to spoil."""
-
-    root: Path
-    blank: str = ""  # the case in which the oracle sees nothing
-    island: bool = False  # whether the oracle sees something far from the prostate, too
-    said: list[sitk.Image] = field(default_factory=list)  # the oracle's probabilities
-    loaded: list[str] = field(default_factory=list)  # names of the weights that were asked for
-    between: Callable[[Study], None] = lambda study: None  # what happens between two trainings
-    source: dict[str, str] = field(default_factory=dict)  # what is replaced in a notebook's cells
-
-    @property
-    def cohort(self) -> Cohort:
-        return Cohort.read(self.root / "cohort", check_voxels=False)
-
-    @property
-    def regions(self) -> Regions:
-        return Regions.read(self.root / "study" / "stage1")
-
-    def test(self, run: str = "UNet-seed0") -> pd.DataFrame:
-        """The oracle tested as a run."""
-        folder = self.root / "study" / run
-        if not (folder / "run.json").exists():
-            write_run(folder, {}, data_fingerprint=self.regions.fingerprint())
-        return inference.evaluate_run(folder, self.cohort, self.regions)
-
-    def notebook(self, name: str, stop: str | None = None, **parameters: object) -> dict[str, Any]:
-        """A notebook's cells run here, up to the first one that holds `stop`; the names they leave."""
-        (path,) = (ROOT / "notebooks").glob(f"{name}_*.ipynb")
-        cells = ["".join(c["source"]) for c in json.loads(path.read_bytes())["cells"] if c["cell_type"] == "code"]
-        parameters |= {"study": "study", "cohort": "cohort", "size": "smoke", "data_folder": str(self.root)}
-        parameters["outputs_folder"] = str(self.root)
-        injected = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
-        cells.insert(1, injected)
-        namespace = {"In": ["", *cells]}
-        for cell in cells:
-            if stop and stop in cell:
-                break
-            for old, new in self.source.items():
-                cell = cell.replace(old, new)
-            exec(cell, namespace)
-        return namespace
-
-
-@pytest.fixture
-def study(built, tmp_path, monkeypatch) -> Study:
-    shutil.copytree(built, tmp_path / "copy")
-    study = Study(tmp_path / "copy")
-    left = []
-
-    def oracle(network: object, region: sitk.Image) -> sitk.Image:
-        left[:] = left or study.regions.ids("test")
-        seen = sitk.Cast(region > BRIGHT, sitk.sitkFloat32)
-        if study.island:
-            seen[17:19, 7:9, 6:8] = 1  # the region is centred on the prostate, which ends before x = 16
-        study.said.append(seen * 0 if left.pop(0) == study.blank else seen)
-        return study.said[-1]
-
-    monkeypatch.setattr(inference, "load_network", lambda path: (study.loaded.append(Path(path).name), {}))
-    monkeypatch.setattr(inference, "region_probability", oracle)
-    monkeypatch.setattr(figures, "save", lambda figure, *_, **__: plt.close(figure))
-    plt.switch_backend("Agg")
-    return study
 
 
 def read(path: Path) -> np.ndarray:
@@ -290,14 +179,6 @@ def watched(study: Study, monkeypatch, notebook: str, stop: str, **parameters: o
     return seen
 
 
-STAGE_1 = ("02", "load_localizer(settings", {"patch_size": 8, "filters": 2, "coarse_mm": 8.0})
-STAGE_2 = (
-    "03",
-    "evaluate_run(",
-    {"patch_size": 8, "base_filters": 2, "embedding_dim": 4, "validate_every": 1, "configuration": "UNet"},
-)
-
-
 def check_splits(study: Study, stage: tuple, monkeypatch) -> None:
     """A notebook learns from training cases, chooses weights by validation cases, and never reads a test case."""
     for path in [*study.root.rglob("[def]_*"), *study.root.rglob("[def].nii.gz")]:
@@ -353,14 +234,6 @@ def refused(study: Study, notebook: str, fault: str) -> None:
         assert fault in str(error)
     else:
         raise AssertionError("the study was evaluated all the same")
-
-
-def two_runs(study: Study) -> None:
-    """Trained for two steps each, tested by the oracle."""
-    notebook, stop, parameters = STAGE_2
-    for name in ("UNet", "MetricUNet-R"):
-        study.notebook(notebook, stop, **parameters | {"configuration": name, "steps": 2, "batch_size": 2})
-        study.test(f"{name}-seed0")
 
 
 def check_best_shown(study: Study) -> None:
@@ -535,7 +408,7 @@ def all_ids(self: Regions, split: str) -> list[str]:
 
 true_ids = Regions.ids
 
-true_coarse, true_load_network = localization.coarse, inference.load_network
+true_coarse = localization.coarse
 TO_ALL = ".rename(columns=lambda c: c.removesuffix('_all'))"
 
 TRAPS = {
@@ -682,211 +555,3 @@ def test_a_mask_on_another_grid_than_its_label_is_not_measured(study):
     moved.SetOrigin((3.0, 0.0, 0.0))
     with pytest.raises(ValueError, match=r"case d: the mask is not on its label's grid .*; resample it first"):
         inference.measure(moved, case)
-
-
-# What a notebook is told arrives where it counts
-
-
-def caught(study: Study, monkeypatch, notebook: str, stop: str, **parameters: object) -> dict[str, Any]:
-    """A notebook's cells up to `stop` with another training in place of ours; its names, and `arrived` there."""
-    history = pd.DataFrame({"step": [1], "cross_entropy": [1.0], "seconds": [0.1], "validation_dsc": [0.5]})
-    signature, arrived = inspect.signature(training.train), {}
-
-    def train(*given, **options):
-        bound = signature.bind(*given, **options)
-        bound.apply_defaults()
-        arrived.update(bound.arguments)
-        return history
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "train", train)
-        patch.setattr(figures, "convergence", lambda histories: None)
-        return study.notebook(notebook, stop, **parameters) | {"arrived": arrived}
-
-
-STAGE_2_TOLD = {
-    "configuration": "MetricUNet-HCRP",
-    "seed": 3,
-    "steps": 7,
-    "batch_size": 5,
-    "base_filters": 3,
-    "embedding_dim": 6,
-    "patch_size": 24,
-    "validate_every": 2,
-    "learning_rate": 0.03,
-    "momentum": 0.8,
-    "weight_decay": 0.002,
-    "anchors": 11,
-    "pairs": 2,
-    "threshold": 0.3,
-    "margin": 0.4,
-    "metric_weight": 0.05,
-    "pair_weight": 0.6,
-    "pair_distance": 0.07,
-    "normalize": True,
-    "precision": "bf16",
-    "channels_last": False,
-    "compile": True,
-    "workers": 2,
-    "deterministic": True,
-    "film": True,
-}
-
-
-@pytest.fixture
-def _as_deterministic_as_before():
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-@pytest.mark.usefixtures("_as_deterministic_as_before")
-def test_what_notebook_3_is_told_reaches_sampler_loss_patches_and_training(study, monkeypatch):
-    told = STAGE_2_TOLD
-    names = caught(study, monkeypatch, "03", "inference.copy_localizer", **told)
-    arrived, loss, source = names["arrived"], names["loss"], names["source"]
-    assert arrived["loss"] is loss and arrived["source"] is source and arrived["network"] is names["network"]
-    # samplers and loss
-    assert [sampler.letter for sampler in loss.samplers] == ["H", "C", "R"]
-    assert {(sampler.anchors, sampler.pairs) for sampler in loss.samplers} == {(11, 2)}
-    assert loss.samplers[0].threshold == 0.3
-    assert loss.weight == 0.05
-    of_tuples = loss.metric_loss
-    assert (of_tuples.margin, of_tuples.pair_weight, of_tuples.pair_distance) == (0.4, 0.6, 0.07)
-    assert of_tuples.normalize is True
-    # patches
-    assert (source.patch_size, source.batch_size, source.seed) == ((24, 24), 5, 3)
-    assert (source.channels, source.patches_per_image) == (3, 500)
-    # the optimisation
-    same = ("steps", "validate_every", "learning_rate", "momentum", "weight_decay", "seed", "precision")
-    same += ("channels_last", "compile", "workers")
-    assert {name: arrived[name] for name in same} == {name: told[name] for name in same}
-    assert arrived["power"] == 0.9
-    assert arrived["folder"] == study.root / "study" / "MetricUNet-HCRP-seed3"
-    assert arrived["on_validation"] is not None and torch.are_deterministic_algorithms_enabled()
-    # first weights, of the widths asked for and of the seed
-    torch.manual_seed(3)
-    expected, _ = build(configuration("MetricUNet-HCRP"), 3, 3, 6)
-    pairs = zip(names["network"].parameters(), expected.parameters(), strict=True)
-    assert all(torch.equal(first, other) for first, other in pairs)
-
-
-@pytest.mark.usefixtures("_as_deterministic_as_before")
-def test_what_notebook_3_is_told_is_stored_with_the_weights_and_in_the_record(study, monkeypatch):
-    """So that no checkpoint of other settings is continued, and no other run compared."""
-    told, kept = STAGE_2_TOLD, {"workers", "film"}  # these change no weight
-    names = caught(study, monkeypatch, "03", "inference.evaluate_run", **told)
-    made_by = names["arrived"]["metadata"]
-    flat = made_by | made_by["loss"] | made_by["training"]
-    flat["metric_weight"] = flat.pop("weight")
-    assert {name: flat.get(name) for name in told if name not in kept} == {
-        name: value for name, value in told.items() if name not in kept
-    }
-    assert made_by["data"] == study.regions.fingerprint()
-    record = json.loads((study.root / "study" / "MetricUNet-HCRP-seed3" / "run.json").read_bytes())
-    assert {name: record["parameters"][name] for name in told} == told
-    assert record["data_fingerprint"] == made_by["data"]
-
-
-def test_the_first_weights_and_patches_are_the_seeds_alone(study, monkeypatch):
-    """What differs between two configurations is the loss."""
-    shown = [
-        caught(study, monkeypatch, "03", "inference.copy_localizer", configuration=name, seed=seed)
-        for name, seed in (("UNet", 1), ("MetricUNet-HCP", 1), ("UNet", 2))
-    ]
-    weights = [torch.cat([v.flatten().float() for v in s["network"].state_dict().values()]) for s in shown]
-    batches = [s["source"].batch(4)[0] for s in shown]
-    for first, second, other in (weights, batches):
-        assert torch.equal(first, second) and not torch.equal(first, other)
-
-
-def test_what_notebook_2_is_told_reaches_grid_patches_training_and_regions(study, monkeypatch):
-    told = {"seed": 3, "steps": 16, "batch_size": 5, "filters": 3, "patch_size": 24, "learning_rate": 0.03}
-    told |= {"coarse_mm": 7.0, "region_mm": [72.0, 51.0, 63.0], "precision": "bf16"}
-    cut = {}
-    monkeypatch.setattr(
-        regions_module, "write_regions", lambda cohort, network, folder, **options: cut.update(options)
-    )
-    monkeypatch.setattr(inference, "load_localizer", lambda path: (None, {}))
-    names = caught(study, monkeypatch, "02", "report = regions.table", **told)
-    arrived, source = names["arrived"], names["source"]
-    assert arrived["source"] is source
-    assert (source.patch_size, source.batch_size, source.seed, source.channels) == ((24, 24), 5, 3, 5)
-    prepared = study.cohort.prepared("a").image
-    assert names["train_images"][0].shape == localization.coarse(prepared, 7.0).GetSize()[::-1]
-    same = ("steps", "learning_rate", "seed", "precision")
-    assert {name: arrived[name] for name in same} == {name: told[name] for name in same}
-    assert (arrived["validate_every"], arrived["folder"]) == (2, study.root / "study" / "stage1")
-    assert not arrived["loss"].samplers
-    torch.manual_seed(3)
-    first, expected = arrived["network"].state_dict(), light_unet(COARSE_CHANNELS, 3).state_dict()
-    assert all(torch.equal(first[name], value) for name, value in expected.items())
-    assert (cut["coarse_mm"], list(cut["region_mm"])) == (7.0, [72.0, 51.0, 63.0])
-    made_by = arrived["metadata"] | arrived["metadata"]["training"]
-    assert {name: made_by[name] for name in told} == told
-    assert made_by["preparation"] == study.cohort.preparation.model_dump(mode="json")
-    assert made_by["data"] == study.cohort.fingerprint()
-    record = json.loads((study.root / "study" / "stage1" / "run.json").read_bytes())
-    assert {name: record["parameters"][name] for name in told} == told
-
-
-# What cannot be shown is said
-
-
-def test_a_test_region_without_prostate_has_an_empty_row_and_no_picture(study, monkeypatch, capsys):
-    path = study.regions.folder / "regions" / "d_label.npy"
-    np.save(path, np.zeros_like(np.load(path)))
-    two_runs(study)
-    monkeypatch.setattr(inference, "load_network", true_load_network)
-    names = study.notebook("05")
-    assert "test regions that hold no prostate: d\n" in capsys.readouterr().out
-    assert set(names["ranked"]) == {"e", "f"} and set(names["shown"]) == {"e", "f"}
-    table = pd.read_csv(study.root / "study" / "report" / "embedding_separation.csv", index_col="case_id")
-    assert len(table) == 6
-    assert table.loc["d", ["silhouette", "Fisher ratio"]].isna().all(axis=None)
-    assert table.loc[["e", "f"]].notna().all(axis=None)
-
-
-def test_pictures_without_any_prostate_are_refused(study):
-    for path in (study.regions.folder / "regions").glob("[def]_label.npy"):
-        np.save(path, np.zeros_like(np.load(path)))
-    two_runs(study)
-    with pytest.raises(ValueError, match="no test region holds any prostate; look at stage 1"):
-        study.notebook("05")
-
-
-def test_a_seed_without_a_run_is_named(study):
-    two_runs(study)
-    with pytest.raises(
-        ValueError, match="no finished run of any configuration with seed 4; run notebook 03, or choose"
-    ):
-        study.notebook("05", seed=4)
-
-
-@pytest.mark.parametrize("unlabelled", ["c", "abc", "abcdef"])
-def test_notebook_1_shows_cases_without_a_label(unlabelled, study, monkeypatch, capsys):
-    def source(case_id: str) -> Source:
-        case = bright_case(case_id)
-        return Source(case_id, lambda: replace(case, label=None) if case_id in unlabelled else case, {})
-
-    shutil.rmtree(study.root / "cohort")
-    write_cohort(study.root / "cohort", map(source, SPLITS), WORKING, split_seed=0)
-    monkeypatch.setattr(builtins, "display", lambda *_: None, raising=False)
-    names = study.notebook("01")
-    labelled = len(SPLITS) - len(unlabelled)
-    assert f"{labelled} of 6 cases have a label\n" in capsys.readouterr().out
-    assert set(names["scans"]) == {"a", "b", "c"}
-    assert set(names["curves"]) == {"a", "b", "c"} - set(unlabelled)
-    sizes = pd.read_csv(study.root / "study" / "report" / "prostate_ml.csv", index_col="split")
-    assert sizes["count"].sum() == labelled
-
-
-def test_notebook_4_says_when_configurations_differ_in_their_number_of_seeds(study, capsys):
-    said = "The number of seeds differs"
-    for run in ("UNet-seed0", "MetricUNet-R-seed0"):
-        study.test(run)
-    study.notebook("04", "everything = ")
-    assert said not in capsys.readouterr().out
-    study.test("UNet-seed1")
-    study.notebook("04", "everything = ")
-    assert said in capsys.readouterr().out
