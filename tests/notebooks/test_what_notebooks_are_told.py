@@ -6,6 +6,7 @@ import inspect
 import json
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,7 +20,7 @@ from mupkg.stages import regions as regions_module
 from mupkg.stages.localization import COARSE_CHANNELS
 
 
-def caught(study: Study, monkeypatch, notebook: str, stop: str, **parameters: object) -> dict[str, Any]:
+def caught(study: Study, monkeypatch, notebook: str, stop: str | None = None, **parameters: object) -> dict[str, Any]:
     """A notebook's cells up to `stop` with another training in place of ours; its names, and `arrived` there."""
     history = pd.DataFrame({"step": [1], "cross_entropy": [1.0], "seconds": [0.1], "validation_dsc": [0.5]})
     signature, arrived = inspect.signature(training.train), {}
@@ -36,6 +37,10 @@ def caught(study: Study, monkeypatch, notebook: str, stop: str, **parameters: ob
         return study.notebook(notebook, stop, **parameters) | {"arrived": arrived}
 
 
+METRICS = pd.DataFrame(
+    {"case_id": ["d", "e"], "DSC": [0.5, 0.7], "DSC_all": 0.5}
+    | dict.fromkeys(("SEN", "PPV", "ASD", "HD95", "aRVD"), 1.0)
+)
 STAGE_2_TOLD = {
     "configuration": "MetricUNet-HCRP",
     "seed": 3,
@@ -118,6 +123,27 @@ def test_what_notebook_3_is_told_is_stored_with_the_weights_and_in_the_record(st
     record = json.loads((study.root / "study" / "MetricUNet-HCRP-seed3" / "run.json").read_bytes())
     assert {name: record["parameters"][name] for name in told} == told
     assert record["data_fingerprint"] == made_by["data"]
+
+
+def test_noisy_contours_are_learnt_from_and_known_of_the_weights_but_not_tested_on(study, monkeypatch):
+    plain, noisy, again, other = (
+        caught(study, monkeypatch, "03", "inference.copy_localizer", configuration="UNet", seed=s, label_noise_mm=mm)
+        for s, mm in ((1, 0.0), (1, 6.0), (1, 6.0), (2, 6.0))
+    )
+    labels = [np.concatenate([v.ravel() for v in names["source"].labels]) for names in (plain, noisy, again, other)]
+    assert np.array_equal(labels[1], labels[2])
+    assert not np.array_equal(labels[0], labels[1]) and not np.array_equal(labels[1], labels[3])
+    about = [names["arrived"]["metadata"]["cases"] for names in (plain, noisy)]
+    assert "label_noise_mm" not in about[0] and about[1]["label_noise_mm"] == 6.0
+    for ours, theirs in zip(plain["validation"][1], noisy["validation"][1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_harder_test_scans_are_tested_when_asked_for(study, monkeypatch):
+    tested = []
+    monkeypatch.setattr(inference, "evaluate_run", lambda *given: tested.append(given[3:]) or METRICS)
+    caught(study, monkeypatch, "03", configuration="UNet", test_shifts=["noise", "thick"])
+    assert tested == [(), ("noise",), ("thick",)]
 
 
 def test_the_first_weights_and_patches_are_the_seeds_alone(study, monkeypatch):
