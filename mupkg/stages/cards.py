@@ -1,4 +1,7 @@
-"""Model cards: what a stranger needs to know of a run before trusting it, from the files in its folder alone."""
+"""Model cards (Mitchell et al., doi:10.1145/3287560.3287596): what a stranger needs to know before trusting a run.
+
+They are written from the files in the run's folder alone, so they hold wherever it is copied to.
+"""
 
 from __future__ import annotations
 
