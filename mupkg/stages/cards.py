@@ -168,12 +168,13 @@ def _results(run_folder: Path, record: dict[str, Any]) -> list[str]:
         "largest component alone, on the scans' own grids. n is less where a "
         "metric is undefined. Another seed would give other numbers."
     )
-    with np.errstate(invalid="ignore"):  # an infinite distance (an empty mask) makes its mean infinite, visibly
-        rows = [
-            (shown, f"{metrics[name].mean():.3f} ± {metrics[name].std():.3f}", metrics[name].notna().sum())
-            for name, shown in SHOWN.items()
-            if name in metrics
-        ]
+    rows = []
+    for name, shown in SHOWN.items():
+        values = metrics[name].dropna() if name in metrics else ()
+        if len(values):
+            mean, n = f"{values.mean():.3f}", len(values)  # an infinite distance (an empty mask) makes its mean inf
+            with np.errstate(invalid="ignore"):
+                rows.append((shown, mean if n == 1 else f"{mean} ± {values.std():.3f}", n))
     lowest = [f"Lowest DSC of a case: {metrics['DSC'].min():.3f}."] if "DSC" in metrics else []
     return [*said, _table(["metric", "mean ± sd", "n"], rows), *lowest]
 

@@ -51,7 +51,7 @@ def chain(tmp_path_factory) -> Path:
     for name, target, parameters in (
         ("00_prepare_cohort", folder / "data" / "planning", SMOKE | told),
         ("02_stage1_localization", study / "stage1", SMOKE | places | {"study": "mine"}),
-        ("03_stage2_training", run, SMOKE | places | {"study": "mine"}),
+        ("03_stage2_training", run, SMOKE | places | {"study": "mine", "steps": 200}),  # enough to find something
         ("09_segment_a_patient", folder / "report", {"run": str(run), "scan": scan, "output": str(folder / "out")}),
     ):
         run_notebook(ROOT / "notebooks" / f"{name}.ipynb", target / f"{name}.ipynb", parameters)

@@ -62,6 +62,8 @@ def test_a_card_says_what_the_files_say(run):
 def test_a_collapsed_run_and_one_without_a_test_are_called_so(run):
     write_json(run / "run.json", RECORD | {"collapsed": True})
     assert "**Collapsed: this run found no prostate" in card(run)
+    (run / "metrics.csv").write_text("case_id,DSC,PPV\na,0,\n")
+    assert "| DSC | 0.000 | 1 |" in card(run) and "PPV" not in card(run)  # one case has no deviation
     (run / "metrics.csv").unlink()
     assert "**Not tested: metrics.csv is missing" in card(run) and "±" not in card(run)
 
