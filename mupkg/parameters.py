@@ -16,6 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import pandas as pd
 import yaml
 from pydantic import (
     AfterValidator,
@@ -26,6 +27,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    StringConstraints,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -46,6 +48,7 @@ from mupkg.data.build import (
     sources_from_table,
     sources_of_replicates,
 )
+from mupkg.data.dicom_rt import list_dicom, sources_from_dicom_rt
 from mupkg.data.preprocessing import Grid, Preparation, Window
 from mupkg.models import MULTIPLE
 from mupkg.stages.runs import MOST, Shift
@@ -77,7 +80,9 @@ AnyPath = Annotated[
     str, BeforeValidator(lambda path: str(path) if isinstance(path, Path) else path), AfterValidator(check_path)
 ]
 Pattern = Annotated[str, AfterValidator(check_pattern)]
+RoiName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
+OF_DICOM = ("dicom", "dicom_rt")  # sources
 ALIKE = 0.75  # from this similarity on (difflib's), a name is taken for a misspelt parameter
 LONGEST_SHOWN = 100  # characters of a wrong value
 
@@ -286,7 +291,7 @@ class CohortSettings(SizedSettings):
 
     stage: ClassVar[str] = "cohort"
     cohort: FolderName = "phantoms-quick"
-    source: Literal["phantoms", "pattern", "table", "promise12", "decathlon", "dicom"] = "phantoms"
+    source: Literal["phantoms", "pattern", "table", "promise12", "decathlon", "dicom", "dicom_rt"] = "phantoms"
     source_folder: AnyPath | None = None
     modality: Literal["CT", "MR"] = "CT"
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = OF_SIZE
@@ -295,6 +300,8 @@ class CohortSettings(SizedSettings):
     label_pattern: Pattern = "{case}_label.nii.gz"
     label_values: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     channel: Annotated[int, Field(ge=0)] | None = None
+    roi: RoiName | Annotated[tuple[RoiName, ...], Field(min_length=1)] = "Prostate"
+    hash_patients: bool = False
     phantoms: Annotated[int, Field(ge=3, le=100_000)] = OF_SIZE
     replicates: Annotated[int, Field(ge=1, le=1000)] | None = None
     test_phantoms: Annotated[int, Field(ge=1, le=100_000)] = 100
@@ -311,6 +318,10 @@ class CohortSettings(SizedSettings):
             raise ValueError(f"source_folder lies in {self.cohort_path}, which is about to be written; move it")
         if self.replicates and self.source != "phantoms":
             raise ValueError(f"replicates are made of phantoms; for source {self.source!r} set folds (and repeats)")
+        if self.hash_patients and self.source not in OF_DICOM:
+            raise ValueError(
+                f"hash_patients is for DICOM; of source {self.source!r} the names of files and patients stay"
+            )
         modality = {"phantoms": "CT", "promise12": "MR", "decathlon": "MR"}.get(self.source, self.modality)
         if self.modality != modality:
             raise ValueError(f"source {self.source!r} is {modality}; set modality to {modality!r}")
@@ -323,6 +334,11 @@ class CohortSettings(SizedSettings):
     @property
     def source_path(self) -> Path:
         return repository() / (self.source_folder or "")
+
+    def listing(self) -> pd.DataFrame | None:
+        """What a folder of DICOM holds, see `list_dicom`; `sources` tells what is damaged. None for other sources."""
+        options = {"hash_patients": self.hash_patients, "damaged": []}
+        return list_dicom(self.source_path, **options) if self.source in OF_DICOM else None
 
     def sources(self) -> list[Source]:
         """The cases to be, from whatever source was chosen."""
@@ -342,6 +358,9 @@ class CohortSettings(SizedSettings):
                 return sources_from_promise12(folder)
             case "decathlon":
                 return sources_from_decathlon(folder, **{k: v for k, v in options.items() if v is not None})
+            case "dicom_rt":
+                options = {"modality": self.modality, "hash_patients": self.hash_patients}
+                return sources_from_dicom_rt(folder, self.roi, **options)
         return source_from_dicom(folder, modality=self.modality)
 
     @property

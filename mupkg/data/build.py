@@ -74,6 +74,7 @@ def write_cohort(
     split_seed: int,
     folds: int | None = None,
     repeats: int = 1,
+    kind: str | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Cohort:
     """Check, store and prepare every case; the table comes last, so that a broken-off build is not taken for whole.
@@ -81,6 +82,7 @@ def write_cohort(
     All is written aside first: what fails leaves a cohort that was there as it was, and nothing of its own.
     A split that the sources bring along is kept; without any it is drawn by patient (`patient`, else the case).
     Cases without any label get no split. `folds` adds columns for a k-fold by patient, `repeats` times over.
+    `kind` of source: it is recorded with the fingerprint, for the cards of runs.
 
     Raises:
         CohortError: after all cases were tried, with every fault of every case; before, if the names or, as far as
@@ -122,7 +124,7 @@ def write_cohort(
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
         cohort = Cohort.read(folder, check_voxels=False)
-        write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint()}) + "\n")
+        write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint(), "source": kind}) + "\n")
     return cohort
 
 
@@ -418,7 +420,7 @@ def sources_from_decathlon(
 
 
 def source_from_dicom(folder: str | Path, *, modality: str) -> list[Source]:
-    """One DICOM series as a case without a label (contours from RTSTRUCT are not read yet)."""
+    """One DICOM series as a case without a label (with contours: `dicom_rt.sources_from_dicom_rt`)."""
     folder = Path(folder)
     case_id = re.sub(r"[^A-Za-z0-9._-]", "_", folder.resolve().name).lstrip("._-") or "scan"
     return [_file_source(case_id, folder, None, modality, None, None)]

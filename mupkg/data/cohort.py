@@ -4,7 +4,7 @@ data/<cohort>/cohort.csv          case_id, image, label, split, modality and wha
               images/, labels/    the scans on their own grids
               prepared/           the same on the working grid (see `preprocessing`), made once
               preparation.json    how they were prepared
-              fingerprint.json    what cohort.csv and prepared/ hold, so that who depends on it sees a change
+              fingerprint.json    what cohort.csv and prepared/ hold, so that a change is seen; the kind of source
 """
 
 from __future__ import annotations
@@ -247,16 +247,22 @@ def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
     return table
 
 
+def spelt_alike(name: object) -> str:
+    """A name without what does not count: blanks, capitals, and the form of letters."""
+    text = unicodedata.normalize("NFKC", str(name))
+    return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").casefold().split())
+
+
+def essence(name: str) -> tuple[str, ...]:
+    """The letters and numbers of a name, apart: the same for P1 and P-01."""
+    return tuple(part.lstrip("0") for part in re.findall(r"\d+|[^\W\d_]+", name))
+
+
 def patients(table: pd.DataFrame) -> pd.Series:
     """The patient of every case, however it is spelt: blanks, capitals and the form of letters do not count.
 
     Where none is known, the case itself.
     """
-
-    def spelt_alike(name: object) -> str:
-        text = unicodedata.normalize("NFKC", str(name))
-        return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").casefold().split())
-
     if "patient" not in table:
         return table["case_id"]
     known = table["patient"].map(spelt_alike, na_action="ignore").replace("", None)
@@ -310,8 +316,7 @@ def patient_faults(table: pd.DataFrame) -> Iterator[str]:
     """
     if "patient" in table and table["patient"].notna().any():
         known = patients(table)[table["patient"].notna()]
-        alike = known.map(lambda name: tuple(part.lstrip("0") for part in re.findall(r"\d+|[^\W\d_]+", name)))
-        for _, names in known.groupby(alike):
+        for _, names in known.groupby(known.map(essence)):
             if len(set(names)) > 1:
                 spelt = " and ".join(map(repr, dict.fromkeys(table["patient"][names.index])))
                 cases = ", ".join(table["case_id"][names.index])

@@ -8,10 +8,10 @@ keyholes and islands alike. Attributes are those of DICOM PS3.3, C.8.8.5 (struct
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -29,7 +29,7 @@ from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_
 from mupkg import __version__
 from mupkg.data.build import Source, files_below
 from mupkg.data.cases import Case, checked_case, grid_difference
-from mupkg.data.cohort import CohortError
+from mupkg.data.cohort import CohortError, essence, spelt_alike
 from mupkg.data.files import read_series, readable
 from mupkg.data.geometry import HEADER, Series, dicom_header, series_geometry, series_image
 from mupkg.data.headers import Fault, named
@@ -39,15 +39,11 @@ NO_DEVICE = "Research software, no medical device: not for diagnosis or treatmen
 RESEARCH = "Research, no medical device"  # where there is room for 64 characters
 SCANS = ("CT", "MR")  # modalities that contours are drawn on
 OFF_PLANE = 0.1  # of the slice distance; a contour farther from every slice was drawn on one that is not there
-PATIENT_AND_STUDY = {  # what a structure set repeats from its slices, and the most characters DICOM allows
+PATIENT_AND_STUDY = {  # what a structure set repeats from its slices, and the most characters that DICOM allows
     **{"PatientName": 64, "PatientID": 64, "PatientBirthDate": 8, "PatientSex": 16, "ReferringPhysicianName": 64},
     **{"StudyInstanceUID": 64, "StudyDate": 8, "StudyTime": 16, "StudyID": 16, "AccessionNumber": 16},
 }
-STUDY = [  # what a structure set repeats from its slices
-    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
-    *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
-]
-STUDY = "1.2.840.10008.3.1.2.3.1"  # SOP class of a detached study; retired, but the one that references name
+STUDY = "1.2.840.10008.3.1.2.3.1"  # SOP class of a detached study; retired, but the standard still asks for it here
 
 
 class Key(NamedTuple):
@@ -79,6 +75,7 @@ class Roi(NamedTuple):
     series: set[str]  # UIDs
     kinds: set[str]  # SOP classes of its slices
     contours: list[Dataset]
+    drawn: int  # how many contours it has, also where they were not kept
 
     def __str__(self) -> str:
         return f"{self.path}: patient {self.patient}, ROI {self.name!r}"
@@ -91,53 +88,83 @@ class Roi(NamedTuple):
         return named or [key for key in alike if found[key].kind in self.kinds or not self.kinds]
 
 
-def list_dicom(folder: str | Path) -> pd.DataFrame:
-    """What a folder and those below it hold: a row a series and ROI, or a series without any.
+def pseudonym(patient: str) -> str:
+    """Twelve hexadecimal digits for a patient's ID; the same for spellings that differ in zeros and signs alone.
+
+    It keeps IDs out of sight, but whoever has a list of the IDs can find them again.
+    """
+    return hashlib.sha256("\0".join(essence(spelt_alike(patient))).encode()).hexdigest()[:12]
+
+
+def list_dicom(folder: str | Path, *, hash_patients: bool = False, damaged: list[str] | None = None) -> pd.DataFrame:
+    """What a folder and those below it hold: a row for each series and ROI, and for each series without an ROI.
 
     Columns: patient (ID), series (UID), modality, slices, roi, contours, and path (of the structure set, or of the
     series' folder where it has none). An ROI whose series is not there has 0 slices. No voxels are read.
 
+    Args:
+        hash_patients: give pseudonyms instead of IDs, and leave out series and path, which may tell who it is.
+        damaged: takes what is wrong with files and folders that are damaged or may not be read.
+
     Raises:
-        ValueError: naming files and folders that are damaged or may not be read.
+        CohortError: naming all of these, where nothing takes them.
     """
-    found, structures = _found(Path(folder))
+    found, paths, faults = _found(Path(folder))
     rows, bare = [], dict(found)
-    for roi in (roi for path in structures for roi in _rois(path)):
+    for roi in (roi for rois in _structures(paths, faults) for roi in rois):
         for key in roi.drawn_on(found) or [Key(min(roi.series, default=""), roi.frame)]:
             told = (found[key].modality, found[key].slices) if key in found else ("", 0)
-            rows.append((roi.patient, key.series, *told, roi.name, len(roi.contours), str(roi.path)))
+            rows.append((roi.patient, key.series, *told, roi.name, roi.drawn, str(roi.path)))
             bare.pop(key, None)
+    if damaged is not None:
+        damaged += faults
+    elif faults:
+        raise CohortError(faults)
     for key, one in bare.items():
         rows.append((one.patient, key.series, one.modality, one.slices, None, 0, str(one.files[0].parent)))
     columns = ["patient", "series", "modality", "slices", "roi", "contours", "path"]
-    return pd.DataFrame(sorted(rows, key=str), columns=columns)
+    table = pd.DataFrame(sorted(rows, key=str), columns=columns)
+    if hash_patients:
+        table = table.drop(columns=["series", "path"]).assign(patient=table["patient"].map(pseudonym))
+    return table
 
 
-def _found(folder: Path) -> tuple[dict[Key, Found], list[Path]]:
-    """All series below a folder, and all structure sets."""
+@contextmanager
+def _kept(faults: list[str]) -> Iterator[None]:
+    """What is wrong inside the block is added to the faults, so that all can be told in one go."""
+    try:
+        yield
+    except ValueError as error:
+        faults.append(str(error))
+
+
+def _found(folder: Path) -> tuple[dict[Key, Found], list[Path], list[str]]:
+    """All series below a folder, all structure sets, and what is wrong with files that cannot be told apart."""
     with readable(folder):
         if not folder.is_dir():
             raise CohortError([f"{folder}: there is no such folder; check its name"])
     found: dict[Key, Found] = {}
     structures, faults = [], []
     for path in sorted(files_below(folder, faults)):
-        try:
-            with readable(path), named(path, "DICOM"):
-                header = dicom_header(path)
-                if header is not None and header.SOPClassUID == RTStructureSetStorage:
-                    structures.append(path)
-                elif header is not None and "Rows" in header:
-                    told = {name: str(header.get(name) or "").strip() for name in HEADER}
-                    key = Key(told["SeriesInstanceUID"], told["FrameOfReferenceUID"])
-                    date = told["StudyDate"] + told["StudyTime"]
-                    one = found.setdefault(key, Found(told["SOPClassUID"], told["Modality"], told["PatientID"], date))
-                    one.files.append(path)
-                    one.slices += int(header.get("NumberOfFrames") or 1)
-        except ValueError as error:
-            faults.append(str(error))
-    if faults:
-        raise CohortError(faults)
-    return found, structures
+        with _kept(faults), readable(path), named(path, "DICOM"):
+            header = dicom_header(path)
+            if header is not None and header.SOPClassUID == RTStructureSetStorage:
+                structures.append(path)
+            elif header is not None and "Rows" in header:
+                told = {name: str(header.get(name) or "").strip() for name in HEADER}
+                key = Key(told["SeriesInstanceUID"], told["FrameOfReferenceUID"])
+                date = told["StudyDate"] + told["StudyTime"]
+                one = found.setdefault(key, Found(told["SOPClassUID"], told["Modality"], told["PatientID"], date))
+                one.files.append(path)
+                one.slices += int(header.get("NumberOfFrames") or 1)
+    return found, structures, faults
+
+
+def _structures(paths: Iterable[Path], faults: list[str]) -> Iterator[list[Roi]]:
+    """The ROIs of each structure set without their contours, which take much memory; damaged ones become faults."""
+    for path in paths:
+        with _kept(faults):
+            yield [roi._replace(contours=[]) for roi in _rois(path)]
 
 
 def _rois(path: Path) -> list[Roi]:
@@ -162,18 +189,18 @@ def _rois(path: Path) -> list[Roi]:
         for item in structures.StructureSetROISequence:
             frame = str(item.get("ReferencedFrameOfReferenceUID") or structures.get("FrameOfReferenceUID") or "")
             known = str(item.get("ROIName") or "").strip(), frame, series[frame], kinds[frame]
-            rois.append(Roi(path, patient, *known, contours[int(item.ROINumber)]))
+            drawn = contours[int(item.ROINumber)]
+            rois.append(Roi(path, patient, *known, drawn, len(drawn)))
     return rois
 
 
 def _one(rois: Sequence[Roi], names: Sequence[str], where: str) -> Roi:
     """The ROI that has the first name or pattern any has, with contours if it can be; ValueError if it is not one."""
     hits: list[Roi] = []
-    for among in ([roi for roi in rois if roi.contours], rois):
+    for among in ([roi for roi in rois if roi.drawn], rois):
         for name in names:
             exact = [roi for roi in among if roi.name == name]
-            alike = [roi for roi in among if fnmatchcase(roi.name.casefold(), name.casefold())]
-            hits = hits or exact or alike
+            hits = hits or exact or [roi for roi in among if fnmatchcase(roi.name.casefold(), name.casefold())]
     if len(hits) != 1:
         wanted, there = " or ".join(map(repr, names)), ", ".join(sorted({roi.name for roi in rois})) or "none"
         if hits:
@@ -187,8 +214,8 @@ def _series_of(roi: Roi, found: dict[Key, Found]) -> Key:
     keys = roi.drawn_on(found)
     there = ", ".join(key.series for key in keys or found) or "none"
     if not keys:
-        named = f"{', '.join(sorted(roi.series)) or 'unknown'} of frame of reference {roi.frame or 'unknown'}"
-        raise ValueError(f"{roi}: was drawn on series {named}, but here is {there}; choose the folder of that series")
+        told = f"{', '.join(sorted(roi.series)) or 'unknown'} of frame of reference {roi.frame or 'unknown'}"
+        raise ValueError(f"{roi}: was drawn on series {told}, but here is {there}; choose the folder of that series")
     if len(keys) > 1:
         raise ValueError(f"{roi}: may be of {len(keys)} series, {there}; keep one of them in the folder")
     if keys[0].series not in roi.series:
@@ -210,7 +237,9 @@ def read_rtstruct(path: str | Path, series_folder: str | Path, roi: str) -> sitk
         ValueError: naming file, patient, ROI and slice, if the structure set is of another series, or the ROI is not
             there, is there twice, has no contours, or has some that are open, outside the volume or on no slice.
     """
-    found, _ = _found(Path(series_folder))
+    found, _, faults = _found(Path(series_folder))
+    if faults:
+        raise CohortError(faults)
     one = _one(_rois(Path(path)), [roi], str(path))
     return _mask(one, series_geometry(series_folder, found[_series_of(one, found)].files))
 
@@ -218,12 +247,10 @@ def read_rtstruct(path: str | Path, series_folder: str | Path, roi: str) -> sitk
 def _mask(roi: Roi, series: Series) -> sitk.Image:
     """Voxel centres inside an odd number of the ROI's contours, on the grid that the series is read on."""
     heights = series.positions @ series.axes[:, 2]
-    mask = np.zeros((len(heights), *series.size[::-1]), np.uint8)
-    faults: dict[str, list[float]] = defaultdict(list)
+    mask, marks = np.zeros((len(heights), *series.size[::-1]), np.uint8), []
+    faults: dict[str, set[float]] = defaultdict(set)
     for contour in roi.contours:
         kind, numbers = str(contour.get("ContourGeometricType")), contour.get("ContourData") or []
-        if kind == "POINT":
-            continue  # a mark, which encloses nothing
         points = np.array(numbers, float)
         if not points.size or points.size % 3 or not np.isfinite(points).all():
             raise ValueError(f"{roi}: has a contour without x, y and z of every point; export it again")
@@ -231,25 +258,29 @@ def _mask(roi: Roi, series: Series) -> sitk.Image:
         along = points @ series.axes[:, 2]
         z = int(np.abs(heights - along.mean()).argmin())
         xy = (points - series.positions[z]) @ series.axes[:, :2] / series.spacing
-        if not kind.startswith("CLOSED"):
-            faults[f"is {kind}, so it encloses nothing; close it in the planning system"].append(along[0])
+        if kind == "POINT":
+            marks.append(along[0])  # which is passed over beside contours
+        elif not kind.startswith("CLOSED"):
+            faults[f"is {kind}, so it encloses nothing; close it in the planning system"].add(along[0])
         elif np.abs(along - heights[z]).max() > OFF_PLANE * np.diff(heights).min():
-            faults["lies on no slice; give the whole series that it was drawn on"].append(along[0])
+            faults["lies on no slice; give the whole series that it was drawn on"].add(along[0])
         elif (xy < -1).any() or (xy > series.size).any():
-            faults["leads out of its slice; give the series that it was drawn on, uncropped"].append(along[0])
+            faults["leads out of its slice; give the series that it was drawn on, uncropped"].add(along[0])
         else:
             low, high = np.maximum(np.floor(xy.min(0)), 0).astype(int), np.ceil(xy.max(0)).astype(int) + 1
             part = mask[z, low[1] : high[1], low[0] : high[0]]
             rows, columns = np.indices(part.shape)
             centres = np.c_[columns.ravel() + low[0], rows.ravel() + low[1]]
             part ^= Polygon(xy).contains_points(centres).reshape(part.shape)
-    if not (faults or mask.any()):
+    if roi.contours and len(marks) == len(roi.contours):
+        faults["is a POINT, so it encloses nothing; draw the outline"] |= {*marks}
+    if faults:
+        at = {fault: ", ".join(f"{height:.2f}" for height in sorted(places)) for fault, places in faults.items()}
+        span = f"slices lie at {heights[0]:.2f} to {heights[-1]:.2f} mm"
+        raise ValueError("\n".join(f"{roi}: the contour at {at[fault]} mm {fault} ({span})" for fault in faults))
+    if not mask.any():
         what = "encloses the centre of no voxel" if roi.contours else "has no contours"
         raise ValueError(f"{roi}: {what}; draw it, or leave the scan out")
-    if faults:
-        span = f"slices lie at {heights[0]:.2f} to {heights[-1]:.2f} mm"
-        at = {fault: ", ".join(f"{height:.2f}" for height in sorted(set(places))) for fault, places in faults.items()}
-        raise ValueError("\n".join(f"{roi}: the contour at {at[fault]} mm {fault} ({span})" for fault in faults))
     return series_image(series, mask, label=True)
 
 
@@ -276,9 +307,10 @@ def write_rtstruct(
         ValueError: if the folder holds no series, or several, or the mask is empty or not on its grid.
         OSError: if the file cannot be written; then nothing is.
     """
-    series = _series_for(mask, series_folder, path)
-    first, images, contours = dcmread(series.files[0], stop_before_pixels=True, force=True), [], []
-    if not first.get("FrameOfReferenceUID"):
+    series, images, contours = _series_for(mask, series_folder, path), [], []
+    first = dcmread(series.files[0], stop_before_pixels=True, force=True)
+    frame = first.get("FrameOfReferenceUID")
+    if not frame:
         raise ValueError(f"{series.files[0]}: has no FrameOfReferenceUID, which contours need; export it again")
     for uid, number, position, plane in zip(
         series.uids, series.frames, series.positions, _planes(mask, series), strict=True
@@ -291,7 +323,29 @@ def write_rtstruct(
             contour.NumberOfContourPoints = len(points)
             contour.ContourData = [f"{value:.3f}" for value in points.ravel()]
             contours.append(contour)
-    structures = _structure_set(first, images, contours, name, f"{NO_DEVICE} {description}".strip(), colour)
+    drawn_on = _item(SeriesInstanceUID=first.SeriesInstanceUID, ContourImageSequence=images)
+    study = _item(ReferencedSOPClassUID=STUDY, ReferencedSOPInstanceUID=first.StudyInstanceUID)
+    study.RTReferencedSeriesSequence = [drawn_on]
+    roi = _item(ROINumber=1, ReferencedFrameOfReferenceUID=frame, ROIName=name, ROIGenerationAlgorithm="AUTOMATIC")
+    drawn = _item(ROIDisplayColor=list(colour), ReferencedROINumber=1, ContourSequence=contours)
+    seen = _item(ObservationNumber=1, ReferencedROINumber=1, RTROIInterpretedType="ORGAN", ROIInterpreter="")
+    date, time = datetime.now().strftime("%Y%m%d %H%M%S").split()
+    structures = _item(
+        SpecificCharacterSet="ISO_IR 192",
+        **{keyword: str(first.get(keyword) or "")[:most] for keyword, most in PATIENT_AND_STUDY.items()},
+        SOPClassUID=RTStructureSetStorage,
+        **{"SOPInstanceUID": generate_uid(), "SeriesInstanceUID": generate_uid(), "SeriesNumber": 1},
+        **{"SeriesDescription": RESEARCH, "Modality": "RTSTRUCT", "OperatorsName": ""},
+        **{"Manufacturer": "mupkg", "SoftwareVersions": __version__},
+        **{"FrameOfReferenceUID": frame, "PositionReferenceIndicator": ""},
+        **{"StructureSetLabel": "RESEARCH", "StructureSetDate": date, "StructureSetTime": time},
+        StructureSetDescription=f"{NO_DEVICE} {description}".strip(),
+        ReferencedFrameOfReferenceSequence=[_item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[study])],
+        **{"StructureSetROISequence": [roi], "ROIContourSequence": [drawn], "RTROIObservationsSequence": [seen]},
+        ApprovalStatus="UNAPPROVED",
+    )
+    structures.file_meta = FileMetaDataset()
+    structures.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     with whole_file(path) as temporary:
         structures.save_as(temporary, enforce_file_format=True)
 
@@ -321,16 +375,10 @@ def write_dicom_seg(
         pixel_array=np.stack(list(_planes(mask, series))),
         segmentation_type="BINARY",
         segment_descriptions=[SegmentDescription(1, name, *organ, "AUTOMATIC", algorithm_identification=model)],
-        series_instance_uid=generate_uid(),
-        series_number=1,
-        series_description=RESEARCH,
-        sop_instance_uid=generate_uid(),
-        instance_number=1,
-        manufacturer="mupkg",
-        manufacturer_model_name="mupkg",
+        **{"series_instance_uid": generate_uid(), "series_number": 1, "series_description": RESEARCH},
+        **{"sop_instance_uid": generate_uid(), "instance_number": 1, "content_description": RESEARCH},
+        **{"manufacturer": "mupkg", "manufacturer_model_name": "mupkg", "device_serial_number": "none"},
         software_versions=__version__,
-        device_serial_number="none",
-        content_description=RESEARCH,
     )
     with whole_file(path) as temporary:
         segmentation.save_as(temporary)
@@ -368,110 +416,61 @@ def _item(**values: object) -> Dataset:
     return item
 
 
-def _structure_set(
-    first: Dataset, images: list[Dataset], contours: list[Dataset], name: str, description: str, colour: Sequence[int]
-) -> Dataset:
-    """A structure set with one ROI, of the patient, the study and the series of the slice `first`."""
-    date, time = datetime.now().strftime("%Y%m%d %H%M%S").split()
-    frame = first.FrameOfReferenceUID
-    series = _item(SeriesInstanceUID=first.SeriesInstanceUID, ContourImageSequence=images)
-    study = _item(ReferencedSOPClassUID=STUDY, ReferencedSOPInstanceUID=first.StudyInstanceUID)
-    study.RTReferencedSeriesSequence = [series]
-    roi = _item(ROINumber=1, ReferencedFrameOfReferenceUID=frame, ROIName=name, ROIGenerationAlgorithm="AUTOMATIC")
-    drawn = _item(ROIDisplayColor=list(colour), ReferencedROINumber=1, ContourSequence=contours)
-    seen = _item(ObservationNumber=1, ReferencedROINumber=1, RTROIInterpretedType="ORGAN", ROIInterpreter="")
-    structures = _item(
-        SpecificCharacterSet="ISO_IR 192",
-        **{keyword: str(first.get(keyword) or "")[:most] for keyword, most in PATIENT_AND_STUDY.items()},
-        SOPClassUID=RTStructureSetStorage,
-        SOPInstanceUID=generate_uid(),
-        SeriesInstanceUID=generate_uid(),
-        SeriesNumber=1,
-        SeriesDescription=RESEARCH,
-        Modality="RTSTRUCT",
-        Manufacturer="mupkg",
-        SoftwareVersions=__version__,
-        OperatorsName="",
-        FrameOfReferenceUID=frame,
-        PositionReferenceIndicator="",
-        StructureSetLabel="RESEARCH",
-        StructureSetDescription=description,
-        StructureSetDate=date,
-        StructureSetTime=time,
-        ReferencedFrameOfReferenceSequence=[_item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[study])],
-        StructureSetROISequence=[roi],
-        ROIContourSequence=[drawn],
-        RTROIObservationsSequence=[seen],
-        ApprovalStatus="UNAPPROVED",
-    )
-    structures.file_meta = FileMetaDataset()
-    structures.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    return structures
-
-
 def sources_from_dicom_rt(
     folder: str | Path, roi: str | Sequence[str] = "Prostate", *, modality: str = "CT", hash_patients: bool = False
 ) -> list[Source]:
     """Every series of a modality below a folder that an ROI was drawn on, with that ROI as its label.
 
-    Folders may be nested in any way. Nothing of a header enters the table but the patient's ID and the ROI's name.
+    Folders may be nested in any way. Of a header nothing enters the table but the patient's ID and the ROI's name.
+    Cases are called by the patient's pseudonym, for their names appear in figures and as names of files.
 
     Args:
         roi: the ROI's name; or several names or patterns such as "prostate_*", of which the first that fits counts.
             As in TG-263, case does not matter.
-        hash_patients: name patients and cases by a hash of the patient's ID. It keeps IDs out of sight, but whoever
-            has a list of the IDs can find them again.
+        hash_patients: give pseudonyms instead of IDs in the table, too.
 
     Raises:
-        CohortError: with every patient without contours, every series without exactly one such ROI, and every
-            structure set whose series is not there.
+        CohortError: with every damaged file, every patient without contours, every series without exactly one such
+            ROI, every structure set whose series is not there, and all that is wrong with the other cases then.
     """
     folder, names = Path(folder), [roi] if isinstance(roi, str) else list(roi)
-    found, structures = _found(folder)
-    drawn, of_patient, faults, sources = defaultdict(list), defaultdict(list), [], []
-    for path in structures:
-        try:
-            rois = [(one, one.drawn_on(found)) for one in _rois(path)]
-            if rois and not any(keys for _, keys in rois):
-                _series_of(rois[0][0], found)
-        except ValueError as error:
-            faults.append(str(error))
-            continue
-        for one, keys in rois:
+    found, paths, faults = _found(folder)
+    drawn, scans, sources = defaultdict(list), defaultdict(list), []
+    told = pseudonym if hash_patients else str
+    for rois in _structures(paths, faults):
+        rois = [one._replace(patient=told(one.patient)) for one in rois]
+        keys_of = [one.drawn_on(found) for one in rois]
+        for one, keys in zip(rois, keys_of, strict=True):
             for key in keys:
-                drawn[key].append(one._replace(contours=one.contours[:1]))  # all of them take much memory
-    for key, scan in sorted(found.items(), key=lambda item: (item[1].date, item[0])):
+                drawn[key].append(one)
+        if rois and not any(keys_of):
+            with _kept(faults):
+                _series_of(rois[0], found)
+    for key, scan in sorted(found.items(), key=lambda item: (item[1].patient, item[1].date, item[0])):
         if scan.modality == modality:
-            of_patient[scan.patient].append(key)
-    for patient, keys in sorted(of_patient.items()):
+            scans[pseudonym(scan.patient)].append(key)
+    for name, keys in scans.items():
         contoured = [key for key in keys if key in drawn]
-        who = hashlib.sha256(patient.encode()).hexdigest()[:12] if hash_patients else patient
-        if not (patient and contoured):
-            what = (
-                "has no RTSTRUCT; add it, or take it away" if patient else "has no Patient ID (0010,0020); fill it in"
-            )
-            faults.append(f"{found[keys[0]].files[0].parent}: patient {who} {what}")
-            continue
-        for number, key in enumerate(contoured, start=1):
-            try:
-                one = _one(drawn[key], names, f"{found[key].files[0].parent}: patient {who}")
+        patient, place = found[keys[0]].patient, found[keys[0]].files[0].parent
+        if not patient:
+            faults.append(f"{place}: has no Patient ID (0010,0020); fill it in")
+        elif not contoured:
+            faults.append(f"{place}: patient {told(patient)} has no RTSTRUCT; add it, or take it away")
+        for number, key in enumerate(contoured if patient else [], start=1):
+            patient, files = told(found[key].patient), found[key].files
+            with _kept(faults):
+                one = _one(drawn[key], names, f"{files[0].parent}: patient {patient}")
                 _series_of(one, {other: found[other] for other in keys})
-            except ValueError as error:
-                faults.append(str(error))
-                continue
-            case_id = _case_name(who) + (f"-{number}" if len(contoured) > 1 else "")
-            sources.append(_source(case_id, found[key].files, one._replace(patient=who), modality))
+                case_id = name + (f"-{number}" if len(contoured) > 1 else "")
+                sources.append(_source(case_id, files, one._replace(patient=patient), modality))
     if not (faults or sources):
         faults = [f"{folder}: holds no {modality} series; choose its folder, or set modality to what is there"]
     if faults:
+        for source in sources:
+            with _kept(faults):
+                source.read()
         raise CohortError(faults)
     return sources
-
-
-def _case_name(patient: str) -> str:
-    """A patient's ID as a name of files; marked where that changes it, so that no two become the same."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", patient).lstrip("._-")
-    return name if name == patient else f"{name or 'patient'}-{hashlib.sha256(patient.encode()).hexdigest()[:6]}"
 
 
 def _source(case_id: str, files: list[Path], roi: Roi, modality: str) -> Source:
@@ -479,12 +478,13 @@ def _source(case_id: str, files: list[Path], roi: Roi, modality: str) -> Source:
 
     def read() -> Case:
         try:
-            image = read_series(folder, files)
             one = _one(_rois(roi.path), [roi.name], str(roi.path))
             label = _mask(one._replace(patient=roi.patient), series_geometry(folder, files))
+            image = read_series(folder, files)
         except ValueError as error:
-            raise ValueError("\n".join(f"case {case_id}: {line}" for line in str(error).splitlines())) from error
-        names = {"image_name": str(folder), "label_name": str(roi.path)}
-        return checked_case(case_id, image, label, **names, modality=modality)
+            lines = str(error).splitlines()
+            raise ValueError("\n".join(f"case {case_id}, patient {roi.patient}: {line}" for line in lines)) from error
+        names = str(folder), str(roi.path)
+        return checked_case(case_id, image, label, image_name=names[0], label_name=names[1], modality=modality)
 
     return Source(case_id, read, {"patient": roi.patient, "label": roi.name, "roi": roi.name})

@@ -10,8 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from pydicom import dcmread
 
-from mupkg.data.geometry import RESAMPLE, check_affines, image_affine, series_geometry, series_image
+from mupkg.data.geometry import (
+    RESAMPLE,
+    check_affines,
+    dicom_header,
+    image_affine,
+    series_geometry,
+    series_image,
+)
 from mupkg.data.headers import AGAIN, Fault, meta_voxels, named, nifti_affines, nrrd_voxels, unpacked_size
 from mupkg.data.writing import whole_file
 
@@ -158,8 +166,11 @@ def read_series(path: Path, files: Iterable[Path] | None = None) -> sitk.Image:
         try:
             voxels[file] = sitk.GetArrayFromImage(reader.Execute()).reshape(-1, *series.size[::-1])
         except RuntimeError as error:
+            if "PixelData" not in dcmread(file, force=True):
+                raise ValueError(f"{file}: has no pixel data; export the series again, with its voxels") from error
             raise ValueError(f"{file}: cannot be read as an image ({_reason(error)}); copy it again") from error
     image = series_image(series, np.stack([voxels[at][k] for at, k in zip(series.files, series.frames, strict=True)]))
+    image.SetMetaData("modality", str(dicom_header(series.files[0]).get("Modality") or ""))
     if image.HasMetaDataKey("resampled"):
         why = image.GetMetaData("resampled")
         warnings.warn(f"{path}: {why}; it was resampled onto a grid with right angles", stacklevel=3)

@@ -2,8 +2,9 @@
 
     python -m mupkg.report.ship STUDY TARGET [--cases 2]
 
-Kept of each run: both stages' weights, the history, the metrics, the record and the film; of stage 1 the regions of
-the film's case and of a few test cases. Nothing is changed on the way, but regions.csv loses the other cases' rows.
+Kept of each run: both stages' weights, the history, the metrics, the record and the film, with a model card of them;
+of stage 1 the regions of the film's case and of a few test cases. Nothing is changed on the way, but regions.csv
+loses the other cases' rows.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from mupkg.data.writing import whole_file
+from mupkg.data.writing import whole_file, write_text
 from mupkg.report import results
+from mupkg.stages.cards import card
 from mupkg.stages.film import read_film
 from mupkg.stages.inference import LOCALIZER
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import BEST, FILM, HISTORY, METRICS, RUN
+from mupkg.stages.runs import BEST, CARD, FILM, HISTORY, METRICS, RUN
 
 KEPT = (BEST, LOCALIZER, HISTORY, METRICS, RUN)
 
@@ -45,6 +47,7 @@ def ship(study: str | Path, target: str | Path, cases: int = 2) -> None:
         shutil.copytree(folder / FILM, making / folder.name / FILM)
         for name in KEPT:
             shutil.copy2(folder / name, making / folder.name / name)
+        write_text(making / folder.name / CARD, card(folder))
     (making / "stage1" / "regions").mkdir(parents=True)
     for case_id in chosen:
         for path in (study / "stage1" / "regions").glob(f"{case_id}_*.npy"):

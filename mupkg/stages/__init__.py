@@ -5,6 +5,7 @@ from mupkg import lazily
 __getattr__ = lazily(
     __name__,
     {
+        "cards": ["card"],
         "inference": ["Pipeline", "segment"],
         "landmarks": ["FemoralHeads", "femoral_heads"],
         "localization": ["locate"],

@@ -22,7 +22,7 @@ from mupkg.models import MULTIPLE
 
 # Files and folders of a run, in either stage
 BEST, LAST, CHECKPOINT = "weights.safetensors", "last.safetensors", "checkpoint.safetensors"
-HISTORY, RUN, METRICS, REGIONS = "history.csv", "run.json", "metrics.csv", "regions.csv"
+HISTORY, RUN, METRICS, REGIONS, CARD = "history.csv", "run.json", "metrics.csv", "regions.csv", "card.md"
 FILM, PREDICTIONS = "film", "predictions"
 Shift = Literal["noise", "contrast", "thick"]  # test scans made harder, see mupkg.stages.shifts
 
@@ -33,7 +33,8 @@ def metrics_name(shift: Shift | None = None) -> str:
 
 
 OF_SHIFTS = tuple(map(metrics_name, get_args(Shift)))
-RESULTS = (BEST, LAST, HISTORY, RUN, METRICS, *OF_SHIFTS, REGIONS, "fingerprint.json", FILM, PREDICTIONS)  # of a run
+RESULTS = (BEST, LAST, HISTORY, RUN, METRICS, *OF_SHIFTS, REGIONS, CARD)  # of a run
+RESULTS += ("fingerprint.json", FILM, PREDICTIONS)
 
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at
 MOST = {"base_filters": MOST_CHANNELS // MULTIPLE, "embedding_dim": MOST_CHANNELS, "filters": MOST_CHANNELS}

@@ -22,6 +22,7 @@ from mupkg.data.dicom_rt import (
     NO_DEVICE,
     RESEARCH,
     list_dicom,
+    pseudonym,
     read_rtstruct,
     sources_from_dicom_rt,
     write_dicom_seg,
@@ -451,7 +452,10 @@ BAD = {
         r"rs\.dcm: has no ROIs 'Prostate', but Bladder, Rectum; name another",
     ),
     "empty": (roi(), r"rs\.dcm: patient P1, ROI 'Prostate': has no contours; draw it"),
-    "points": (roi(("POINT", DRAWN[0][:1])), "ROI 'Prostate': encloses the centre of no voxel; draw it"),
+    "points": (
+        roi(("POINT", DRAWN[0][:1]), ("POINT", DRAWN[2][:1])),
+        r"patient P1, ROI 'Prostate': the contour at -392\.13, -386\.13 mm is a POINT, so it encloses nothing; draw",
+    ),
     "smaller than a voxel": (
         roi(*closed(DRAWN[0][0] + 0.1 * np.eye(3)[[0, 0, 1]])),
         "encloses the centre of no voxel",
@@ -571,6 +575,9 @@ def test_nothing_of_a_header_enters_a_cohort_but_what_the_table_needs(phantoms, 
     cohort = write_cohort(tmp_path / "cohort", sources, Preparation(spacing_mm=(6.0, 5.0, 5.0)), split_seed=0)
     assert all(re.fullmatch("[0-9a-f]{12}", patient) for patient in cohort.table["patient"])
     assert list(cohort.table["case_id"]) == list(cohort.table["patient"]) and "source" not in cohort.table
+    listed = list_dicom(phantoms[0], hash_patients=True)
+    assert list(listed) == ["patient", "modality", "slices", "roi", "contours"]
+    assert {*cohort.table["patient"]} < {*listed["patient"]} == {*map(pseudonym, phantoms[1])}
     for path in (tmp_path / "cohort").rglob("*.*"):
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         for secret in (b"Doe", b"MRN", b"19500102", b"20200102", ROOT.encode()):
@@ -585,11 +592,9 @@ def test_several_scans_of_a_patient_are_cases_of_one_patient(tmp_path):
             tmp_path / f"{number}.dcm", {"Prostate": closed(*DRAWN[: 5 + number])}, patient=patient, **uids
         )
     sources = sources_from_dicom_rt(tmp_path)
-    assert [(source.case_id, source.columns["patient"]) for source in sources] == [
-        ("A-1", "A"),
-        ("A-2", "A"),
-        ("B", "B"),
-    ]
+    a, b = pseudonym("A"), pseudonym("B")
+    named = [(source.case_id, source.columns["patient"]) for source in sources]
+    assert named == [(f"{a}-1", "A"), (f"{a}-2", "A"), (b, "B")]
     assert [voxels(s.read().label).any(axis=(1, 2)).sum() for s in sources] == [6, 5, 7]  # by date
 
 
@@ -647,7 +652,8 @@ def test_contours_that_are_wrong_are_told_when_a_case_is_read(body):
     write_structures(body / "rs.dcm", {"Prostate": [*closed(*DRAWN), ("OPEN_PLANAR", DRAWN[2])]})
     (source,) = sources_from_dicom_rt(body)
     with pytest.raises(
-        ValueError, match=r"case P1: .*rs\.dcm: patient P1, ROI 'Prostate': the contour at .* OPEN_PLANAR"
+        ValueError,
+        match=r"case \w{12}, patient P1: .*rs\.dcm: patient P1, ROI 'Prostate': the contour at .* OPEN_PLANAR",
     ):
         source.read()
 
@@ -682,21 +688,40 @@ def test_packed_voxels_are_read_or_the_file_is_named(body):
     np.testing.assert_array_equal(voxels(source.read().image), before)
     slice_.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.201"
     slice_.save_as(path)
-    with pytest.raises(ValueError, match=rf"case P1: .*{path.name}: cannot be read as an image"):
+    with pytest.raises(ValueError, match=rf"case \w+, patient P1: .*{path.name}: cannot be read as an image"):
         source.read()
 
 
-def test_names_of_cases_are_safe_and_stay_apart(tmp_path):
-    for number, patient in enumerate(["a/b", "a_b", "..", "007"]):
-        uids = uids_of(number)
-        write_series(tmp_path / str(number), PLAIN[:, :, :3], patient=patient, **uids)
-        write_structures(tmp_path / f"{number}.dcm", {"Prostate": closed(DRAWN[0])}, patient=patient, **uids)
-    sources = sources_from_dicom_rt(tmp_path)
-    names = {source.columns["patient"]: source.case_id for source in sources}
-    assert (
-        names["007"] == "007"
-        and names["a_b"] == "a_b"
-        and names["a/b"].startswith("a_b-")
-        and len(set(names.values())) == 4
-    )
-    assert not list(name_faults(names.values()))
+def test_a_pseudonym_is_a_safe_name_of_one_patient_alone():
+    """Whatever the ID holds; spellings that differ in zeros and signs alone are one patient's."""
+    ids = ["a/b", "..", "007", "a_c", "ab", "Müller 1", "患者"]
+    assert not list(name_faults(map(pseudonym, ids))) and len({*map(pseudonym, ids)}) == len(ids)
+    assert {pseudonym(name) for name in ("P1", "p-01", " P 001 ", "Ｐ1")} == {pseudonym("P1")}
+    assert pseudonym("P1") != pseudonym("P10") != pseudonym("P11")
+
+
+@pytest.mark.parametrize("hash_patients", [False, True])
+def test_scans_of_a_patient_stay_on_one_side_of_the_split(tmp_path, hash_patients):
+    """Two scans each of four patients, one of whom is spelt in two ways."""
+    image = make_phantom(0, spacing_mm=(7.0, 6.0, 6.0))
+    for number, patient in enumerate(["A", "A", "B", "B", "C", "C", "D", "d "]):
+        uids, place = uids_of(number), tmp_path / "scans" / str(number)
+        write_series(place, image.image + number, patient=patient, **uids)
+        write_rtstruct(image.label, place, place / "rs.dcm")
+    sources = sources_from_dicom_rt(tmp_path / "scans", hash_patients=hash_patients)
+    assert len({source.case_id for source in sources}) == 8
+    for seed in range(2):
+        folder = tmp_path / f"cohort{seed}"
+        table = write_cohort(folder, sources, Preparation(spacing_mm=(6.0, 5.0, 5.0)), split_seed=seed).table
+        assert (table.groupby(table["case_id"].str[:12])["split"].nunique() == 1).all()
+        assert set(table["split"]) == {"train", "validation", "test"}
+
+
+def test_without_voxels_a_series_is_told_with_its_patient(body):
+    (source,) = sources_from_dicom_rt(body)
+    path = body / "ct" / "IM990.dcm"
+    slice_ = pydicom.dcmread(path)
+    del slice_.PixelData
+    slice_.save_as(path)
+    with pytest.raises(ValueError, match=r"case \w{12}, patient P1: .*IM990\.dcm: has no pixel data; export"):
+        source.read()

@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from mupkg.batch import run_notebook
 from mupkg.data.cases import grid_difference
 from mupkg.report.gallery import executed_notebooks, make_gallery
-from mupkg.stages import segment
+from mupkg.stages import card, segment
 
 ROOT = Path(__file__).parents[2]
 RUNS = ("UNet-seed0", "MetricUNet-HCP-seed0")
@@ -58,6 +58,8 @@ def test_a_run_folder_holds_everything(study: Path) -> None:
         assert {"DSC", "ASD", "HD95", "DSC_all", "ASD_all"} <= set(metrics)
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         assert record["parameters"]["steps"] == 60
+        assert record["data"]["source"] == "phantoms" and sum(record["data"]["cases"].values()) == 3
+        assert (folder / "card.md").read_text(encoding="utf-8") == card(folder)
         assert {"data_fingerprint", "packages", "device", "threads", "training_seconds"} <= set(record)
         for name in ("weights", "last", "checkpoint", "localizer"):
             assert (folder / f"{name}.safetensors").stat().st_size > 1000

@@ -121,9 +121,10 @@ def test_notebook_9_keeps_the_results_of_all_patients_apart(tmp_path, monkeypatc
         (tmp_path / name).parent.mkdir(exist_ok=True)
         sitk.WriteImage(scan(number), str(tmp_path / name))
     output = tmp_path / "segmented"
+    write_json(tmp_path / "UNet-seed0" / "run.json", {})
 
     def run(name):
-        notebook_9(run="runs/UNet-seed0", scan=str(tmp_path / name), output=str(output))
+        notebook_9(run=str(tmp_path / "UNet-seed0"), scan=str(tmp_path / name), output=str(output))
 
     for name in [*names[:3], *names[:3]]:  # and all once more
         run(name)

@@ -13,6 +13,7 @@ from mupkg.explore.samplers_and_film import read_films
 from mupkg.explore.seen import SeenCase
 from mupkg.parameters import SIZES, Study
 from mupkg.report.ship import ship
+from mupkg.stages import card
 from mupkg.stages.film import Film
 from mupkg.stages.inference import Pipeline, measure
 
@@ -52,6 +53,7 @@ def test_the_shipped_runs_are_the_committed_studys():
         parameters = json.loads((folder / "run.json").read_text(encoding="utf-8"))["parameters"]
         assert {name: parameters[name] for name in study.stage2} == study.stage2
         assert pd.read_csv(folder / "history.csv")["step"].iloc[-1] == study.stage2["steps"]
+        assert (folder / "card.md").read_text(encoding="utf-8") == card(folder)
 
 
 def test_the_shipped_pair_can_be_explored():
@@ -85,6 +87,8 @@ def test_what_ships_is_all_that_is_needed(run_folder, regions, tmp_path):
     seen = SeenCase.read(tmp_path / "target")
     assert seen.case_id == regions.ids("test")[0] and not (tmp_path / "target" / "old").exists()
     assert not list((tmp_path / "target").rglob("checkpoint*"))
+    shipped = tmp_path / "target" / run_folder.name
+    assert (shipped / "card.md").read_text(encoding="utf-8") == card(shipped)
     (film,) = read_films(tmp_path / "target").values()
     assert film.frames.case_id == regions.ids("validation")[0]
     scan = sitk.Image(4, 4, 4, sitk.sitkInt16)

@@ -1,0 +1,190 @@
+"""Model cards (Mitchell et al., doi:10.1145/3287560.3287596): what a stranger needs to know before trusting a run.
+
+They are written from the files in the run's folder alone, so they hold wherever it is copied to.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from mupkg.data.cases import not_in_hu
+from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort, read_cases
+from mupkg.data.preprocessing import array_spacing
+from mupkg.stages.regions import Regions
+from mupkg.stages.runs import METRICS, RUN
+
+ALIKE = 0.1  # spacing and field of view may leave the range of the training scans by this share of it
+UNKNOWN = "not recorded in run.json"
+SHOWN = {"DSC": "DSC", "ASD": "ASD (mm)", "HD95": "HD95 (mm)", "SEN": "SEN", "PPV": "PPV", "aRVD": "aRVD (%)"}
+RESEARCH_ONLY = "**For research only. This is no medical device: not for diagnosis, not for treatment planning.**"
+LICENCE = (
+    "The software that made and reads these weights is under Apache-2.0. The weights follow the terms of the data "
+    "they were trained on, too; whoever passes them on has to know those terms."
+)
+
+
+def trained_on(cohort: Cohort, regions: Regions, training_cases: int | None = None) -> dict[str, Any]:
+    """What a run learns from and is tested on, for its run.json; nothing in it tells who the patients are.
+
+    `source` is what notebook 00 was told, `cases` and (where they are known) `patients` count each split, and
+    `spacing_mm` and `extent_mm` are the least and the largest of the training scans, (z, y, x) each.
+
+    Args:
+        regions: the run's own, of its replicate. training_cases: the first so many alone; None: all.
+    """
+    ids = {split: regions.ids(split) for split in SPLITS}
+    ids["train"] = ids["train"][:training_cases]
+    spacing, size = (
+        np.array([json.loads(text) for text in cohort.table.loc[ids["train"], column]])
+        for column in ("spacing_zyx_mm", "size_zyx")
+    )
+    data = {
+        "source": json.loads((cohort.folder / FINGERPRINT).read_bytes()).get("source"),
+        "modality": cohort.preparation.modality,
+        "cases": {split: len(names) for split, names in ids.items()},
+        "spacing_mm": _range(spacing),
+        "extent_mm": _range(spacing * size),
+    }
+    if "patient" in cohort.table:
+        data["patients"] = {split: cohort.table.loc[names, "patient"].nunique() for split, names in ids.items()}
+    return data
+
+
+def _range(values: np.ndarray) -> list[list[float]]:
+    return [values.min(axis=0).round(3).tolist(), values.max(axis=0).round(3).tolist()]
+
+
+def card(run_folder: str | Path) -> str:
+    """The model card of a run, in Markdown: data, split, results, limits and licence, as far as its files tell.
+
+    What run.json and metrics.csv do not say is called unknown.
+
+    Raises:
+        ValueError: naming the file, if run.json is missing, or one of the two is broken.
+    """
+    run_folder = Path(run_folder)
+    record = _record(run_folder)
+    told, data = record.get("parameters") or {}, record.get("data") or {}
+    facts = {
+        "configuration": told.get("configuration", UNKNOWN),
+        "seed, steps": f"{told.get('seed', UNKNOWN)}, {told.get('steps', UNKNOWN)}",
+        "cohort": told.get("cohort", UNKNOWN),
+        "fingerprint of its regions": record.get("data_fingerprint", UNKNOWN),
+        "source": _source(data.get("source")),
+        "modality": data.get("modality", UNKNOWN),
+        "split": _split(data),
+        "training scans: voxels (z, y, x)": _shown(data.get("spacing_mm")),
+        "training scans: field (z, y, x)": _shown(data.get("extent_mm")),
+        "written": f"{record.get('written', UNKNOWN)}, commit {record.get('commit') or UNKNOWN}",
+    }
+    lines = [
+        f"# Model card: {run_folder.name}",
+        RESEARCH_ONLY,
+        "## Data and training",
+        _table(["", ""], facts.items()),
+    ]
+    lines += ["## Results", *_results(run_folder, record), "## Limits", _limits(data), "## Licence", LICENCE]
+    return "\n\n".join(lines) + "\n"
+
+
+def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:
+    """In what a scan is unlike those a run was trained on, a sentence each; also what cannot be compared.
+
+    The modality is the DICOM header's where the scan is a series (see `read_series`), else it is judged by the
+    values. Spacing and field of view are compared in the order in which the slices are stored.
+    """
+    data, differences = _record(Path(run_folder)).get("data") or {}, []
+    trained = data.get("modality")
+    modality = image.GetMetaData("modality") if image.HasMetaDataKey("modality") else None
+    in_hu = not not_in_hu(sitk.GetArrayViewFromImage(image))
+    if trained is None:
+        differences.append(f"The modality of the training scans is {UNKNOWN}: it was not compared.")
+    elif modality not in (None, trained):
+        differences.append(f"This scan is {modality}; the run was trained on {trained}.")
+    elif in_hu != (trained == "CT"):
+        values = "like those" if in_hu else "unlike those"
+        differences.append(f"This scan's values are {values} of a CT in HU; the run was trained on {trained}.")
+    spacing = np.array(array_spacing(image))
+    extent = spacing * image.GetSize()[::-1]
+    for what, key, value in (("voxels", "spacing_mm", spacing), ("field of view", "extent_mm", extent)):
+        if key not in data:
+            differences.append(f"The {what} of the training scans: {UNKNOWN}, so not compared.")
+            continue
+        low, high = np.array(data[key])
+        if (value < low * (1 - ALIKE)).any() or (value > high * (1 + ALIKE)).any():
+            here = _shown([value.round(3).tolist()] * 2)
+            differences.append(f"This scan's {what}: {here} (z, y, x); the training scans': {_shown(data[key])}.")
+    return differences
+
+
+def _record(run_folder: Path) -> dict[str, Any]:
+    path = run_folder / RUN
+    try:
+        record = json.loads(path.read_bytes())
+        return dict(record)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: does not tell how the run was made ({error!r}); run notebook 03 again") from error
+
+
+def _source(source: str | None) -> str:
+    return {None: UNKNOWN, "phantoms": "phantoms: made-up CT, no patients"}.get(source, source)
+
+
+def _split(data: dict[str, Any]) -> str:
+    if "cases" not in data:
+        return UNKNOWN
+    patients = data.get("patients", {})
+    of = {split: f" of {patients[split]} patient(s)" if split in patients else "" for split in SPLITS}
+    return ", ".join(f"{split} {data['cases'][split]} case(s){of[split]}" for split in SPLITS)
+
+
+def _shown(span: list[list[float]] | None) -> str:
+    """A range of sizes as text: "3 × 0.9 × 0.9 mm", or "2 to 3 × 0.9 to 1 × 0.9 to 1 mm"."""
+    if span is None:
+        return UNKNOWN
+    parts = [f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in zip(*span, strict=True)]
+    return " × ".join(parts) + " mm"
+
+
+def _table(header: list[str], rows: Any) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def _results(run_folder: Path, record: dict[str, Any]) -> list[str]:
+    said = []
+    if record.get("collapsed"):
+        said.append("**Collapsed: this run found no prostate in any validation case. Do not use it.**")
+    if not (run_folder / METRICS).is_file():
+        return [*said, f"**Not tested: {METRICS} is missing, so nothing is known of how well this run does.**"]
+    metrics = read_cases(run_folder / METRICS, "test the run again with notebook 03")
+    seed = (record.get("parameters") or {}).get("seed", UNKNOWN)
+    said.append(
+        f"{len(metrics)} test case(s), one training (seed {seed}); mean ± standard deviation over cases, with the "
+        "largest component alone, on the scans' own grids. n is less where a "
+        "metric is undefined. Another seed would give other numbers."
+    )
+    rows = []
+    for name, shown in SHOWN.items():
+        values = metrics[name].dropna() if name in metrics else ()
+        if len(values):
+            mean, n = f"{values.mean():.3f}", len(values)  # an infinite distance (an empty mask) makes its mean inf
+            with np.errstate(invalid="ignore"):
+                rows.append((shown, mean if n == 1 else f"{mean} ± {values.std():.3f}", n))
+    lowest = [f"Lowest DSC of a case: {metrics['DSC'].min():.3f}."] if "DSC" in metrics else []
+    return [*said, _table(["metric", "mean ± sd", "n"], rows), *lowest]
+
+
+def _limits(data: dict[str, Any]) -> str:
+    limits = ["It knows nothing of scans unlike those above, and gives no warning when it is wrong."]
+    if data.get("source") == "phantoms":
+        limits.append("It was trained and tested on made-up scans: it must not be applied to patients at all.")
+    elif "source" not in data or data["source"] is None:
+        limits.append("What it was trained on is not recorded: take it for unfit for patients.")
+    limits.append("Its test cases come from the same cohort: nothing here tells how it does on another scanner's.")
+    limits.append("Every mask has to be looked at, slice by slice.")
+    return "\n".join(f"* {limit}" for limit in limits)
