@@ -48,6 +48,8 @@ WRONG = {  # of every parameter of every notebook: a wrong type and a value out 
         "label_pattern": (["{case}"], "/{case}.nii.gz"),
         "label_values": ([1.5], [0]),
         "channel": ("T2", -1),
+        "roi": (7, ""),
+        "hash_patients": ("perhaps", 2),
         "phantoms": ("many", 10**9),
         "replicates": ("many", 0),
         "test_phantoms": ("many", 0),
