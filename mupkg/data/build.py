@@ -30,7 +30,7 @@ from mupkg.data.cohort import (
     read_table,
     split_faults,
 )
-from mupkg.data.files import closed, read_scan, readable, write_image
+from mupkg.data.files import access_named, no_access, read_scan, write_image
 from mupkg.data.phantom import make_phantom
 from mupkg.data.preprocessing import Preparation, prepare
 from mupkg.data.writing import machine_lock, whole_file, write_text
@@ -293,7 +293,7 @@ def _matches(pattern: str, name: str) -> list[dict[str, str]]:
 
 def files_below(folder: Path, faults: list[str]) -> Iterator[Path]:
     """Every file below a folder, through links too; what may not be read is added to the faults."""
-    walk = os.walk(folder, followlinks=True, onerror=lambda error: faults.append(closed(error.filename, error)))
+    walk = os.walk(folder, followlinks=True, onerror=lambda error: faults.append(no_access(error.filename, error)))
     for place, folders, names in walk:
         above = {os.path.realpath(path) for path in (Path(place), *Path(place).parents)}
         folders[:] = [name for name in folders if os.path.realpath(Path(place, name)) not in above]  # no circles
@@ -319,7 +319,7 @@ def sources_from_pattern(
             cases share a file.
     """
     folder = Path(folder)
-    with readable(folder):
+    with access_named(folder):
         there = folder.is_dir()
     if not there:
         raise CohortError([f"{folder}: there is no such folder"])
@@ -382,7 +382,7 @@ def sources_from_table(
         path: the table, or the folder in which it is called cohort.csv.
     """
     path = Path(path)
-    with readable(path):
+    with access_named(path):
         path = path / "cohort.csv" if path.is_dir() else path
     sources, faults = [], []
     for row in read_table(path, ("case_id", "image", "label")).to_dict("records"):

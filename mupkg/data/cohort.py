@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from mupkg.data.cases import Case, checked_case, grid_difference
-from mupkg.data.files import closed, read_scan, readable
+from mupkg.data.files import access_named, no_access, read_scan
 from mupkg.data.preprocessing import Preparation, Prepared, array_spacing
 from mupkg.data.writing import fingerprint
 
@@ -80,7 +80,7 @@ class Cohort:
     def preparation(self) -> Preparation:
         """How the cohort's prepared volumes were made."""
         path = self.folder / "preparation.json"
-        with readable(path):
+        with access_named(path):
             if not path.is_file():
                 raise CohortError([f"{path}: missing; run notebook 00 on this cohort to prepare it"])
             content = path.read_bytes()
@@ -139,7 +139,7 @@ class Cohort:
         """
         paths = self._prepared(case_id)
         for path in paths:
-            with readable(path):
+            with access_named(path):
                 there = path.exists()
             if not there:
                 raise CohortError([f"case {case_id}: {path}: missing; run notebook 00 again on this cohort"])
@@ -191,7 +191,7 @@ def recorded_cohort(folder: Path, notebook: int) -> str:
     try:
         return json.loads(path.read_bytes())["cohort"]
     except PermissionError as error:
-        raise ValueError(closed(path, error)) from error
+        raise ValueError(no_access(path, error)) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: does not tell the cohort ({error!r}); run notebook 0{notebook} again") from error
 
@@ -221,7 +221,7 @@ def read_cases(path: Path, advice: str) -> pd.DataFrame:
     except FileNotFoundError:
         raise CohortError([f"{path}: there is no such table; {advice}"]) from None
     except PermissionError as error:
-        raise CohortError([closed(path, error)]) from error
+        raise CohortError([no_access(path, error)]) from error
     except (ValueError, OSError, pd.errors.ParserWarning) as error:
         raise CohortError([f"{path}: is not a CSV table ({error}); {advice}"]) from error
     table.columns = table.columns.str.strip()
@@ -372,7 +372,7 @@ def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
                 inside = (folder / name).resolve().is_relative_to(folder.resolve())
                 there = (folder / name).exists()
             except PermissionError as error:
-                yield f"case {row.case_id}: {closed(folder / name, error)}"
+                yield f"case {row.case_id}: {no_access(folder / name, error)}"
                 continue
             except (OSError, RuntimeError, ValueError) as error:  # a loop of links, too long, a zero byte
                 yield f"case {row.case_id}: {column} {name!r} is no path ({error}); mend it in cohort.csv"

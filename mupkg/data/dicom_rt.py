@@ -30,7 +30,7 @@ from mupkg import __version__
 from mupkg.data.build import Source, files_below
 from mupkg.data.cases import Case, checked_case, grid_difference
 from mupkg.data.cohort import CohortError, essence, spelt_alike
-from mupkg.data.files import read_series, readable
+from mupkg.data.files import access_named, read_series
 from mupkg.data.geometry import HEADER, Series, dicom_header, series_geometry, series_image
 from mupkg.data.headers import Fault, named
 from mupkg.data.writing import whole_file
@@ -140,13 +140,13 @@ def _kept(faults: list[str]) -> Iterator[None]:
 
 def _found(folder: Path) -> tuple[dict[Key, Found], list[Path], list[str]]:
     """All series below a folder, all structure sets, and what is wrong with files that cannot be told apart."""
-    with readable(folder):
+    with access_named(folder):
         if not folder.is_dir():
             raise CohortError([f"{folder}: there is no such folder; check its name"])
     found: dict[Key, Found] = {}
     structures, faults = [], []
     for path in sorted(files_below(folder, faults)):
-        with _kept(faults), readable(path), named(path, "DICOM"):
+        with _kept(faults), access_named(path), named(path, "DICOM"):
             header = dicom_header(path)
             if header is not None and header.SOPClassUID == RTStructureSetStorage:
                 structures.append(path)
@@ -172,7 +172,7 @@ def _rois(path: Path) -> list[Roi]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; check its name")
     contours, series, kinds, rois = defaultdict(list), defaultdict(set), defaultdict(set), []
-    with readable(path), named(path, "a structure set"):
+    with access_named(path), named(path, "a structure set"):
         header = dicom_header(path)
         if header is None or header.get("SOPClassUID") != RTStructureSetStorage:
             raise Fault("is not a DICOM structure set (RTSTRUCT)", "give the file that holds the contours")

@@ -57,7 +57,7 @@ def read_scan(path: str | Path, *, channel: int | None = None) -> sitk.Image:
             not say unambiguously where its voxels lie, or is not a 3D scalar volume.
     """
     path = Path(path)
-    with readable(path):
+    with access_named(path):
         if not path.exists():
             raise ValueError(f"{path}: cannot be read as an image (there is no such file); check its name")
         try:
@@ -94,18 +94,18 @@ def _reason(error: RuntimeError) -> str:
     return lines[-1].strip() if lines else str(error)
 
 
-def closed(path: str | Path, error: OSError) -> str:
+def no_access(path: str | Path, error: OSError) -> str:
     """What to tell of a file or folder that may not be read."""
     return f"{path}: cannot be read ({error.strerror or error}); give yourself read permission"
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def access_named(path: Path) -> Iterator[None]:
     """A missing permission inside the block becomes a ValueError that names the file and says so."""
     try:
         yield
     except PermissionError as error:
-        raise ValueError(closed(error.filename or path, error)) from error
+        raise ValueError(no_access(error.filename or path, error)) from error
 
 
 def _start(path: Path) -> bytes:
