@@ -164,15 +164,15 @@ class SamplersAtWork:
             parts.append(pd.DataFrame({"sampler": sampler.letter, **columns}))
         return pd.concat(parts, ignore_index=True)
 
-    def active_by_step(self) -> pd.DataFrame:
-        """Share of active tuples at every filmed step of this run, of 200 anchors on the film's patch.
+    def active_by_step(self, anchors: int = 200) -> pd.DataFrame:
+        """Share of active tuples at every filmed step of this run, of so many anchors on the film's patch.
 
         RN, HN and CN have near negatives. Without a film, on the patch shown. NaN where there are no candidates.
         """
         rows = {}
         for step in self.step.options[:-1] or (TRAINED,):
             self._look_up(step)
-            shares = [self.tuples(200, near).groupby("sampler")["active"].mean() for near in (False, True)]
+            shares = [self.tuples(anchors, near).groupby("sampler")["active"].mean() for near in (False, True)]
             rows[step] = pd.concat([shares[0], shares[1].add_suffix("N")])
         self._look_up(self.step.value)
         columns = [*"RHC", "RN", "HN", "CN"]

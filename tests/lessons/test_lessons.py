@@ -13,6 +13,7 @@ import papermill
 import pytest
 from IPython.display import display
 from matplotlib import pyplot as plt
+from written_numbers import unfounded
 
 LESSONS = Path(__file__).resolve().parents[2] / "notebooks" / "lessons"
 LONGEST_CELL = 14  # lines; checks and mistakes may be longer
@@ -68,6 +69,7 @@ def test_the_solution_runs_to_its_end(source: Path, tmp_path: Path) -> None:
     passed = [line for output in outputs if "text" in output for line in re.findall("✓.*", output.text)]
     assert len(passed) == sum(tagged(cell, "check") for cell in done.cells)
     assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert unfounded(done) == []
 
 
 def run(code: str, names: dict, what: str) -> dict:
