@@ -12,8 +12,8 @@
 # ## A picture first
 #
 # We train a narrow MetricUNet-R for 150 steps. In every step we draw up to 100 more random triplets an image, only
-# to look at them: a triplet is *active* while $d(a, p) - d(a, n) + \sigma > 0$. The line is the share of R's triplets that
-# are active.
+# to look at them: a triplet is *active* while $d(a, p) - d(a, n) + \sigma > 0$. The line is the share of R's
+# triplets that are active.
 
 # %% tags=["setup"]
 import sys
