@@ -15,7 +15,7 @@ NOT_PROSE = re.compile(  # blocks and spans of code, formulas, what links point 
     r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|<[^>]*>", re.DOTALL
 )
 REFERENCE = re.compile(  # whose digits are no measurement; and how long an exercise takes
-    r"(?:Eq|Eqs|Fig|Figs|Section|Sections|Table|Tables|[Ll]essons?|[Nn]otebooks?|[Ee]xercises?|[Rr]eadings?|channels?)"
+    r"(?:Eq|Eqs|Fig|Figs|Section|Sections|Table|Tables|[Ll]essons?|[Nn]otebooks?|[Ee]xercises?|[Rr]eadings?)"
     r"\.?(?:\s|\*\*)+\(?[\dIVXR][\w.()*]*(?:(?:,| and| or| to|, and)\s+\(?[\dIVXR][\w.()*]*)*"
     r"|\bR\d+\b|\b(?:19|20)\d\d\b|^#+ \d\d · .*|\(\d+ minutes\)|\*\*Time\*\*.*",
     re.MULTILINE,

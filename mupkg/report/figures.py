@@ -280,7 +280,8 @@ def three_planes(
         for ax, plane, index in zip(line, PLANES, middle, strict=True):
             masks = {colour: mask} if seen else {}
             draw_plane(ax, volume, image.GetSpacing()[::-1], plane, int(index), masks, shown)
-        line[0].set_title(f"{name}, grey from {shown[0]:.0f} to {shown[1]:.0f}", loc="left", fontsize=10)
+        unit = " HU" if shown == CT_WINDOW else ""
+        line[0].set_title(f"{name}, grey from {shown[0]:.0f} to {shown[1]:.0f}{unit}", loc="left", fontsize=10)
         outlined |= seen
     if outlined:
         contour_legend(figure, {"prediction" if colour == PREDICTION else "prostate": colour})
@@ -483,8 +484,10 @@ def film_strip(rows: Sequence[Sequence[FilmFrame]]) -> Figure:
     return figure
 
 
-def embedding_scatter(voxels: Mapping[str, EmbeddedVoxels], numbers: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Voxel embeddings of each network on its first two principal components, coloured by what the voxel is."""
+def embedding_scatter(
+    case_id: str, voxels: Mapping[str, EmbeddedVoxels], numbers: Mapping[str, Mapping[str, float]]
+) -> Figure:
+    """A case's voxels in each network's first two principal components, coloured by what the voxel is."""
     size = (4.6 * len(voxels), 4.6)
     figure, axes = plt.subplots(1, len(voxels), figsize=size, squeeze=False, layout="constrained")
     for ax, (name, sample) in zip(axes[0], voxels.items(), strict=True):
@@ -492,6 +495,7 @@ def embedding_scatter(voxels: Mapping[str, EmbeddedVoxels], numbers: Mapping[str
         draw_points(ax, pca.transform(sample.embedding), sample.kind, pc_names(pca))
         text = ", ".join(f"{key} {value:.2f}" for key, value in numbers[name].items())
         ax.set_title(f"{name}, n = {len(sample.kind)} voxels\n{text}", fontsize=10)
+    figure.suptitle(f"voxels of {case_id}", fontsize=10)
     handles = axes[0, -1].get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS), fontsize=9, markerscale=3)
     return figure

@@ -69,7 +69,6 @@ def test_the_shipped_pair_is_sure_enough_for_h_to_differ_from_r():
     z = seen.widest
     label = torch.from_numpy(seen.truth[z])[None]
     for heat in seen.heat.values():
-        assert heat.max() > 0.97
         hard, _, _ = HardNegativeSampler().candidates(label, torch.from_numpy(heat[z])[None])
         assert 0.02 < hard.sum() / label.sum() < 0.6
 

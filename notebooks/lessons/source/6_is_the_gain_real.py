@@ -13,7 +13,7 @@
 # ## A picture first
 #
 # Eight patients, segmented by a method A and by a method B; a line for each patient. The numbers are **simulated**,
-# so that we know the truth; how, we tell in a minute.
+# so that we know the truth. We shall tell it after the guess.
 
 # %% tags=["setup"]
 import sys
