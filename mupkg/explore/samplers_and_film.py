@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, UInt8
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from mupkg.explore.panels import DPI, dropdown, picture, slider, wrapped
 from mupkg.explore.seen import SeenCase
@@ -21,12 +22,14 @@ from mupkg.report import results
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, principal_axes, separation
 from mupkg.report.figures import (
     FIXED,
+    TEACHES,
     TRUTH,
     FilmFrame,
     TupleMarks,
     TuplePlane,
     draw_contour,
     film_strip,
+    mark_plane,
     mix,
     pc_names,
     png,
@@ -45,6 +48,7 @@ class SeenFilm(NamedTuple):
     frames: Frames
     grey: UInt8[np.ndarray, "y x"]
     truth: Bool[np.ndarray, "y x"]
+    spacing_mm: tuple[float, float, float]
 
 
 def read_films(study: str | Path, configurations: Sequence[str] | None = None, seed: int = 0) -> dict[str, SeenFilm]:
@@ -56,7 +60,7 @@ def read_films(study: str | Path, configurations: Sequence[str] | None = None, s
             grey, label = (np.array(regions.volume(frames.case_id, kind)[frames.z]) for kind in ("image", "label"))
             if grey.shape != frames.probability.shape[1:]:
                 raise ValueError(f"{row.folder / FILM}: is of another stage 1; train the run again for a new film")
-            films[row.configuration] = SeenFilm(frames, grey, label == 1)
+            films[row.configuration] = SeenFilm(frames, grey, label == 1, regions.spacing_mm(frames.case_id))
     return films
 
 
@@ -114,8 +118,10 @@ class SamplersAtWork:
             top.set_axis_off()
             self._patches.append((top, image, TupleMarks(top)))
             self._planes.append(TuplePlane(bottom, self.margin))
-        marks = self._patches[-1][-1].marks.values()
-        self.figure.legend(handles=list(marks), ncols=3, fontsize=8, loc="lower center")
+        marks, dots = self._patches[-1][-1].marks.values(), {"marker": "o", "linestyle": "", "markersize": 4}
+        handles = [Line2D([], [], color=TRUTH, label="prostate"), *marks]
+        handles += [Line2D([], [], color=colour, label=name, **dots) for name, colour in TEACHES.items()]
+        self.figure.legend(handles=handles, ncols=6, fontsize=8, loc="lower center", facecolor="gainsboro")
 
     def _of_run(self) -> None:
         film = self.films.get(self.run.value)
@@ -137,12 +143,14 @@ class SamplersAtWork:
             number, window = film.frames.steps.index(int(step)), film.frames.patch
             grey, truth, heat = film.grey, film.truth, film.frames.probability[number]
             embedding = torch.from_numpy(film.frames.patch_embeddings[number])
+            self.place = film.frames.case_id, film.frames.z, film.spacing_mm
         else:
             z, seen, name = self.slice.value, self.seen, self.run.value
             place = self.top.value, self.left.value
             window = tuple(slice(start, start + size) for start, size in zip(place, self.extent, strict=True))
             grey, truth, heat = seen.region[z], seen.truth[z], seen.heat[name][z]
             embedding = seen.embedding(name, z)[window]
+            self.place = seen.case_id, z, seen.spacing_mm
         self.patch = grey[window], truth[window], heat[window]
         self.embedding = embedding.movedim(-1, 0)[None]
 
@@ -164,15 +172,15 @@ class SamplersAtWork:
             parts.append(pd.DataFrame({"sampler": sampler.letter, **columns}))
         return pd.concat(parts, ignore_index=True)
 
-    def active_by_step(self) -> pd.DataFrame:
-        """Share of active tuples at every filmed step of this run, of 200 anchors on the film's patch.
+    def active_by_step(self, anchors: int = 200) -> pd.DataFrame:
+        """Share of active tuples at every filmed step of this run, of so many anchors on the film's patch.
 
         RN, HN and CN have near negatives. Without a film, on the patch shown. NaN where there are no candidates.
         """
         rows = {}
         for step in self.step.options[:-1] or (TRAINED,):
             self._look_up(step)
-            shares = [self.tuples(200, near).groupby("sampler")["active"].mean() for near in (False, True)]
+            shares = [self.tuples(anchors, near).groupby("sampler")["active"].mean() for near in (False, True)]
             rows[step] = pd.concat([shares[0], shares[1].add_suffix("N")])
         self._look_up(self.step.value)
         columns = [*"RHC", "RN", "HN", "CN"]
@@ -182,14 +190,20 @@ class SamplersAtWork:
         for contour in self._contours:
             contour.remove()
         self._contours = []
-        drawn, (grey, truth, heat) = self.tuples(), self.patch
+        drawn, (grey, truth, heat), (case_id, z, spacing_mm) = self.tuples(), self.patch, self.place
         pixels = mix(grey, heat, opacity=0.25)
         reach = 1.2 * max(2 * self.margin, *drawn[["d(a, p)", "d(a, n)"]].max().fillna(0))
         for letter, patch, plane in zip("RHC", self._patches, self._planes, strict=True):
             top, image, marks = patch
             mine = drawn[drawn["sampler"] == letter]
             image.set_data(pixels)
-            image.set_extent((-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5))
+            left, right, low, high = -0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5
+            image.set_extent((left, right, low, high))
+            top.set(xlim=(left, right), ylim=(low, high))
+            for mark in (*top.texts, *top.lines):  # of the patch before
+                mark.remove()
+            mark_plane(top, "axial", f"{case_id}, slice {z}", spacing_mm[2])
+            top.set_aspect(spacing_mm[1] / spacing_mm[2])
             if (contour := draw_contour(top, truth, TRUTH)) is not None:
                 self._contours.append(contour)
             marks.show([mine[role].to_numpy() for role in ("anchors", "positives", "negatives")], grey.shape[1])
@@ -228,13 +242,15 @@ class FilmPlayer:
         self.frame = ipywidgets.SelectionSlider(options=self.steps, value=self.steps[-1], description="step")
 
     def _frame(self, name: str, step: int) -> FilmFrame:
-        frames, grey, truth = self.films[name]
+        frames, grey, truth, spacing_mm = self.films[name]
         points, number = self.points[name], frames.steps.index(step)
         low, high = points.min(axis=(0, 1)), points.max(axis=(0, 1))
         title = f"{name}, step {step}\n{frames.case_id}, slice {frames.z}"
-        numbers = ", ".join(f"{key} {value:.2f}" for key, value in self.numbers[name][number].items())
+        numbers = f"n = {len(frames.kind)}, " + ", ".join(
+            f"{k} {v:.2f}" for k, v in self.numbers[name][number].items()
+        )
         limits = zip(low - 0.05 * (high - low), high + 0.05 * (high - low), strict=True)
-        slices = grey, truth, frames.probability[number]
+        slices = grey, truth, frames.probability[number], spacing_mm
         return FilmFrame(title, numbers, *slices, points[number], frames.kind, self.axes[name], tuple(limits))
 
     @property

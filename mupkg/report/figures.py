@@ -44,6 +44,7 @@ TRUTH, PREDICTION, CHOSEN = SKY, ORANGE, "#6633FF"
 BOTH = {"truth": TRUTH, "prediction": PREDICTION}
 KIND_COLOURS = (BLUE, SKY, ORANGE, "#B8B8B8")  # of KINDS: blue inside the prostate, warm and grey outside
 ROLES = {"anchor": ("x", YELLOW), "positive": (".", SKY), "negative": ("o", VERMILLION)}  # of a tuple's voxels
+TEACHES = {"active": VERMILLION, "satisfied": "silver"}  # tuples
 HEAT = "inferno"  # of probabilities
 PLANES = {"axial": "RL", "coronal": "RL", "sagittal": "AP"}  # and which sides of the patient lie left and right
 CT_WINDOW = (-160, 240)
@@ -279,7 +280,8 @@ def three_planes(
         for ax, plane, index in zip(line, PLANES, middle, strict=True):
             masks = {colour: mask} if seen else {}
             draw_plane(ax, volume, image.GetSpacing()[::-1], plane, int(index), masks, shown)
-        line[0].set_title(f"{name}, grey from {shown[0]:.0f} to {shown[1]:.0f}", loc="left", fontsize=10)
+        unit = " HU" if shown == CT_WINDOW else ""
+        line[0].set_title(f"{name}, grey from {shown[0]:.0f} to {shown[1]:.0f}{unit}", loc="left", fontsize=10)
         outlined |= seen
     if outlined:
         contour_legend(figure, {"prediction" if colour == PREDICTION else "prostate": colour})
@@ -386,7 +388,7 @@ class TuplePlane:
         """Tuples with these distances: those that are active stand out."""
         hinge = np.maximum(to_positive - to_negative + self.margin, 0)
         self.dots.set_offsets(np.column_stack([to_positive, to_negative]))
-        self.dots.set_color(np.where(hinge > 0, VERMILLION, "silver"))
+        self.dots.set_color(np.where(hinge > 0, TEACHES["active"], TEACHES["satisfied"]))
         self.ax.set_title(f"mean hinge {mean(hinge)}, margin σ = {self.margin:g}", fontsize=9, y=1.0)
 
 
@@ -449,6 +451,7 @@ class FilmFrame(NamedTuple):
     grey: UInt8[np.ndarray, "y x"]
     truth: Bool[np.ndarray, "y x"]
     probability: Float[np.ndarray, "y x"]
+    spacing_mm: Sequence[float]
     points: Float[np.ndarray, "n 2"]
     kind: UInt8[np.ndarray, " n"]
     axes: Sequence[str]  # their names
@@ -457,14 +460,16 @@ class FilmFrame(NamedTuple):
 
 def film_strip(rows: Sequence[Sequence[FilmFrame]]) -> Figure:
     """Rows of frames: the slice with its heat above, the feature space below."""
-    wide, high = 3.6 * len(rows[0]), 6.8 * len(rows) + 0.3
+    wide, high = 3.6 * len(rows[0]), 7.2 * len(rows) + 0.7
     figure = Figure(figsize=(wide, high), dpi=80, layout=FIXED)
     axes = figure.subplots(2 * len(rows), len(rows[0]), squeeze=False)
-    figure.subplots_adjust(0.3 / wide, 0.8 / high, 1 - 0.1 / wide, 1 - 0.5 / high, wspace=0.12, hspace=0.2)
+    figure.subplots_adjust(0.3 / wide, 1.2 / high, 1 - 0.1 / wide, 1 - 0.5 / high, wspace=0.12, hspace=0.3)
     for number, frames in enumerate(rows):
         for frame, top, bottom in zip(frames, axes[2 * number], axes[2 * number + 1], strict=True):
             top.imshow(mix(frame.grey, frame.probability, opacity=0.6))
             draw_contour(top, frame.truth, TRUTH)
+            mark_plane(top, "axial", "axial", frame.spacing_mm[2])
+            top.set_aspect(frame.spacing_mm[1] / frame.spacing_mm[2])
             top.set_axis_off()
             top.set_title(frame.title, fontsize=9, y=1.0)  # a given y spares a search for it
             draw_points(bottom, frame.points, frame.kind, frame.axes)
@@ -472,11 +477,17 @@ def film_strip(rows: Sequence[Sequence[FilmFrame]]) -> Figure:
             bottom.set_title(frame.numbers, fontsize=9, y=1.0)
     handles = [*axes[1, 0].get_legend_handles_labels()[0], Line2D([], [], color=TRUTH, label="truth")]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8, markerscale=3)
+    bar = figure.add_axes((0.5 - 0.8 / wide, 0.7 / high, 1.6 / wide, 0.1 / high))
+    figure.colorbar(ScalarMappable(cmap=HEAT), cax=bar, orientation="horizontal", ticks=[0, 1])
+    bar.set_title("foreground probability", fontsize=8, y=1.0)
+    bar.tick_params(labelsize=7, pad=1)
     return figure
 
 
-def embedding_scatter(voxels: Mapping[str, EmbeddedVoxels], numbers: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Voxel embeddings of each network on its first two principal components, coloured by what the voxel is."""
+def embedding_scatter(
+    case_id: str, voxels: Mapping[str, EmbeddedVoxels], numbers: Mapping[str, Mapping[str, float]]
+) -> Figure:
+    """A case's voxels in each network's first two principal components, coloured by what the voxel is."""
     size = (4.6 * len(voxels), 4.6)
     figure, axes = plt.subplots(1, len(voxels), figsize=size, squeeze=False, layout="constrained")
     for ax, (name, sample) in zip(axes[0], voxels.items(), strict=True):
@@ -484,6 +495,7 @@ def embedding_scatter(voxels: Mapping[str, EmbeddedVoxels], numbers: Mapping[str
         draw_points(ax, pca.transform(sample.embedding), sample.kind, pc_names(pca))
         text = ", ".join(f"{key} {value:.2f}" for key, value in numbers[name].items())
         ax.set_title(f"{name}, n = {len(sample.kind)} voxels\n{text}", fontsize=10)
+    figure.suptitle(f"voxels of {case_id}", fontsize=10)
     handles = axes[0, -1].get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS), fontsize=9, markerscale=3)
     return figure

@@ -34,7 +34,7 @@ def films(tmp_path) -> dict[str, SeenFilm]:
         torch.manual_seed(step)
         film.record(UNet(3, 2, 6), step)
     frames = read_film(tmp_path / "UNet-seed0")
-    found["UNet"] = SeenFilm(frames, REGION[frames.z], TRUTH[frames.z])
+    found["UNet"] = SeenFilm(frames, REGION[frames.z], TRUTH[frames.z], (3.0, 1.0, 1.0))
     return found
 
 
@@ -161,6 +161,20 @@ def test_the_slice_shown_is_the_films(films):
     film = films["UNet"]
     shown = FilmPlayer(films).figure.axes[1].images[0].get_array()  # the middle one of three
     np.testing.assert_array_equal(shown, mix(film.grey, film.frames.probability[1], opacity=0.6))
+
+
+def test_pictures_name_case_plane_and_sides_and_show_a_length(seen, films):
+    work = SamplersAtWork(seen, films)
+    for step, case in (("trained", f"made up, slice {seen.slice.value}"), ("5", "case, slice 1"), ("trained", None)):
+        work.step.value = step
+        for top in work.figure.axes[:3]:
+            texts = [text.get_text() for text in top.texts]
+            assert len(texts) == 4 and {"R", "L", "20 mm"} < set(texts) and case in (None, *texts)
+            (bar,) = top.lines
+            assert np.ptp(bar.get_xdata()) == pytest.approx(20)  # voxels of 1 mm
+            assert np.ptp(top.get_xlim()) == work.patch[0].shape[1]
+    shown = FilmPlayer(films).figure.axes[0]
+    assert {"R", "L", "20 mm", "axial"} == {text.get_text() for text in shown.texts}
 
 
 def test_near_negatives_lie_at_the_contour_and_teach_more(seen):

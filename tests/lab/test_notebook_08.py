@@ -91,8 +91,6 @@ def test_nothing_is_shown_twice(notebook: Notebook, pictures: Path):
     assert [path.name for path in pictures.glob("*.png")] == ["explore_active.png"]
 
 
-# An open fault, not yet understood: after the redrawing, fewer lit voxels are read off the screen than were chosen,
-# and another case leaves a widget that is not visible. To be mended.
 @pytest.mark.parametrize(("width", "height"), [(1400, 900), (1000, 800)])
 def test_the_workbench_fits_one_screen(notebook: Notebook, width: int, height: int):
     size, cell = notebook.page.viewport_size, notebook.cell(WORKBENCH)

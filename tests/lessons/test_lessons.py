@@ -13,6 +13,7 @@ import papermill
 import pytest
 from IPython.display import display
 from matplotlib import pyplot as plt
+from written_numbers import unfounded
 
 LESSONS = Path(__file__).resolve().parents[2] / "notebooks" / "lessons"
 LONGEST_CELL = 14  # lines; checks and mistakes may be longer
@@ -40,11 +41,18 @@ def test_no_notebook_is_left_without_a_source() -> None:
 def test_blank_notebooks_hold_no_solution_and_the_source_every_kind_of_cell(source: Path) -> None:
     blank, solved = (nbformat.reads(text, 4) for text in make_lessons.notebooks(source).values())
     exercises = [cell for cell in solved.cells if "### BEGIN SOLUTION" in cell.source]
-    assert 2 <= len(exercises) <= 4
+    assert 2 <= len(exercises) <= 3
     assert sum(tagged(cell, "check") for cell in solved.cells) == len(exercises)
     assert "SOLUTION" not in nbformat.writes(blank)
     assert nbformat.writes(blank).count("raise NotImplementedError()") == len(exercises)
     nbformat.validate(blank)
+
+
+def test_the_syllabus_counts_exercises_and_mistakes() -> None:
+    cells = [cell for source in make_lessons.sources() for cell in jupytext.read(source).cells]
+    exercises, mistakes = (sum(tagged(cell, tag) for cell in cells) for tag in ("check", "mistake"))
+    said = " ".join((LESSONS / "README.md").read_text(encoding="utf-8").split())
+    assert f"checks of all {exercises} exercises know {mistakes} typical mistakes" in said
 
 
 @each_lesson
@@ -68,6 +76,7 @@ def test_the_solution_runs_to_its_end(source: Path, tmp_path: Path) -> None:
     passed = [line for output in outputs if "text" in output for line in re.findall("✓.*", output.text)]
     assert len(passed) == sum(tagged(cell, "check") for cell in done.cells)
     assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert unfounded(done) == []
 
 
 def run(code: str, names: dict, what: str) -> dict:

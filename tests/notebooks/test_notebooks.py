@@ -11,6 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+from written_numbers import unfounded
 
 from mupkg.batch import run_notebook
 from mupkg.data.cases import grid_difference
@@ -47,6 +48,44 @@ def test_every_notebook_ran_to_its_end(study: Path) -> None:
             if cell.cell_type == "code":
                 assert cell.execution_count is not None, path.name
                 assert not [output for output in cell.outputs if output.output_type == "error"]
+
+
+def test_numbers_in_the_text_come_from_the_cells_or_name_their_study(study: Path) -> None:
+    assert {path.name: unfounded(nbformat.read(path, 4)) for path in executed_notebooks(study)} == {
+        path.name: [] for path in executed_notebooks(study)
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("The Fisher ratio is 1.25, and 12 % of the triplets are active.", []),  # as the cell below prints
+        ("The Fisher ratio is 1.52, and 21 % of the triplets are active.", ["1.52", "21"]),
+        ("The network has 10 810 parameters.", []),
+        ("The network has 163 810 parameters.", ["163 810"]),
+        ("With the paper's 32 filters it has 163 810 parameters.", []),
+        ("With the paper's 32 filters it is small. It has 163 810 parameters.", ["163 810"]),
+        ("On the quick phantoms the DSC is .87 and more.", []),
+        ("On phantoms the DSC is .87 and more.", [".87"]),
+        ("A prostate of 20 ml (Berry et al. 1984) is healthy. One of 47 ml is not.", ["47"]),
+        (
+            "See Eq. (12), Section 4.2, Table 11, notebook `10`, lessons 10 and 11, and readings R12 and R15 (2021).",
+            [],
+        ),
+        ("A margin of `0.75` or $\\sigma = 0.75$, five steps, 3 slices; the cell's own 0.7 and 300 voxels.", []),
+        ("| run | DSC |\n| --- | --- |\n| UNet | 0.91 |", ["0.91"]),
+    ],
+)
+def test_a_number_that_no_cell_shows_is_told(text: str, told: list[str]) -> None:
+    cell = nbformat.v4.new_code_cell(
+        "margin, voxels = 0.7, 300",
+        outputs=[
+            nbformat.v4.new_output("stream", text="Fisher ratio 1.25\n10,810 parameters\n"),
+            nbformat.v4.new_output("display_data", {"text/html": "<td>0.12</td>", "image/png": "0.91 163810 47"}),
+        ],
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text), cell])
+    assert [number for number, _ in unfounded(notebook)] == told
 
 
 def test_a_run_folder_holds_everything(study: Path) -> None:

@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+import torch
 
 from mupkg.data.phantom import make_phantom
 from mupkg.explore.samplers_and_film import read_films
 from mupkg.explore.seen import SeenCase
 from mupkg.parameters import SIZES, Study
 from mupkg.report.ship import ship
+from mupkg.samplers import HardNegativeSampler
 from mupkg.stages import card
 from mupkg.stages.film import Film
 from mupkg.stages.inference import Pipeline, measure
@@ -60,7 +62,17 @@ def test_the_shipped_pair_can_be_explored():
     seen, films = SeenCase.read(DEMO), read_films(DEMO)
     assert list(seen.networks) == list(films) == list(RUNS)
     assert seen.scores()["DSC"].min() > 0.75
-    assert all(len(film.frames.steps) >= 5 and film.frames.steps[0] == 0 for film in films.values())
+    assert all({0, 5, 10, 20, 40, 80} < set(film.frames.steps) for film in films.values())
+
+
+def test_the_shipped_pair_is_sure_enough_for_h_to_differ_from_r():
+    """Where nothing exceeds 1 - tau every prostate voxel is hard, and H draws as R does."""
+    seen = SeenCase.read(DEMO)
+    z = seen.widest
+    label = torch.from_numpy(seen.truth[z])[None]
+    for heat in seen.heat.values():
+        hard, _, _ = HardNegativeSampler().candidates(label, torch.from_numpy(heat[z])[None])
+        assert 0.02 < hard.sum() / label.sum() < 0.6
 
 
 def finished(run_folder, regions, tmp_path: Path, film: bool) -> Path:

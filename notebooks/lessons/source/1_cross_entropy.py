@@ -53,7 +53,7 @@ plt.show()
 # Suppose both networks say "prostate" with a probability of 0.9 inside their masks and with 0.1 outside.
 #
 # **Write down your guess** before you go on. Which of the two has the lower cross-entropy? The higher DSC? The
-# lower HD95 (95 % of the surface lies closer than this to the other surface)?
+# lower HD95 (the 95th percentile of the distances between both surfaces)?
 
 # %%
 guess = {"cross-entropy": "?", "DSC": "?", "HD95": "?"}  # "rim", "scattered" or "equal"

@@ -39,7 +39,7 @@ volumes, unseen = phantoms(range(8)), phantoms(range(8, 12))
 networks = {}
 for name in ("UNet", "MetricUNet-R"):
     networks[name], loss = narrow(name)
-    train(networks[name], loss, volumes)
+    train(networks[name], loss, volumes, steps=150)
 
 
 # %% tags=["setup"]

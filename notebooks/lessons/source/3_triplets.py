@@ -301,7 +301,7 @@ def length(output, labels):
 volumes, networks, histories = phantoms(range(8)), {}, {}
 for name, hinge in {"A": False, "B": True}.items():
     networks[name], loss = narrow("MetricUNet-R", hinge=hinge)
-    histories[name] = train(networks[name], loss, volumes, measure=length)
+    histories[name] = train(networks[name], loss, volumes, steps=150, measure=length)
     last = histories[name].tail(20).mean()  # over 20 steps, because single patches differ
     print(f"{name}: metric loss {last['metric']:.3g}, squared length {last['squared length']:.3g}, ", end="")
     print(f"cross-entropy {last['cross-entropy']:.3f}")

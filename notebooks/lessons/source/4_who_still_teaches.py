@@ -11,9 +11,9 @@
 # %% [markdown]
 # ## A picture first
 #
-# We train a narrow MetricUNet-R for 150 steps. In every step we draw up to 800 more random triplets, only to look
-# at them: a triplet is *active* while $d(a, p) - d(a, n) + \sigma > 0$. The line is the share of R's triplets that
-# are active.
+# We train a narrow MetricUNet-R for 150 steps. In every step we draw up to 100 more random triplets an image, only
+# to look at them: a triplet is *active* while $d(a, p) - d(a, n) + \sigma > 0$. The line is the share of R's
+# triplets that are active.
 
 # %% tags=["setup"]
 import sys
@@ -34,7 +34,7 @@ from classroom import VERMILION, activity, exercise, expect, narrow, phantoms, s
 samplers = [RandomSampler(100), HardNegativeSampler(100), ContourSampler(100)]  # anchors an image
 volumes = phantoms(range(8))
 network, loss = narrow("MetricUNet-R")
-history = train(network, loss, volumes, measure=activity(*samplers))
+history = train(network, loss, volumes, steps=150, measure=activity(*samplers))
 
 figure, ax = plt.subplots(figsize=(6, 3.4))
 ax.plot(history["R"].rolling(5, min_periods=1).mean(), label="R, random")
@@ -222,7 +222,7 @@ alike = (history["R"] == history["H"]).cumprod().sum()
 print(f"in the first {alike} steps H's triplets are R's, because the whole prostate is hard")
 
 # %% [markdown]
-# As long as the head calls no voxel prostate with more than 0.9, **H is R**. And later? The shares of H and C are
+# As long as the head calls no voxel prostate with $p > 0.9$, **H is R**. And later? The shares of H and C are
 # above R's, but not by much. Hard negative sampling was to find the triplets that still teach. Why does it find so
 # few?
 
@@ -397,7 +397,7 @@ print(f"negatives that touch the prostate: {shares[1] / lines['R']:.1f} times as
 
 # %%
 plain, cross_entropy = narrow("UNet")
-alone = train(plain, cross_entropy, volumes, measure=activity(*samplers))
+alone = train(plain, cross_entropy, volumes, steps=150, measure=activity(*samplers))
 figure, ax = plt.subplots(figsize=(6, 3.4))
 for name, table, style in (("MetricUNet-R", history, "-"), ("UNet", alone, "--")):
     ax.plot(table["R"].rolling(5, min_periods=1).mean(), style, label=name)
@@ -417,7 +417,7 @@ print(", ".join(f"{name}: {share:.3f}" for name, share in last.items()), f"(your
 #
 # * Most random triplets teach nothing from the very first step, and plain cross-entropy satisfies most of the
 #   others.
-# * H is R until some voxel is predicted above 0.9. Afterwards it picks harder anchors, never harder negatives.
+# * H is R until some voxel is predicted with $p > 0.9$. Afterwards it picks harder anchors, never harder negatives.
 # * Near negatives keep teaching.
 #
 # **To think about**: more active triplets are more gradient. Is that a better segmentation? Configurations with an

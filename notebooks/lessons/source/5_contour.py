@@ -39,7 +39,7 @@ networks = {}
 for name in ("UNet", "MetricUNet-C"):
     for seed in (0, 1):
         networks[name, seed], loss = narrow(name, seed)
-        train(networks[name, seed], loss, volumes, seed=seed)
+        train(networks[name, seed], loss, volumes, steps=150, seed=seed)
 
 
 # %% tags=["setup"]
@@ -362,7 +362,7 @@ print(f"{millilitres[large]:.0f} ml: {scores[large]:.3f} (your guess: {guess_lar
 
 # %% [markdown]
 # The same mistake in millimetres costs a small gland far more DSC than a large one, because it has more surface for
-# its volume. So a mean DSC depends on *whose* prostates are in the test set, and 0.01 of DSC is a different
+# its volume. So a mean DSC depends on *whose* prostates are in the test set, and a hundredth of DSC is a different
 # distance for everyone. Distances (ASD, HD95) do not have this fault, but others (lesson 1).
 
 # %% [markdown]
