@@ -16,7 +16,7 @@ from spoiling import AGAIN, Bad, Call
 from mupkg.configurations import build, configuration
 from mupkg.data.cohort import Cohort
 from mupkg.data.patches import PatchSource
-from mupkg.report.results import case_metrics, runs
+from mupkg.report.results import case_metrics, finished_runs
 from mupkg.stages.inference import LOCALIZER, Pipeline
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import load_tensors, save_tensors
@@ -107,7 +107,7 @@ def on_evaluating(spoil: Callable[[Path], object]) -> Callable[[Path], Call]:
             pd.DataFrame({"case_id": ["a", "b"], "DSC": [0.5, 0.6]}).to_csv(study / name / "metrics.csv", index=False)
             (study / name / "run.json").write_text(json.dumps({"data_fingerprint": "1234"}))
         spoil(study)
-        return lambda: case_metrics(runs(study))
+        return lambda: case_metrics(finished_runs(study))
 
     return spoiled
 
@@ -202,7 +202,7 @@ RUNS = [
         "run-seed0 copy",
         "rename",
     ),
-    bad_run("no finished run", lambda study: lambda: runs(study), "study", "run notebook 03"),
+    bad_run("no finished run", lambda study: lambda: finished_runs(study), "study", "run notebook 03"),
     bad_run("no preparation", on_prepared(Path.unlink, "preparation.json"), "preparation.json", "run notebook 00"),
     bad_run(
         "a broken preparation", on_prepared(write("{}}"), "preparation.json"), "preparation.json", "run notebook"

@@ -54,7 +54,7 @@ class SeenFilm(NamedTuple):
 def read_films(study: str | Path, configurations: Sequence[str] | None = None, seed: int = 0) -> dict[str, SeenFilm]:
     """The films of a study's runs by configuration; runs trained without one are left out."""
     regions, films = Regions.read(Path(study) / "stage1"), {}
-    for row in results.runs(study, configurations, seed).itertuples():
+    for row in results.finished_runs(study, configurations, seed).itertuples():
         if (row.folder / FILM).is_dir():
             frames = read_film(row.folder)
             grey, label = (np.array(regions.volume(frames.case_id, kind)[frames.z]) for kind in ("image", "label"))

@@ -65,7 +65,7 @@ class SeenCase:
 
         ValueError naming what is missing: the runs, the case, or a file of a run.
         """
-        runs = results.runs(study, configurations, seed).set_index("configuration")["folder"]
+        runs = results.finished_runs(study, configurations, seed).set_index("configuration")["folder"]
         regions = Regions.read(Path(study) / "stage1")
         case_id = case_id or [*regions.ids("test"), *regions.table.index][0]
         if case_id not in regions.table.index:

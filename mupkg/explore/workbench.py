@@ -39,7 +39,7 @@ class Workbench:
         **options: Any,
     ):
         self.runs, self.options = (study, configurations, seed), options
-        metrics = results.case_metrics(results.runs(study, configurations, seed))
+        metrics = results.case_metrics(results.finished_runs(study, configurations, seed))
         self.scores = results.worst_first(metrics, Regions.read(Path(study) / "stage1"))
         texts = self.scores.map("{:.3f}".format).replace("nan", "not tested").agg(", ".join, axis=1)
         self._open(case_id or self.scores.index[0])

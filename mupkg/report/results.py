@@ -22,7 +22,9 @@ from mupkg.stages.runs import RUN, Shift, metrics_name
 HEADLINE = ("DSC", "ASD", "SEN", "PPV", "HD95", "aRVD")
 
 
-def runs(study: str | Path, configurations: Sequence[str] | None = None, seed: int | None = None) -> pd.DataFrame:
+def finished_runs(
+    study: str | Path, configurations: Sequence[str] | None = None, seed: int | None = None
+) -> pd.DataFrame:
     """The finished runs of a study: configuration, seed, folder; in the order asked for, or Table II's.
 
     Args:

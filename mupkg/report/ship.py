@@ -34,7 +34,7 @@ def ship(study: str | Path, target: str | Path, cases: int = 2) -> None:
     study, target = Path(study), Path(target)
     if study.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"{target}: holds the study itself, and would be replaced; choose another target")
-    runs, regions = results.runs(study), Regions.read(study / "stage1")
+    runs, regions = results.finished_runs(study), Regions.read(study / "stage1")
     for folder in runs["folder"]:
         for name in (*KEPT, FILM):
             if not (folder / name).exists():

@@ -75,7 +75,9 @@ def check_failure_counts(study: Study) -> None:
     study.blank = "e"
     table = study.test()
     others = table.loc[table["case_id"] != "e", "DSC"]
-    mean = results.summary(results.case_metrics(results.runs(study.root / "study")), ["DSC", "ASD"]).loc["UNet"]
+    mean = results.summary(results.case_metrics(results.finished_runs(study.root / "study")), ["DSC", "ASD"]).loc[
+        "UNet"
+    ]
     assert mean["DSC", "mean"] == pytest.approx(others.sum() / 3)
     assert mean["DSC", "n"] == mean["ASD", "n"] == 3
     assert np.isinf(mean["ASD", "mean"])
@@ -210,7 +212,7 @@ def check_shared_regions(study: Study) -> None:
         study.between(study)
     trained_on = [load_tensors(path)[1]["data"] for path in (study.root / "study").glob(f"*-seed0/{BEST}")]
     assert len(trained_on) == 2 and len(set(trained_on)) == 1
-    results.case_metrics(results.runs(study.root / "study"))
+    results.case_metrics(results.finished_runs(study.root / "study"))
 
 
 def check_study_is_refused(study: Study) -> None:
@@ -219,7 +221,7 @@ def check_study_is_refused(study: Study) -> None:
         study.test(f"{name}-seed0")
         write_run(study.root / "study" / f"{name}-seed0", {}, data_fingerprint=str(number))
     try:
-        results.case_metrics(results.runs(study.root / "study"))
+        results.case_metrics(results.finished_runs(study.root / "study"))
     except ValueError as error:
         assert "not trained on the same regions" in str(error)
     else:

@@ -12,11 +12,11 @@ from mupkg.configurations import TABLE_II
 from mupkg.report.results import (
     as_text,
     case_metrics,
+    finished_runs,
     paired_tests,
     per_case,
     published,
     published_as_text,
-    runs,
     save_table,
     summary,
 )
@@ -60,7 +60,7 @@ def test_runs_come_in_table_iis_order_with_others_behind(tmp_path):
         write_run(tmp_path, name, [0.5])
     (tmp_path / "MetricUNet-R-seed0").mkdir()  # not finished
     (tmp_path / "stage1").mkdir()
-    table = runs(tmp_path)
+    table = finished_runs(tmp_path)
     found = list(zip(table["configuration"], table["seed"], strict=True))
     assert found == [("UNet", 0), ("UNet++", 10), ("MetricUNet-HCP", 0), ("MetricUNet-HCP", 1), ("MetricUNet-HCR", 0)]
     assert all((folder / "metrics.csv").is_file() for folder in table["folder"])
@@ -69,32 +69,32 @@ def test_runs_come_in_table_iis_order_with_others_behind(tmp_path):
 def test_runs_come_in_the_order_asked_for(tmp_path):
     for name in ("UNet-seed0", "MetricUNet-R-seed0", "MetricUNet-H-seed0"):
         write_run(tmp_path, name, [0.5])
-    assert list(runs(tmp_path, ["MetricUNet-R", "UNet"])["configuration"]) == ["MetricUNet-R", "UNet"]
+    assert list(finished_runs(tmp_path, ["MetricUNet-R", "UNet"])["configuration"]) == ["MetricUNet-R", "UNet"]
 
 
 def test_a_run_that_is_not_there_is_missed(tmp_path):
     with pytest.raises(ValueError, match="no finished run of any configuration; run notebook 03"):
-        runs(tmp_path)
+        finished_runs(tmp_path)
     write_run(tmp_path, "UNet-seed0", [0.5])
     with pytest.raises(ValueError, match="no finished run of MetricUNet-R, VNet; run notebook 03"):
-        runs(tmp_path, ["UNet", "MetricUNet-R", "VNet"])
+        finished_runs(tmp_path, ["UNet", "MetricUNet-R", "VNet"])
 
 
 def test_runs_of_one_seed_are_those_alone(tmp_path):
     for name in ("UNet-seed0", "UNet-seed1", "MetricUNet-R-seed0"):
         write_run(tmp_path, name, [0.5])
-    assert list(runs(tmp_path, seed=0)["configuration"]) == ["UNet", "MetricUNet-R"]
-    assert list(runs(tmp_path, seed=1)["configuration"]) == ["UNet"]
+    assert list(finished_runs(tmp_path, seed=0)["configuration"]) == ["UNet", "MetricUNet-R"]
+    assert list(finished_runs(tmp_path, seed=1)["configuration"]) == ["UNet"]
     with pytest.raises(ValueError, match="no finished run of MetricUNet-R with seed 1; run notebook 03, or choose"):
-        runs(tmp_path, ["UNet", "MetricUNet-R"], seed=1)
+        finished_runs(tmp_path, ["UNet", "MetricUNet-R"], seed=1)
     with pytest.raises(ValueError, match="no finished run of any configuration with seed 7; run notebook 03"):
-        runs(tmp_path, seed=7)
+        finished_runs(tmp_path, seed=7)
 
 
 def test_metrics_are_gathered_with_names_as_text(tmp_path):
     write_run(tmp_path, "UNet-seed0", [0.5, 0.7])
     write_run(tmp_path, "UNet-seed1", [0.6, 0.8])
-    metrics = case_metrics(runs(tmp_path))
+    metrics = case_metrics(finished_runs(tmp_path))
     assert metrics["case_id"].tolist() == ["000", "001", "000", "001"]
     assert metrics["seed"].tolist() == [0, 0, 1, 1]
     assert metrics["DSC"].tolist() == [0.5, 0.7, 0.6, 0.8]
@@ -105,7 +105,7 @@ def test_runs_on_other_cases_are_not_compared(tmp_path, other):
     write_run(tmp_path, "UNet-seed0", [0.5, 0.7])
     write_run(tmp_path, "MetricUNet-R-seed0", [0.5] * len(other), cases=other)
     with pytest.raises(ValueError, match="not tested on the same cases"):
-        case_metrics(runs(tmp_path))
+        case_metrics(finished_runs(tmp_path))
 
 
 def regions_of(tmp_path, *cases, fingerprint="1234"):
@@ -115,18 +115,18 @@ def regions_of(tmp_path, *cases, fingerprint="1234"):
 def test_a_test_case_that_every_run_lacks_is_missed(tmp_path):
     for name in ("UNet-seed0", "MetricUNet-R-seed0"):
         write_run(tmp_path, name, [0.5, 0.7])
-    assert len(case_metrics(runs(tmp_path), regions_of(tmp_path, "000", "001"))) == 4
+    assert len(case_metrics(finished_runs(tmp_path), regions_of(tmp_path, "000", "001"))) == 4
     with pytest.raises(ValueError, match=r"UNet-seed0.metrics\.csv: lacks the test case\(s\) 002, 003; test the run"):
-        case_metrics(runs(tmp_path), regions_of(tmp_path, "000", "002", "001", "003"))
+        case_metrics(finished_runs(tmp_path), regions_of(tmp_path, "000", "002", "001", "003"))
     with pytest.raises(ValueError, match=r"lacks the test case\(s\) 002 and has 001, which the study does not test"):
-        case_metrics(runs(tmp_path), regions_of(tmp_path, "000", "002"))
+        case_metrics(finished_runs(tmp_path), regions_of(tmp_path, "000", "002"))
 
 
 def test_regions_cut_anew_after_all_trainings_are_seen(tmp_path):
     for name in ("UNet-seed0", "MetricUNet-R-seed0"):
         write_run(tmp_path, name, [0.5])
     with pytest.raises(ValueError, match=r"regions\.csv: its regions are not those .* train every run of the study"):
-        case_metrics(runs(tmp_path), regions_of(tmp_path, "000", fingerprint="5678"))
+        case_metrics(finished_runs(tmp_path), regions_of(tmp_path, "000", fingerprint="5678"))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_run_without_a_record_is_named(tmp_path, spoil):
         write_run(tmp_path, name, [0.5])
     spoil(tmp_path / "MetricUNet-R-seed0" / "run.json")
     with pytest.raises(ValueError, match=r"MetricUNet-R-seed0.run\.json: does not tell .*run notebook 03 again"):
-        case_metrics(runs(tmp_path))
+        case_metrics(finished_runs(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["anchors", "steps", "learning_rate", "margin", "batch_size", "precision", "cohort"])
@@ -153,7 +153,7 @@ def test_runs_trained_otherwise_are_not_compared(tmp_path, name):
         write_run(tmp_path, run, [0.5], **{name: value})
     found = rf"same settings .*: {name} is 1 in \S+-seed0, 2 in MetricUNet-R-seed1; train them alike"
     with pytest.raises(ValueError, match=found):
-        case_metrics(runs(tmp_path))
+        case_metrics(finished_runs(tmp_path))
 
 
 def test_every_setting_that_differs_is_told(tmp_path):
@@ -162,13 +162,13 @@ def test_every_setting_that_differs_is_told(tmp_path):
     with pytest.raises(
         ValueError, match=r"momentum is 0\.9 in UNet-seed0, 0\.8 in UNet.*; steps is 600 in UNet-seed0"
     ):
-        case_metrics(runs(tmp_path))
+        case_metrics(finished_runs(tmp_path))
 
 
 def test_speed_place_and_what_never_reaches_a_baseline_may_differ(tmp_path):
     write_run(tmp_path, "UNet-seed0", [0.5], study="a", data_folder="x", workers=0, channels_last=True, film=True)
     write_run(tmp_path, "MetricUNet-R-seed3", [0.5], seed=3, study="b", data_folder="y", workers=4, anchors=50)
-    assert len(case_metrics(runs(tmp_path))) == 2
+    assert len(case_metrics(finished_runs(tmp_path))) == 2
 
 
 # Averages
