@@ -99,7 +99,7 @@ class SegmentationNetwork(nn.Module):
         self.separate = separate
 
     def forward(self, images: Float[Tensor, "n c h w"], window: Window | None = None) -> SegmentationOutput:
-        """Logits and embeddings on the images' grid, or of a window of it. ValueError if H or W is no multiple of 8."""
+        """Logits and embeddings on the images' grid, or of a window of it. ValueError: H or W is no multiple of 8."""
         height, width = images.shape[-2:]
         if height % MULTIPLE or width % MULTIPLE:
             raise ValueError(f"images are {height} x {width}; three poolings need multiples of {MULTIPLE}: pad them")

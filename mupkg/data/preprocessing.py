@@ -208,7 +208,7 @@ def centroid(mask: sitk.Image) -> Point | None:
 
 
 def box_corners(mask: sitk.Image) -> tuple[Point, Point] | None:
-    """Where the foreground's bounding box begins and ends on its image's axes, two physical points (x, y, z) in mm."""
+    """Where the foreground's bounding box begins and ends, two physical points (x, y, z) in mm."""
     shape = sitk.LabelShapeStatisticsImageFilter()
     shape.Execute(sitk.Cast(mask, sitk.sitkUInt8))
     if not shape.HasLabel(1):

@@ -35,6 +35,7 @@ BENCHMARKS = {  # and the module of each; imported when it runs, so that nobody 
     "loader": "training",
     "repeating": "training",
     "growth": "growth",
+    "at_scale": "at_scale",
     "whole_chain": "whole_chain",
     "exploring": "exploring",
 }

@@ -1,8 +1,8 @@
 """A whole CT scan through both stages at the paper's size, and against nnU-Net's 2D prediction.
 
-How far stage 2 has to look depends on what it finds, so the weights find a prostate: stage 1's are the shipped
-localizer's, widened by zeros to the paper's width, stage 2's know a painted prostate by its grey. They take as long as
-any others of their width.
+How far stage 2 has to look depends on what it finds, so the weights find a prostate. Stage 1 has the weights of the
+shipped localizer, widened by zeros to the paper's width. Stage 2's know a painted prostate by its grey. They take as
+long as any others of their width.
 """
 
 from __future__ import annotations
