@@ -28,7 +28,7 @@ from mupkg.stages.runs import load_tensors, save_tensors
 from mupkg.stages.training import BEST
 
 LOCALIZER = Path(__file__).parents[2] / "data" / "demo" / "UNet-seed0" / inference.LOCALIZER
-PAINT_HU, THRESHOLD_HU = 110, 85  # of the prostate, and above what stage 2 calls prostate
+PAINT_HU, THRESHOLD_HU = 75, 65  # of the prostate, and above what stage 2 calls prostate; stage 1 must know it still
 ROUNDS = 3
 PARTS = {  # of `Pipeline`, by the function that `mupkg.stages.inference` calls for it
     "check": "checked_case",
@@ -71,13 +71,12 @@ def write_run(folder: Path, quick: bool) -> None:
 
 @torch.no_grad()
 def find_by_grey(network: UNet) -> None:
-    """Pass the middle slice's grey through the first channel of down 1, up 3 and the head; all else stays random."""
+    """The middle slice's grey, calmed by means of 3 x 3, in the first channel of down 1, up 3 and the head."""
     channel = inference.CHANNELS // 2
     for block in (network.down[0], network.merge[-1], network.head[:1]):
         for convolution, _, _ in block:
             convolution.weight[0], convolution.bias[0] = 0, 0
-            middle = convolution.kernel_size[0] // 2
-            convolution.weight[0, channel, middle, middle] = 1
+            convolution.weight[0, channel] = 1 / convolution.weight[0, channel].numel()
             channel = 0
         channel = network.up[-1].out_channels if block is network.down[0] else 0  # where the skip lies in up 3
     low, high = Preparation().window_hu
