@@ -75,7 +75,7 @@ def slurm(folder: str, jobs: int) -> dict:
 
 
 def at_scale(repeats: int, quick: bool = False) -> list[dict]:
-    """A row a series with its exponents, of the fastest of three; at_scale.csv and .png hold all that was measured."""
+    """A row a series with its exponents, of the fastest of three runs; the table goes to at_scale.csv and .png."""
     work = {
         (cohort, "cases of the cohort"): (100, 1000, 10_000),
         (resuming, "rows of the history"): (100, 1000, 10_000),
