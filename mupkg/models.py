@@ -7,7 +7,7 @@ the metric losses learn from. The metric branch has no weights of its own; at te
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 POOLINGS = 3
 MULTIPLE = 2**POOLINGS  # heights and widths must be multiples of this
+LAST_BLOCK_REACH = 2  # voxels that the last block's two 3 x 3 convolutions look beyond their own
+
+Window = tuple[slice, slice]  # rows and columns; starts and stops are even
 
 
 class SegmentationOutput(NamedTuple):
@@ -41,10 +44,30 @@ def double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(conv_bn_relu(channels_in, channels_out), conv_bn_relu(channels_out, channels_out))
 
 
+def merged(
+    up: nn.Module, merge: nn.Module, below: Tensor, skips: Sequence[Tensor], window: Window | None = None
+) -> Tensor:
+    """A decoder's block: `below` up-sampled, behind it the skips, and their convolutions.
+
+    Of a window alone, the convolutions see as far beyond it as they reach, and so give what they give for the whole.
+    """
+    if window is None:
+        return merge(torch.cat([up(below), *skips], dim=1))
+    reach, sizes = LAST_BLOCK_REACH, skips[0].shape[-2:]
+    rows, columns = (
+        slice(max(0, w.start - reach), min(n, w.stop + reach)) for w, n in zip(window, sizes, strict=True)
+    )
+    below = below[..., rows.start // 2 : rows.stop // 2, columns.start // 2 : columns.stop // 2]
+    wide = merged(up, merge, below, [skip[..., rows, columns] for skip in skips])
+    inside = (slice(w.start - a.start, w.stop - a.start) for w, a in zip(window, (rows, columns), strict=True))
+    return wide[(..., *inside)]
+
+
 class SegmentationNetwork(nn.Module):
     """What the backbones share: encoder, head, and where the gradient is cut for a `-Sep` configuration.
 
     Subclasses build what leads from the encoder's blocks to the embeddings in `add_decoder`, and run it in `embed`.
+    The last block and the head take nine tenths of the time; `window` runs these two for a part of the image alone.
 
     Args:
         in_channels: neighbouring slices that go in (3 in stage 2, 5 in stage 1).
@@ -75,12 +98,12 @@ class SegmentationNetwork(nn.Module):
         self.add_decoder(widths, embedding_dim)
         self.separate = separate
 
-    def forward(self, images: Float[Tensor, "n c h w"]) -> SegmentationOutput:
-        """Logits and embeddings on the images' grid. ValueError if H or W is not a multiple of 8."""
+    def forward(self, images: Float[Tensor, "n c h w"], window: Window | None = None) -> SegmentationOutput:
+        """Logits and embeddings on the images' grid, or of a window of it. ValueError: H or W is no multiple of 8."""
         height, width = images.shape[-2:]
         if height % MULTIPLE or width % MULTIPLE:
             raise ValueError(f"images are {height} x {width}; three poolings need multiples of {MULTIPLE}: pad them")
-        embeddings = self.embed(images)
+        embeddings = self.embed(images, window)
         # "-Sep": cross-entropy teaches the head alone, the metric loss everything before it (Section IV-D).
         return SegmentationOutput(self.head(embeddings.detach() if self.separate else embeddings), embeddings)
 
@@ -95,14 +118,14 @@ class UNet(SegmentationNetwork):
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, h, 2, stride=2) for b, h in zip(below, here, strict=True))
         self.merge = nn.ModuleList(double_conv(h + s, h) for h, s in zip(here, skips, strict=True))
 
-    def embed(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n e h w"]:
+    def embed(self, images: Float[Tensor, "n c h w"], window: Window | None) -> Float[Tensor, "n e *window"]:
         """Voxel embeddings: the output of the last up-sampling block, after its last ReLU."""
         features, skips = self.down[0](images), []
         for block in self.down[1:]:
             skips.append(features)
             features = block(F.max_pool2d(features, 2))
-        for up, merge, skip in zip(self.up, self.merge, reversed(skips), strict=True):
-            features = merge(torch.cat([up(features), skip], dim=1))
+        for level, (up, merge) in enumerate(zip(self.up, self.merge, strict=True), start=1):
+            features = merged(up, merge, features, [skips[-level]], window if level == POOLINGS else None)
         return features
 
 
@@ -126,7 +149,7 @@ class UNetPlusPlus(SegmentationNetwork):
                 self.up[f"{level}_{column}"] = nn.ConvTranspose2d(widths[level + 1], out, 2, stride=2)
                 self.merge[f"{level}_{column}"] = double_conv(out + column * widths[level], out)
 
-    def embed(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n e h w"]:
+    def embed(self, images: Float[Tensor, "n c h w"], window: Window | None) -> Float[Tensor, "n e *window"]:
         """Voxel embeddings: the last node of the full-resolution level."""
         rows = [[self.down[0](images)]]  # rows[level] holds the nodes of a level, column by column
         for block in self.down[1:]:
@@ -134,8 +157,9 @@ class UNetPlusPlus(SegmentationNetwork):
         for column in range(1, POOLINGS + 1):
             for level in range(POOLINGS + 1 - column):
                 node = f"{level}_{column}"
-                above = self.up[node](rows[level + 1][column - 1])
-                rows[level].append(self.merge[node](torch.cat([above, *rows[level]], dim=1)))
+                of = window if node == f"0_{POOLINGS}" else None
+                below = rows[level + 1][column - 1]
+                rows[level].append(merged(self.up[node], self.merge[node], below, rows[level], of))
         return rows[0][-1]
 
 

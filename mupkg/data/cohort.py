@@ -295,10 +295,11 @@ def split_faults(table: pd.DataFrame) -> Iterator[str]:
         yield f"case {case_id}: has a split but no label; name its label, or leave its split empty"
     for case_id in table["case_id"][split.isna() & labelled & split.notna().any()]:
         yield f"case {case_id}: has no split, others have; fill it, or empty the column to have it drawn"
-    for patient, names in split.groupby(patients(table)):
-        if len(set(names.dropna())) > 1:
-            cases = ", ".join(map(str, table["case_id"][names.index]))
-            yield f"cases {cases}: are of one patient ({patient}) but in several splits; put them into one"
+    of = patients(table)
+    splits = split.groupby(of).nunique()
+    for patient in splits.index[splits > 1]:
+        cases = ", ".join(map(str, table["case_id"][of == patient]))
+        yield f"cases {cases}: are of one patient ({patient}) but in several splits; put them into one"
     missing = [name for name in SPLITS if name not in set(split)]
     if missing and split.notna().any() and not split[labelled].isna().any():  # else that is to be mended first
         yield (

@@ -114,12 +114,9 @@ def body_mask(image: sitk.Image, modality: str) -> sitk.Image:
 
 def body_crop(image: sitk.Image, body: sitk.Image) -> sitk.Image:
     """The image cut to the body's bounding box; the whole image if there is no body to be seen."""
-    shape = sitk.LabelShapeStatisticsImageFilter()
-    shape.Execute(body)
-    if not shape.HasLabel(1):
+    corners = box_corners(body)
+    if corners is None:
         return image
-    box = np.array(shape.GetBoundingBox(1))
-    corners = [body.TransformContinuousIndexToPhysicalPoint((c - 0.5).tolist()) for c in (box[:3], box[:3] + box[3:])]
     low, high = (np.array(image.TransformPhysicalPointToContinuousIndex(c)) for c in corners)
     # A face that lies on a voxel's own, but for rounding, takes no further voxel in.
     start = np.clip(np.floor(low + 0.5 + ROUNDING), 0, np.array(image.GetSize()) - 1).astype(int)
@@ -208,3 +205,14 @@ def centroid(mask: sitk.Image) -> Point | None:
     shape = sitk.LabelShapeStatisticsImageFilter()
     shape.Execute(sitk.Cast(mask, sitk.sitkUInt8))
     return shape.GetCentroid(1) if shape.HasLabel(1) else None
+
+
+def box_corners(mask: sitk.Image) -> tuple[Point, Point] | None:
+    """Where the foreground's bounding box begins and ends, two physical points (x, y, z) in mm."""
+    shape = sitk.LabelShapeStatisticsImageFilter()
+    shape.Execute(sitk.Cast(mask, sitk.sitkUInt8))
+    if not shape.HasLabel(1):
+        return None
+    box = np.array(shape.GetBoundingBox(1))
+    ends = (box[:3] - 0.5, box[:3] + box[3:] - 0.5)
+    return tuple(mask.TransformContinuousIndexToPhysicalPoint(end.tolist()) for end in ends)

@@ -15,7 +15,6 @@ from mupkg.configurations import TABLE_II
 from mupkg.data.cohort import read_cases
 from mupkg.data.writing import whole_file
 from mupkg.parameters import Stage2Settings, Tag, tagged
-from mupkg.report import statistics
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import RUN, Shift, metrics_name
 
@@ -180,6 +179,8 @@ def summary(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFr
             )
     table = pd.concat(rows, axis=1)
     table.insert(0, ("", "seeds"), metrics.groupby("configuration")["seed"].nunique().reindex(table.index))
+    from mupkg.report import statistics  # SciPy's take a third of a second, which notebook 08 need not wait for
+
     fallen = statistics.collapsed(metrics)["configuration"].value_counts()
     table.insert(1, ("", "collapsed"), fallen.reindex(table.index, fill_value=0))
     return table
@@ -204,6 +205,8 @@ def paired_tests(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.D
     With several seeds the seeds are the replicates; with one there is no p but the paper's, in a column that says so.
     """
     first, *others = dict.fromkeys(metrics["configuration"])
+    from mupkg.report import statistics
+
     return statistics.contrasts(metrics, [(other, first) for other in others], names)
 
 

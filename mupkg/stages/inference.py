@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 import torch
 
 from mupkg import progress
 from mupkg.configurations import build, configuration
-from mupkg.data.cases import Case, checked_case, grid_difference, label_volume_ml
+from mupkg.data.cases import Case, Point, checked_case, grid_difference, label_volume_ml
 from mupkg.data.cohort import Cohort
 from mupkg.data.files import one_volume, write_image
 from mupkg.data.preprocessing import (
@@ -32,12 +33,13 @@ from mupkg.data.writing import whole_file
 from mupkg.metrics import calibration, segmentation_metrics, surface_dice
 from mupkg.models import SegmentationNetwork, UNet, light_unet
 from mupkg.stages.localization import COARSE_CHANNELS, Location, locate
-from mupkg.stages.prediction import predict_volume
+from mupkg.stages.prediction import Box, predict_volume
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import BEST, PREDICTIONS, Shift, load_tensors, load_weights, metrics_name, require
 from mupkg.stages.shifts import shifted
 
 CHANNELS = 3  # neighbouring slices into stage 2
+STEP_MM = 4.0  # how far stage 2 looks beyond the coarse mask, a voxel of its; twice as far at every further look
 LOCALIZER = "localizer.safetensors"  # stage 1's weights, copied into every run
 
 
@@ -64,13 +66,56 @@ def _with_weights(network: Any, tensors: Mapping[str, torch.Tensor], path: Path)
 
 
 def region_probability(
-    network: SegmentationNetwork, region: sitk.Image, precision: Literal["no", "bf16"] = "no"
+    network: SegmentationNetwork,
+    region: sitk.Image,
+    precision: Literal["no", "bf16"] = "no",
+    start: tuple[Point, Point] | None = None,
 ) -> sitk.Image:
-    """The foreground probability on a prepared region's grid."""
-    voxels = predict_volume(network, sitk.GetArrayFromImage(region), channels=CHANNELS, precision=precision)
-    probability = sitk.GetImageFromArray(voxels)
+    """The foreground probability on a prepared region's grid.
+
+    Args:
+        start: corners of a box (mm). The network then begins there, and goes outward until the largest component is
+            known: until it touches nothing that was not looked at, where 0 stands for the probability. If there is
+            no foreground, the whole region is looked at.
+    """
+    voxels = sitk.GetArrayFromImage(region)
+    found, shape = np.zeros(voxels.shape, np.float32), voxels.shape
+    step = np.maximum(2, np.round(STEP_MM / np.array(array_spacing(region)))).astype(int)
+    box, done = _box(np.zeros(3), shape, shape), ()
+    if start is not None:
+        low, high = (np.array(region.TransformPhysicalPointToContinuousIndex(c)[::-1]) + 0.5 for c in start)
+        box = _box(low - step, high + step, shape)
+    while box != done:
+        for part in _beyond(done, box):
+            found[part] = predict_volume(network, voxels, channels=CHANNELS, precision=precision, box=part)
+        done = box
+        seen = sitk.GetImageFromArray((found[box] > 0.5).astype(np.uint8))
+        largest = sitk.GetArrayFromImage(largest_component(seen))
+        touched = np.array([[largest.take(end, axis).any() for axis in range(3)] for end in (0, -1)])
+        low, high = np.array([[edge.start, edge.stop] for edge in box]).T + [[-1], [1]] * touched * step
+        box, step = _box(low, high, shape) if largest.any() else _box(np.zeros(3), shape, shape), 2 * step
+    probability = sitk.GetImageFromArray(found)
     probability.CopyInformation(region)
     return probability
+
+
+def _box(low: np.ndarray, high: Sequence[float], shape: tuple[int, ...]) -> Box:
+    """From low to high, widened to even voxels and cut to the shape; all of the shape if nothing is left."""
+    ends = zip(2 * np.floor(low / 2), 2 * np.ceil(np.divide(high, 2)), shape, strict=True)
+    box = tuple(slice(int(max(0, a)), int(min(b, size))) for a, b, size in ends)
+    return box if all(edge.start < edge.stop for edge in box) else tuple(slice(0, size) for size in shape)
+
+
+def _beyond(done: Box | tuple[()], box: Box) -> Iterator[Box]:
+    """Boxes that together fill what `box` has more than `done`, the box within it; all of it if there is none."""
+    rest = list(box)
+    if not done:
+        yield box
+    for axis, (old, new) in enumerate(zip(done, box, strict=False)):
+        for beyond in (slice(new.start, old.start), slice(old.stop, new.stop)):
+            if beyond.start < beyond.stop:
+                yield (*rest[:axis], beyond, *rest[axis + 1 :])
+        rest[axis] = old
 
 
 def keep_largest(probability: sitk.Image) -> sitk.Image:
@@ -149,7 +194,9 @@ class Segmentation:
     """What both stages say about one scan."""
 
     mask: sitk.Image  # uint8 0/1 on the scan's own grid
-    probability: sitk.Image  # of foreground, on the region's grid, before the largest-component step
+    probability: (
+        sitk.Image
+    )  # of foreground, on the region's grid, before the largest component; 0 where not looked at
     location: Location
 
     @property
@@ -185,12 +232,14 @@ class Pipeline:
         *,
         name: str = "scan",
         largest: bool = True,
+        everywhere: bool = False,
         precision: Literal["no", "bf16"] = "no",
     ) -> Segmentation:
         """Both stages on a scan (HU for CT); ValueError naming the scan if it is unfit or the prostate not found.
 
         Args:
             largest: keep the largest component alone (reading R10).
+            everywhere: look at the whole region, for a probability map without gaps; without `largest` this is so.
             precision: of stage 2, see `predict_volume`.
         """
         if not isinstance(image, sitk.Image):
@@ -202,7 +251,8 @@ class Pipeline:
         prepared = prepare(case, self.preparation).image
         location = locate(case, prepared, self.localizer, coarse_mm=self.coarse_mm)
         region = crop_region(prepared, location.centre, self.region_mm)
-        probability = region_probability(self.network, region, precision)
+        start = location.coarse_box if largest and not everywhere else None
+        probability = region_probability(self.network, region, precision, start)
         kept = keep_largest(probability) if largest else probability
         return Segmentation(to_scan_grid(kept, image), probability, location)
 

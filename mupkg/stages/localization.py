@@ -12,6 +12,7 @@ from mupkg.data.cases import Case, Point
 from mupkg.data.cohort import Cohort
 from mupkg.data.preprocessing import (
     array_spacing,
+    box_corners,
     centroid,
     largest_component,
     resample,
@@ -30,6 +31,7 @@ class Location(NamedTuple):
     coarse_centre: Point | None
     heads_centre: Point | None
     fallback: str  # "" if both parts were found, otherwise what was done without which, and why
+    coarse_box: tuple[Point, Point] | None = None  # corners of the coarse mask's bounding box
 
 
 def coarse(image: sitk.Image, coarse_mm: float = 4.0, *, label: bool = False) -> sitk.Image:
@@ -58,13 +60,13 @@ def coarse_volumes(cohort: Cohort, split: str, coarse_mm: float = 4.0) -> tuple[
     return images, [sitk.GetArrayFromImage(coarse(p.label, coarse_mm, label=True)) for p in prepared]
 
 
-def coarse_centre(network: nn.Module, prepared: sitk.Image, coarse_mm: float = 4.0) -> Point | None:
-    """Centroid of the coarse mask's largest component (reading R12); None if the mask is empty."""
+def coarse_mask(network: nn.Module, prepared: sitk.Image, coarse_mm: float = 4.0) -> sitk.Image:
+    """The largest component of what stage 1 calls prostate (reading R12), on its own grid; uint8 0/1, maybe empty."""
     small = coarse(prepared, coarse_mm)
     probability = predict_volume(network, sitk.GetArrayFromImage(small), channels=COARSE_CHANNELS)
     mask = sitk.GetImageFromArray((probability > 0.5).astype(np.uint8))
     mask.CopyInformation(small)
-    return centroid(largest_component(mask))
+    return largest_component(mask)
 
 
 def locate(case: Case, prepared: sitk.Image, network: nn.Module, *, coarse_mm: float = 4.0) -> Location:
@@ -75,7 +77,8 @@ def locate(case: Case, prepared: sitk.Image, network: nn.Module, *, coarse_mm: f
     Raises:
         NotLocated: naming the case, if neither part is found.
     """
-    rough = coarse_centre(network, prepared, coarse_mm)
+    seen = coarse_mask(network, prepared, coarse_mm)
+    rough = centroid(seen)
     heads_centre, reason = None, "MR: no femoral heads are sought"
     if case.modality == "CT":
         heads = femoral_heads(case.image)
@@ -95,4 +98,4 @@ def locate(case: Case, prepared: sitk.Image, network: nn.Module, *, coarse_mm: f
         fallback = f"coarse centre alone: {reason}"
     # as regions.csv holds it: the same region, to the voxel, when it is cut again
     centre = tuple(np.mean(parts, axis=0).round(4).tolist())
-    return Location(centre, rough, heads_centre, fallback)
+    return Location(centre, rough, heads_centre, fallback, box_corners(seen))

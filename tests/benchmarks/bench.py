@@ -30,10 +30,12 @@ BENCHMARKS = {  # and the module of each; imported when it runs, so that nobody 
     "step": "metric_loss",
     "patches": "against_peers",
     "metrics": "against_peers",
+    "processor": "processor",
     "training_loop": "training",
     "loader": "training",
     "repeating": "training",
     "growth": "growth",
+    "at_scale": "at_scale",
     "whole_chain": "whole_chain",
     "exploring": "exploring",
 }

@@ -158,12 +158,16 @@ def plot(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
 
 def growth(repeats: int, quick: bool = False) -> list[dict]:
     """A row a series with its exponents; every measurement goes to growth.csv, the picture to growth.png and .svg."""
-    table = measured(quick, torch.get_num_threads())
+    return kept(measured(quick, torch.get_num_threads()), None if quick else "growth")
+
+
+def kept(table: pd.DataFrame, name: str | None) -> list[dict]:
+    """A row a series with its exponents; the table and its picture go to results under this name, if there is one."""
     fits = exponents(table)
-    if not quick:
-        with whole_file(RESULTS / "growth.csv") as temporary:
+    if name:
+        with whole_file(RESULTS / f"{name}.csv") as temporary:
             table.round(4).to_csv(temporary, index=False)
-        figures.save(plot(table, fits), RESULTS / "growth.png")
+        figures.save(plot(table, fits), RESULTS / f"{name}.png")
     rows = []
     for fit in fits.itertuples():
         found = table[table["series"] == fit.series]

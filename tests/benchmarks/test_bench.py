@@ -10,10 +10,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from bench import ON_A_GPU
 from demo_by_notebook import breakdown, side_by_side
 from growth import of_a_cohort, write_study
 from measuring import exponent, interleaved, isolated, memory_mb, row
+from processor import floating_point_operations
+from whole_chain import PAINT_HU, find_by_grey, widened
+
+from mupkg.data.preprocessing import Preparation
+from mupkg.models import UNet, light_unet
 
 HERE = Path(__file__).parent
 
@@ -34,6 +40,33 @@ def test_a_ratio_is_the_median_of_pairs_not_of_the_sides():
     found = row("work", [1.0, 2.0, 9.0], [2.0, 8.0, 3.0], "peer")
     assert (found["ratio"], found["ours_ms"], found["peer_ms"]) == (0.5, 2000, 3000)
     assert row("work", [1.0], [4.0], "peer")["ratio"] == 0.25
+
+
+def test_a_matrix_product_has_two_operations_a_multiplication():
+    assert floating_point_operations(lambda: torch.rand(4, 5) @ torch.rand(5, 6)) == 2 * 4 * 5 * 6
+
+
+@torch.no_grad()
+def test_a_widened_network_says_the_same():
+    torch.manual_seed(0)
+    narrow, wide = light_unet(5, 8).eval(), light_unet(5, 24).eval()
+    state = {name: widened(tensor, wide.state_dict()[name], 8, 24) for name, tensor in narrow.state_dict().items()}
+    wide.load_state_dict(state)
+    images = torch.rand(2, 5, 16, 24)
+    torch.testing.assert_close(wide(images).logits, narrow(images).logits)
+    assert narrow(images).logits.std() > 1e-3
+
+
+@torch.no_grad()
+def test_a_painted_square_is_found_by_its_grey():
+    network, painted = UNet(3, 8, 16).eval(), torch.zeros(32, 32, dtype=torch.bool)
+    painted[8:24, 4:20] = True
+    find_by_grey(network)
+    low, high = Preparation().window_hu
+    images = torch.rand(1, 3, 32, 32)
+    images[0, 1] = (torch.where(painted, PAINT_HU, 30.0) - low) / (high - low)
+    found = network(images).logits[0].argmax(dim=0).bool()
+    assert not (found & ~painted).any() and found[11:21, 7:17].all()
 
 
 def test_calls_take_turns_after_a_warm_up():

@@ -10,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from safetensors.torch import save_file
+from scipy import ndimage
 
 from mupkg.data.cases import Case
 from mupkg.data.files import read_scan
@@ -46,7 +47,7 @@ def copied(run_folder, tmp_path):
 def bones(monkeypatch, heads):
     """Instead of stage 2's network: bones are foreground. So masks are not empty and in several pieces."""
     monkeypatch.setattr(
-        inference, "predict_volume", lambda network, volume, **options: (volume > 200).astype(np.float32)
+        inference, "predict_volume", lambda network, volume, box, **_: (volume[box] > 200).astype(np.float32)
     )
 
 
@@ -107,6 +108,100 @@ def test_the_largest_component_is_an_option(scan, run_folder, bones):
     pipeline = Pipeline.load(run_folder)
     kept, everything = (array(pipeline(scan, largest=largest).mask) > 0 for largest in (True, False))
     assert kept.sum() < everything.sum() and not (kept & ~everything).any()
+
+
+# Outward from the coarse mask
+
+
+def balls(*centres_and_radii, shape=(30, 41, 52)):
+    z, y, x = np.indices(shape)
+    found = [((z - c) ** 2 + (y - b) ** 2 + (x - a) ** 2 <= r**2) for c, b, a, r in centres_and_radii]
+    return np.any(found, axis=0).astype(np.float32)
+
+
+@pytest.fixture
+def outward(monkeypatch):
+    """What stage 2 says when it begins at some box (voxels z, y, x), and how often it looked at each voxel."""
+
+    def run(truth, start):
+        looks = np.zeros(truth.shape, int)
+
+        def look(network, volume, box, **_):
+            assert all(edge.start % 2 == 0 for edge in box)
+            looks[box] += 1
+            return truth[box]
+
+        monkeypatch.setattr(inference, "predict_volume", look)
+        region = probability_of(truth) * 0
+        region.SetSpacing((1.0, 1.0, 2.0))
+        region.SetOrigin((-30.0, 5.0, 100.0))
+        corners = [
+            region.TransformContinuousIndexToPhysicalPoint([edge[end] - 0.5 for edge in start[::-1]])
+            for end in (0, 1)
+        ]
+        return array(inference.region_probability(None, region, "no", corners)), looks
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("ball", "start"),
+    [
+        ((14, 20, 26, 6), ((10, 18), (16, 24), (22, 30))),  # inside the first look
+        ((14, 20, 26, 11), ((14, 15), (20, 21), (26, 27))),  # the coarse mask saw a voxel of it
+        ((3, 38, 48, 7), ((2, 4), (34, 38), (45, 47))),  # cut off by the region itself
+        ((14, 20, 26, 6), ((19, 22), (25, 28), (29, 33))),  # off to a side
+    ],
+)
+def test_stage_2_goes_outward_until_it_knows_the_largest_component(outward, ball, start):
+    truth = balls(ball)
+    found, looks = outward(truth, start)
+    np.testing.assert_array_equal(found, truth)
+    assert looks.max() == 1 and looks.mean() < 0.8
+    around = ndimage.binary_dilation(truth > 0)
+    assert looks[around].all()  # every neighbour was asked
+
+
+def test_what_was_looked_at_grows_at_the_touched_faces_alone(outward):
+    found, looks = outward(balls((14, 20, 36, 12)), ((10, 18), (12, 28), (24, 34)))
+    columns = np.flatnonzero(looks.any(axis=(0, 1)))
+    assert found.sum() == balls((14, 20, 36, 12)).sum() and columns.max() > 48
+    assert columns.min() == 20  # 4 mm beside the start, where the ball does not reach
+
+
+def test_a_larger_component_far_from_the_coarse_mask_is_not_seen(outward):
+    """The one difference from looking everywhere: the component near the coarse mask is kept, not the larger one."""
+    near, far = (8, 10, 10, 4), (20, 30, 40, 8)
+    found, looks = outward(balls(near, far), ((6, 10), (8, 12), (8, 12)))
+    np.testing.assert_array_equal(found, balls(near))
+    assert looks.mean() < 0.2
+
+
+@pytest.mark.parametrize(
+    "start", [((2, 4), (2, 6), (2, 6)), ((90, 95), (2, 6), (2, 6)), ((-9, -7), (-40, -30), (0, 3))]
+)
+def test_where_there_is_nothing_the_whole_region_is_looked_at(outward, start):
+    truth = balls((20, 30, 40, 8))
+    found, looks = outward(truth, start)
+    np.testing.assert_array_equal(found, truth)
+    assert (looks == 1).all()
+    nothing, looks = outward(truth * 0, start)
+    assert not nothing.any() and (looks == 1).all()
+
+
+def test_a_whole_probability_map_is_an_option(scan, run_folder, monkeypatch, heads):
+    starts, box = [], ((0.0, 0.0, 0.0), (9.0, 9.0, 9.0))
+
+    def look(network, region, precision, start):
+        starts.append(start)
+        return sitk.Cast(region, sitk.sitkFloat32) / 255
+
+    monkeypatch.setattr(inference, "region_probability", look)
+    monkeypatch.setattr(inference, "locate", lambda *_, **__: Location((0.0, 0.0, 0.0), None, None, "", box))
+    pipeline = Pipeline.load(run_folder)
+    for options in ({}, {"everywhere": True}, {"largest": False}):
+        pipeline(scan, **options)
+    assert starts == [box, None, None]
 
 
 def test_of_a_4d_scan_the_channel_that_the_run_was_trained_on_is_taken(scan, run_folder, heads, tmp_path):
@@ -337,7 +432,7 @@ def test_both_ways_to_a_region_are_one(cohort, regions, run_folder, monkeypatch)
     monkeypatch.setattr(inference, "locate", lambda *_, **__: Location(centre, None, None, ""))
     fed = []
     monkeypatch.setattr(
-        inference, "predict_volume", lambda network, volume, **_: fed.append(volume) or volume / np.float32(255)
+        inference, "predict_volume", lambda _, volume, box, **__: fed.append(volume) or volume[box] / np.float32(255)
     )
     Pipeline.load(run_folder)(case.image)
     np.testing.assert_array_equal(fed[0], regions.volume(case_id))

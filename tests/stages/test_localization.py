@@ -17,7 +17,7 @@ from mupkg.data.writing import write_text
 from mupkg.models import SegmentationOutput
 from mupkg.stages import localization
 from mupkg.stages.landmarks import FemoralHeads
-from mupkg.stages.localization import coarse, coarse_centre, locate
+from mupkg.stages.localization import coarse, coarse_mask, locate
 from mupkg.stages.regions import Regions, coverage, write_regions
 
 
@@ -76,11 +76,11 @@ def test_stage_1_works_on_4_mm_but_keeps_slices(shape, spacing, wanted):
     assert coarse(image).GetSize()[2] >= min(16, shape[0])
 
 
-def test_the_coarse_centre_is_that_of_the_largest_component():
+def test_the_coarse_mask_is_the_largest_component():
     image = with_balls(prepared_image(), (20, 30, 22, 12), (5, 8, 50, 6))
     expected = image.TransformContinuousIndexToPhysicalPoint((22.0, 30.0, 20.0))
-    np.testing.assert_allclose(coarse_centre(Bright(), image), expected, atol=1)
-    assert coarse_centre(NOTHING, image) is None
+    np.testing.assert_allclose(centroid(coarse_mask(Bright(), image)), expected, atol=1)
+    assert centroid(coarse_mask(NOTHING, image)) is None
 
 
 # The two parts of the centre
@@ -96,6 +96,9 @@ def test_the_centre_is_the_average_of_mask_and_heads(monkeypatch):
     # to the four digits of a millimetre that regions.csv keeps
     np.testing.assert_allclose(found.centre, (np.array(found.coarse_centre) + found.heads_centre) / 2, atol=1e-4)
     assert found.fallback == ""
+    low, high = (np.array(corner) for corner in found.coarse_box)
+    np.testing.assert_allclose((low + high) / 2, rough, atol=4)  # a ball's box, on a grid of 4 mm
+    assert ((high - low) > 0).all()
 
 
 def test_without_heads_the_mask_alone_and_it_is_said(monkeypatch):
@@ -111,7 +114,7 @@ def test_without_a_mask_the_heads_alone_and_it_is_said(monkeypatch):
     heads_at(monkeypatch, (100.0, 0.0, 500.0), (-60.0, 10.0, 520.0))
     found = locate(Case("a", prepared_image()), prepared_image(), NOTHING)
     assert found.centre == (20.0, 5.0, 510.0) and found.coarse_centre is None
-    assert "heads alone" in found.fallback
+    assert "heads alone" in found.fallback and found.coarse_box is None
 
 
 def test_without_both_the_case_is_named(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mupkg.models import SegmentationOutput, UNet, light_unet
+from mupkg.models import SegmentationOutput, UNet, UNetPlusPlus, light_unet
 from mupkg.stages import prediction
 from mupkg.stages.prediction import mean_dice, neighbouring_slices, predict_volume, run_slices
 
@@ -70,6 +70,34 @@ def test_padding_is_air_to_a_multiple_of_eight_and_is_cut_off_again():
     assert seen.shape == (2, 3, 16, 24)
     assert not seen[..., 13:, :].any() and not seen[..., 18:].any() and seen[..., :13, :18].any()
     assert output.logits.shape == (2, 2, 13, 18) and output.embeddings.shape == (2, 3, 13, 18)
+
+
+BOXES = [
+    (slice(0, 7), slice(0, 51), slice(0, 64)),
+    (slice(2, 5), slice(8, 30), slice(20, 44)),
+    (slice(6, 7), slice(0, 2), slice(62, 64)),
+    (slice(0, 3), slice(40, 51), slice(0, 7)),
+]
+
+
+@pytest.mark.parametrize("backbone", [UNet, UNetPlusPlus])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_box_holds_what_the_whole_volume_holds_there(backbone, precision):
+    """At the region's border and inside, where zeros stand for no neighbour: the network must see beyond the box."""
+    torch.manual_seed(0)
+    network, scan = backbone(3, 4, 16), volume((7, 51, 64))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # so that zero is not what padding looks like to the next layer
+            nn.init.normal_(module.bias)
+    with torch.no_grad():
+        for _ in range(20):  # running means and variances
+            network.train()(torch.rand(4, 3, 16, 16))
+        network.head[-1].weight *= 5
+    whole = predict_volume(network, scan, precision=precision)
+    assert whole.std() > 0.01
+    for box in BOXES:
+        part = predict_volume(network, scan, precision=precision, box=box)
+        np.testing.assert_allclose(part, whole[box], rtol=0, atol=1e-5 if precision == "no" else 0.02)
 
 
 def test_memory_is_bounded_and_does_not_change_the_answer(monkeypatch):
