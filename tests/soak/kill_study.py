@@ -88,6 +88,7 @@ MOMENTS = (  # in the order of a study; every notebook at least once
     writes("04", REPORT, "*.csv"),
     begins("05", REPORT, 6.0),
     writes("05", REPORT, "*.svg"),
+    begins("07", REPORT, 4.0),
     begins("08", REPORT, 6.0),
     begins("09", REPORT, 5.0),
 )
@@ -101,6 +102,7 @@ def workplace(folder: Path) -> Path:
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         )
+    shutil.copytree(ROOT / "data" / "demo", folder / "data" / "demo")  # notebook 07 tests one of its runs
     writing = folder / "mupkg" / "data" / "writing.py"
     before, after = writing.read_text(encoding="utf-8").split(RENAMED)
     slowly = "        __import__('time').sleep(0.02)\n"  # some would live for 0.2 ms, too short to stop their writer
@@ -230,6 +232,9 @@ def read_whole(path: Path) -> object:
             return json.loads(path.read_text(encoding="utf-8"))
         case ".ipynb":
             return nbformat.read(path, 4)
+        case ".md":
+            assert (text := path.read_text(encoding="utf-8")).endswith("\n")
+            return [line for line in text.splitlines() if not line.startswith("| written |")]
         case ".png":
             assert path.read_bytes().endswith(b"IEND\xaeB`\x82")
         case ".svg":

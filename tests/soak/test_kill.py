@@ -53,11 +53,11 @@ def test_three_kills_leave_no_trace(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("kills", [9, 20, 22, 50])
+@pytest.mark.parametrize("kills", [10, 20, 23, 50])
 def test_whatever_is_drawn_falls_into_every_notebook_and_into_a_file(kills, seed):
     moments = chosen(kills, seed)
     assert len(moments) == kills and moments == sorted(moments, key=MOMENTS.index)
-    notebooks = {path.name[:2] for path in (ROOT / "notebooks").glob("*.ipynb")} - {"10"}  # of trials, no study's
+    notebooks = {path.name[:2] for path in (ROOT / "notebooks").glob("*.ipynb")} - {"06", "10"}  # of trials, no study's
     assert {moment.notebook for moment in moments} == notebooks
     assert any(moment.in_a_file for moment in moments)
 
