@@ -129,4 +129,7 @@ def show_itkwidgets(seen: SeenCase) -> None:
     scale = dict(zip("zyx", seen.spacing_mm, strict=True))
     volumes = seen.region, seen.truth.astype(np.uint8)
     image, label = (to_ngff_image(volume, dims=["z", "y", "x"], scale=scale) for volume in volumes)
-    view(image, label_image=label)
+    print("itkwidgets starts where it can be seen: scroll to it. The cells below wait until it has drawn.")
+    # the slice that is chosen: in the rendered volume a label is seen only where the region is opaque, in bones
+    plane = {"view_mode": "ZPlane", "z_slice": seen.slice.value * seen.spacing_mm[0]}
+    view(image, label_image=label, label_blend=0.75, cmap="Grayscale", **plane)

@@ -6,6 +6,7 @@ import sys
 import urllib.error
 import urllib.request
 from http.client import BadStatusLine
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -126,6 +127,22 @@ def test_itkwidgets_is_used_where_all_of_it_is_there(in_lab_with_itkwidgets, mon
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: asked.append(url) or io.BytesIO())
     assert volumes.why_no_itkwidgets() == "" and asked == list(volumes.ITK_FILES)
     assert len({urlsplit(url).hostname for url in asked}) == 4
+
+
+def test_itkwidgets_gets_voxels_with_their_spacing_and_the_slice_that_is_chosen(seen, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(volumes, "why_no_itkwidgets", str)
+    viewer = SimpleNamespace(view=lambda image, **given: shown.update(image=image, **given))
+    monkeypatch.setitem(sys.modules, "itkwidgets", viewer)
+    ngff = SimpleNamespace(to_ngff_image=lambda array, dims, scale: (array, dims, scale))
+    monkeypatch.setitem(sys.modules, "ngff_zarr", ngff)
+    seen.slice.value = 2
+    volumes.show_itkwidgets(seen)
+    assert shown["z_slice"] == 6.0
+    for name, expected in {"image": seen.region, "label_image": TRUTH}.items():
+        array, dims, scale = shown[name]
+        np.testing.assert_array_equal(array, expected)
+        assert array.dtype == np.uint8 and dims == ["z", "y", "x"] and scale == {"z": 3.0, "y": 2.0, "x": 1.0}
 
 
 def test_nothing_of_the_package_imports_a_viewer_before_it_is_asked_for():
