@@ -2,13 +2,13 @@
 # make trial   a question with replicates and a protocol: make trial TRIAL=e1; see notebooks/studies/trials
 # make claims  recomputes the figures of README.md from outputs/reference
 # make test    installs, lints, runs all tests
+# make test-itkwidgets   whether the optional viewer draws, in an environment of its own; needs npm and Chromium
 # make soak    kills a smoke study KILLS times (23) and compares it with an undisturbed one
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
-.PHONY: setup study trial reference claims demo demo-pair test soak lint lab lessons gallery bench clean
+.PHONY: setup study trial reference claims demo demo-pair test test-itkwidgets soak lint lab lessons gallery bench clean
 
 PYTHON ?= python3
-BIN := .venv/bin
 CORES ?= 2
 STUDY ?= quick
 TRIAL ?= e1
@@ -21,10 +21,17 @@ SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --workflow-profile notebooks/studi
 REAL_SCAN := $(wildcard $(MUPKG_REALDATA)/ct_totalsegmentator/ts_example_image.nii.gz)
 REAL_CT := $(if $(REAL_SCAN),--config 'report={"real_scan": "$(REAL_SCAN)"}')
 
+# Where the active conda environment is that of environment.yml, all is there; else an own environment is made.
+ifneq ($(wildcard $(CONDA_PREFIX)/lib/python3*/site-packages/mupkg-*.dist-info),)
+BIN := $(CONDA_PREFIX)/bin
+setup: ;
+else
+BIN := .venv/bin
 setup: .venv/installed
+endif
 
 .venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo "Python 3.11 to 3.14 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
@@ -53,6 +60,14 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# An environment of its own: the extra's extension of JupyterLab asks the internet at every start.
+ITK := .venv-itkwidgets/bin/python
+test-itkwidgets:
+	$(PYTHON) -m venv .venv-itkwidgets
+	$(ITK) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,itkwidgets]"
+	$(ITK) tests/lab/npm_copies.py
+	$(ITK) -m pytest tests/lab/itkwidgets_draws.py
 
 # The list of kills: outputs/soak/kills.csv
 KILLS ?= 23
@@ -88,4 +103,4 @@ bench: setup
 	$(BIN)/python tests/benchmarks/bench.py
 
 clean:
-	rm -rf .venv .snakemake .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-itkwidgets .snakemake .pytest_cache .ruff_cache .import_linter_cache

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from importlinter import cli as importlinter_cli
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from mupkg.configurations import TABLE_II, configuration
@@ -121,10 +122,24 @@ def test_environment_has_the_pins_of_the_constraints(project, constraint_lines, 
 
 
 def test_environment_has_a_python_that_the_project_allows(project, environment):
-    python = next(Requirement(line) for line in environment["dependencies"] if str(line).startswith("python"))
-    assert python.specifier == Requirement(f"python{project['requires-python']}").specifier
+    python = next(line for line in environment["dependencies"] if str(line).startswith("python"))
+    name, version = python.split("=")  # Binder reads the version only where it is written so
+    assert name == "python" and SpecifierSet(project["requires-python"]).contains(version)
     assert environment["name"] == "metricunet"
     assert environment["channels"] == ["conda-forge"]
+
+
+def test_a_codespace_starts_lab_in_the_environment(environment, tmp_path):
+    container = json.loads((ROOT / ".devcontainer.json").read_text(encoding="utf-8"))
+    assert container["postCreateCommand"] == "conda env create -f environment.yml"
+    assert container["postAttachCommand"] == f"conda run --live-stream -n {environment['name']} make lab"
+    # with the environment active, make installs nothing and takes its programs
+    (tmp_path / "lib/python3.13/site-packages/mupkg-0.1.0.dist-info").mkdir(parents=True)
+    for prefix, programs in {tmp_path: f"{tmp_path}/bin", tmp_path / "base": ".venv/bin"}.items():
+        options = {"cwd": ROOT, "env": os.environ | {"CONDA_PREFIX": str(prefix)}, "capture_output": True}
+        said = subprocess.run(["make", "--dry-run", "lab"], text=True, check=True, **options).stdout.splitlines()
+        assert said[-1] == f"{programs}/jupyter lab notebooks"
+        assert prefix != tmp_path or len(said) == 1
 
 
 def test_torch_is_one_version_everywhere(project, constraint_lines, environment_pip):

@@ -6,6 +6,7 @@ import importlib.util
 import tempfile
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 import ipywidgets
@@ -19,10 +20,12 @@ from mupkg.explore.seen import SeenCase
 from mupkg.report.figures import HEAT, PREDICTION, TRUTH
 from mupkg.samplers import contour
 
-# itkwidgets 1.0a55 loads its viewer from these; where one fails, its view() waits for ever
-ITK_HOSTS = (
-    "https://cdn.jsdelivr.net/npm/imjoy-rpc",
-    "https://bafybeiauuswm657tct7b7kpnorrsz7hvvaljpsbeuw35hkfobtyyrbblpm.ipfs.dweb.link/itkVtkViewer.js",
+# One file of every host that itkwidgets 1.0a55 loads its viewer from; without any of them its view() waits for ever
+ITK_FILES = (
+    "https://cdn.jsdelivr.net/npm/itk-viewer-bootstrap-ui@0.30.0/dist/bootstrapUIMachineOptions.js.es.js",
+    "https://imjoy-team.github.io/vue-js-modal/index.js",
+    "https://lib.imjoy.io/imjoy-loader.js",
+    "https://bafybeieiqiiwvdq66e2bndws5nwojbe4wwerbxyua6u37axxivi2rwf7wy.ipfs.dweb.link/itkVtkViewer.js",
 )
 
 
@@ -107,11 +110,11 @@ def why_no_itkwidgets() -> str:
         return "itkwidgets works in JupyterLab only; here importing it would lose the outputs of later cells"
     if importlib.util.find_spec("itkwidgets") is None:
         return 'itkwidgets is not installed: pip install -c constraints.txt -e ".[itkwidgets]"'
-    for host in ITK_HOSTS:
+    for file in ITK_FILES:
         try:
-            urllib.request.urlopen(host, timeout=4.0).close()
-        except (OSError, ValueError) as error:
-            return f"itkwidgets loads its viewer from the internet, and {host} does not answer ({error})"
+            urllib.request.urlopen(file, timeout=4.0).close()
+        except (OSError, HTTPException) as error:
+            return f"itkwidgets loads its viewer from the internet, and {file} does not answer ({error})"
     return ""
 
 
@@ -126,4 +129,7 @@ def show_itkwidgets(seen: SeenCase) -> None:
     scale = dict(zip("zyx", seen.spacing_mm, strict=True))
     volumes = seen.region, seen.truth.astype(np.uint8)
     image, label = (to_ngff_image(volume, dims=["z", "y", "x"], scale=scale) for volume in volumes)
-    view(image, label_image=label)
+    print("itkwidgets starts where it can be seen: scroll to it. The cells below wait until it has drawn.")
+    # the slice that is chosen: in the rendered volume a label is seen only where the region is opaque, in bones
+    plane = {"view_mode": "ZPlane", "z_slice": seen.slice.value * seen.spacing_mm[0]}
+    view(image, label_image=label, label_blend=0.75, cmap="Grayscale", **plane)

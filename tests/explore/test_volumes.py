@@ -1,9 +1,13 @@
 """ipyniivue gets what it should show; itkwidgets is never imported where it would do harm."""
 
+import io
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from http.client import BadStatusLine
+from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -71,17 +75,6 @@ def test_a_click_keeps_its_place_in_the_plane_and_reaches_all_runs(seen):
     assert view.volumes.views[0].scene.crosshair_pos == pytest.approx([0.2, 0.7, 0.5 / 6])
 
 
-def test_a_host_that_answers_with_an_error_is_no_host(monkeypatch):
-    monkeypatch.setenv("JPY_SESSION_NAME", "x")
-    monkeypatch.setattr(volumes.importlib.util, "find_spec", lambda name: object())
-
-    def refuses(url, timeout):
-        raise urllib.error.HTTPError(url, 504, "gateway timeout", None, None)
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuses)
-    assert "504" in volumes.why_no_itkwidgets()
-
-
 def test_itkwidgets_outside_jupyterlab_is_refused_without_importing_it(seen, monkeypatch, capsys):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     volumes.show_itkwidgets(seen)
@@ -96,29 +89,60 @@ def test_itkwidgets_that_is_not_installed_is_named_with_the_cure(monkeypatch):
     assert 'pip install -c constraints.txt -e ".[itkwidgets]"' in volumes.why_no_itkwidgets()
 
 
-def test_itkwidgets_without_internet_is_refused_by_the_host_that_is_silent(monkeypatch):
+@pytest.fixture
+def in_lab_with_itkwidgets(monkeypatch) -> None:
     monkeypatch.setenv("JPY_SESSION_NAME", "x")
     monkeypatch.setattr(volumes.importlib.util, "find_spec", lambda name: object())
 
-    def silent(url, timeout):
+
+@pytest.mark.parametrize("missing", volumes.ITK_FILES)
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (urllib.error.URLError("no route"), "no route"),
+        (TimeoutError("timed out"), "timed out"),
+        (urllib.error.HTTPError("", 504, "gateway timeout", None, None), "504"),
+        (BadStatusLine("<html>log in</html>"), "log in"),
+    ],
+    ids=["no route", "silent", "error", "not HTTP"],
+)
+def test_one_host_that_does_not_answer_is_one_line_and_no_import(
+    in_lab_with_itkwidgets, seen, monkeypatch, capsys, missing, error, words
+):
+    def answer(url, timeout):
         assert timeout < 10
-        raise urllib.error.URLError("no route")
+        if url == missing:
+            raise error
+        return io.BytesIO()
 
-    monkeypatch.setattr(urllib.request, "urlopen", silent)
-    assert f"{volumes.ITK_HOSTS[0]} does not answer" in volumes.why_no_itkwidgets()
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    volumes.show_itkwidgets(seen)
+    line = capsys.readouterr().out
+    assert f"{missing} does not answer" in line and words in line and line.count("\n") == 1
+    assert "itkwidgets" not in sys.modules
 
 
-def test_itkwidgets_is_used_where_all_of_it_is_there(monkeypatch):
-    monkeypatch.setenv("JPY_SESSION_NAME", "x")
-    monkeypatch.setattr(volumes.importlib.util, "find_spec", lambda name: object())
-
-    class Answer:
-        def close(self):
-            pass
-
+def test_itkwidgets_is_used_where_all_of_it_is_there(in_lab_with_itkwidgets, monkeypatch):
     asked = []
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Answer())
-    assert volumes.why_no_itkwidgets() == "" and asked == list(volumes.ITK_HOSTS)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: asked.append(url) or io.BytesIO())
+    assert volumes.why_no_itkwidgets() == "" and asked == list(volumes.ITK_FILES)
+    assert len({urlsplit(url).hostname for url in asked}) == 4
+
+
+def test_itkwidgets_gets_voxels_with_their_spacing_and_the_slice_that_is_chosen(seen, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(volumes, "why_no_itkwidgets", str)
+    viewer = SimpleNamespace(view=lambda image, **given: shown.update(image=image, **given))
+    monkeypatch.setitem(sys.modules, "itkwidgets", viewer)
+    ngff = SimpleNamespace(to_ngff_image=lambda array, dims, scale: (array, dims, scale))
+    monkeypatch.setitem(sys.modules, "ngff_zarr", ngff)
+    seen.slice.value = 2
+    volumes.show_itkwidgets(seen)
+    assert shown["z_slice"] == 6.0
+    for name, expected in {"image": seen.region, "label_image": TRUTH}.items():
+        array, dims, scale = shown[name]
+        np.testing.assert_array_equal(array, expected)
+        assert array.dtype == np.uint8 and dims == ["z", "y", "x"] and scale == {"z": 3.0, "y": 2.0, "x": 1.0}
 
 
 def test_nothing_of_the_package_imports_a_viewer_before_it_is_asked_for():

@@ -39,7 +39,7 @@ import psutil
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from PIL import Image
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import Locator, Page, Route, sync_playwright
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = (
@@ -168,6 +168,17 @@ class Lab:
     def _note(self, url: str) -> None:
         if url.startswith(("http", "ws")) and urlsplit(url).netloc != urlsplit(self.address).netloc:
             self.outside.append(url)
+
+    def serve(self, copy_of: Callable[[str], Path | None]) -> None:
+        """Answers from local copies what is asked for outside; what has no copy stays out of reach."""
+
+        def answer(route: Route) -> None:
+            if path := copy_of(route.request.url):
+                route.fulfill(path=path, headers={"Access-Control-Allow-Origin": "*"})
+            else:
+                route.abort()
+
+        self._context.route(re.compile("^https:"), answer)
 
     def open(self, path: Path | str, parameters: dict | None = None) -> Notebook:
         """A copy of a notebook, opened in a page of its own, with a kernel that is ready; no cell has run.

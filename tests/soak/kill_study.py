@@ -233,7 +233,8 @@ def read_whole(path: Path) -> object:
         case ".ipynb":
             return nbformat.read(path, 4)
         case ".md":
-            assert (text := path.read_text(encoding="utf-8")).endswith("\n")
+            text = path.read_text(encoding="utf-8")
+            assert text.endswith("\n")
             return [line for line in text.splitlines() if not line.startswith("| written |")]
         case ".png":
             assert path.read_bytes().endswith(b"IEND\xaeB`\x82")
