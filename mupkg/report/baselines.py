@@ -14,7 +14,7 @@ from scipy import ndimage
 from mupkg.data.cohort import Cohort
 from mupkg.data.preprocessing import to_scan_grid
 from mupkg.metrics import dice
-from mupkg.stages.inference import measure
+from mupkg.stages.evaluation import measure
 from mupkg.stages.regions import Regions
 
 Volume = UInt8[np.ndarray, "z y x"]

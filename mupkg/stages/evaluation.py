@@ -1,7 +1,8 @@
-"""A run's networks on another cohort: external validation, without any training there."""
+"""A run tested: on its study's test cases, on the same scans made harder, and on another cohort."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,75 @@ import pandas as pd
 import SimpleITK as sitk
 
 from mupkg import progress
+from mupkg.data.cases import Case, grid_difference
 from mupkg.data.cohort import Cohort
-from mupkg.stages.inference import Pipeline, measure
+from mupkg.data.files import write_image
+from mupkg.data.preprocessing import AIR, Preparation, array_spacing, prepare, to_scan_grid
+from mupkg.data.writing import whole_file
+from mupkg.metrics import calibration, segmentation_metrics, surface_dice
+from mupkg.stages.inference import Pipeline, keep_largest, load_network, region_probability
 from mupkg.stages.localization import NotLocated
+from mupkg.stages.regions import Regions
+from mupkg.stages.runs import BEST, PREDICTIONS, Shift, metrics_name
+from mupkg.stages.shifts import shifted
+
+
+def evaluate_run(
+    run_folder: str | Path, cohort: Cohort, regions: Regions, shift: Shift | None = None
+) -> pd.DataFrame:
+    """Predict a run's test cases and measure them on their scans' own grids; a row a case.
+
+    Writes predictions/<case>.nii.gz (with the largest-component step) and metrics.csv: `DSC`, `ASD`, ... with that
+    step, `DSC_all`, `ASD_all`, ... without; `surface_DSC_2mm` with it; `Brier` and `ECE` of the whole region.
+
+    Args:
+        shift: measure on shifted scans instead, in the regions of the scans as they are. Writes metrics_<shift>.csv
+            alone.
+    """
+    run_folder, rows = Path(run_folder), []
+    network, _ = load_network(run_folder / BEST)
+    for case_id in progress(regions.ids("test"), desc=f"testing {shift or ''}".strip(), unit="case"):
+        case, region = cohort.case(case_id), regions.image(case_id)
+        if shift is not None:
+            region = _shifted_region(case, region, cohort.preparation, shift)
+        probability = region_probability(network, region)
+        mask = to_scan_grid(keep_largest(probability), case.image)
+        everything = measure(to_scan_grid(probability, case.image), case)
+        row = {"case_id": case_id} | measure(mask, case) | {f"{k}_all": v for k, v in everything.items()}
+        arrays = (sitk.GetArrayFromImage(i).astype(bool) for i in (mask, case.label))
+        row["surface_DSC_2mm"] = surface_dice(*arrays, spacing_mm=array_spacing(case.image), tolerance_mm=2.0)
+        truth = regions.volume(case_id, "label") == 1
+        rows.append(row | calibration(sitk.GetArrayFromImage(probability), truth))
+        if shift is None:
+            write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")
+    table = pd.DataFrame(rows)
+    with whole_file(run_folder / metrics_name(shift)) as temporary:
+        table.to_csv(temporary, index=False)
+    return table
+
+
+def _shifted_region(case: Case, region: sitk.Image, preparation: Preparation, shift: Shift) -> sitk.Image:
+    """The region of a shifted scan, on the voxels of the region as it was."""
+    if case.modality != "CT":
+        raise ValueError(f"case {case.case_id}: is {case.modality}; scans are shifted in HU, so only CT can be")
+    image = shifted(case.image, shift, seed=zlib.crc32(case.case_id.encode()))
+    prepared = prepare(replace(case, image=image, label=None), preparation).image
+    on_region = sitk.Resample(prepared, region, sitk.Transform(), sitk.sitkLinear, AIR, sitk.sitkFloat32)
+    return sitk.Cast(sitk.Round(on_region), sitk.sitkUInt8)
+
+
+def measure(mask: sitk.Image, case: Case) -> dict[str, float]:
+    """All metrics of a mask against the case's label, on the scan's own grid, in mm.
+
+    Raises:
+        ValueError: if the mask does not lie on the label's grid: another case's, or the working grid's.
+    """
+    if difference := grid_difference(case.label, mask):
+        raise ValueError(
+            f"case {case.case_id}: the mask is not on its label's grid ({difference}); resample it first"
+        )
+    prediction, truth = (sitk.GetArrayFromImage(image).astype(bool) for image in (mask, case.label))
+    return segmentation_metrics(prediction, truth, spacing_mm=array_spacing(case.image))
 
 
 def evaluate_elsewhere(run_folder: str | Path, cohort: Cohort, case_ids: Sequence[str]) -> pd.DataFrame:

@@ -1,26 +1,21 @@
-"""From a region to a mask on the scan's own grid: the test cases of a run, and a new scan through both stages."""
+"""From a region to a mask on the scan's own grid: a new scan through both stages of a trained run."""
 
 from __future__ import annotations
 
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import SimpleITK as sitk
 import torch
 
-from mupkg import progress
 from mupkg.configurations import build, configuration
-from mupkg.data.cases import Case, Point, checked_case, grid_difference, label_volume_ml
-from mupkg.data.cohort import Cohort
-from mupkg.data.files import one_volume, write_image
+from mupkg.data.cases import Point, checked_case, label_volume_ml
+from mupkg.data.files import one_volume
 from mupkg.data.preprocessing import (
-    AIR,
     Grid,
     Preparation,
     array_spacing,
@@ -30,13 +25,10 @@ from mupkg.data.preprocessing import (
     to_scan_grid,
 )
 from mupkg.data.writing import whole_file
-from mupkg.metrics import calibration, segmentation_metrics, surface_dice
 from mupkg.models import SegmentationNetwork, UNet, light_unet
 from mupkg.stages.localization import COARSE_CHANNELS, Location, locate
 from mupkg.stages.prediction import Box, predict_volume
-from mupkg.stages.regions import Regions
-from mupkg.stages.runs import BEST, PREDICTIONS, Shift, load_tensors, load_weights, metrics_name, require
-from mupkg.stages.shifts import shifted
+from mupkg.stages.runs import BEST, load_tensors, load_weights, require
 
 CHANNELS = 3  # neighbouring slices into stage 2
 STEP_MM = 4.0  # how far stage 2 looks beyond the coarse mask, a voxel of its; twice as far at every further look
@@ -123,64 +115,6 @@ def keep_largest(probability: sitk.Image) -> sitk.Image:
     mask = probability > 0.5
     dropped = sitk.Subtract(mask, largest_component(mask))
     return sitk.Mask(probability, dropped, outsideValue=0.0, maskingValue=1)
-
-
-def evaluate_run(
-    run_folder: str | Path, cohort: Cohort, regions: Regions, shift: Shift | None = None
-) -> pd.DataFrame:
-    """Predict a run's test cases and measure them on their scans' own grids; a row a case.
-
-    Writes predictions/<case>.nii.gz (with the largest-component step) and metrics.csv: `DSC`, `ASD`, ... with that
-    step, `DSC_all`, `ASD_all`, ... without; `surface_DSC_2mm` with it; `Brier` and `ECE` of the whole region.
-
-    Args:
-        shift: measure on shifted scans instead, in the regions of the scans as they are. Writes metrics_<shift>.csv
-            alone.
-    """
-    run_folder, rows = Path(run_folder), []
-    network, _ = load_network(run_folder / BEST)
-    for case_id in progress(regions.ids("test"), desc=f"testing {shift or ''}".strip(), unit="case"):
-        case, region = cohort.case(case_id), regions.image(case_id)
-        if shift is not None:
-            region = _shifted_region(case, region, cohort.preparation, shift)
-        probability = region_probability(network, region)
-        mask = to_scan_grid(keep_largest(probability), case.image)
-        everything = measure(to_scan_grid(probability, case.image), case)
-        row = {"case_id": case_id} | measure(mask, case) | {f"{k}_all": v for k, v in everything.items()}
-        arrays = (sitk.GetArrayFromImage(i).astype(bool) for i in (mask, case.label))
-        row["surface_DSC_2mm"] = surface_dice(*arrays, spacing_mm=array_spacing(case.image), tolerance_mm=2.0)
-        truth = regions.volume(case_id, "label") == 1
-        rows.append(row | calibration(sitk.GetArrayFromImage(probability), truth))
-        if shift is None:
-            write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")
-    table = pd.DataFrame(rows)
-    with whole_file(run_folder / metrics_name(shift)) as temporary:
-        table.to_csv(temporary, index=False)
-    return table
-
-
-def _shifted_region(case: Case, region: sitk.Image, preparation: Preparation, shift: Shift) -> sitk.Image:
-    """The region of a shifted scan, on the voxels of the region as it was."""
-    if case.modality != "CT":
-        raise ValueError(f"case {case.case_id}: is {case.modality}; scans are shifted in HU, so only CT can be")
-    image = shifted(case.image, shift, seed=zlib.crc32(case.case_id.encode()))
-    prepared = prepare(replace(case, image=image, label=None), preparation).image
-    on_region = sitk.Resample(prepared, region, sitk.Transform(), sitk.sitkLinear, AIR, sitk.sitkFloat32)
-    return sitk.Cast(sitk.Round(on_region), sitk.sitkUInt8)
-
-
-def measure(mask: sitk.Image, case: Case) -> dict[str, float]:
-    """All metrics of a mask against the case's label, on the scan's own grid, in mm.
-
-    Raises:
-        ValueError: if the mask does not lie on the label's grid: another case's, or the working grid's.
-    """
-    if difference := grid_difference(case.label, mask):
-        raise ValueError(
-            f"case {case.case_id}: the mask is not on its label's grid ({difference}); resample it first"
-        )
-    prediction, truth = (sitk.GetArrayFromImage(image).astype(bool) for image in (mask, case.label))
-    return segmentation_metrics(prediction, truth, spacing_mm=array_spacing(case.image))
 
 
 def copy_localizer(stage1_folder: Path, run_folder: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 from torch import nn
 
 from mupkg.data.cases import Case, Point
-from mupkg.data.cohort import Cohort
 from mupkg.data.preprocessing import (
     array_spacing,
     box_corners,
@@ -19,6 +18,9 @@ from mupkg.data.preprocessing import (
 )
 from mupkg.stages.landmarks import femoral_heads
 from mupkg.stages.prediction import predict_volume
+
+if TYPE_CHECKING:  # a new scan needs no cohort
+    from mupkg.data.cohort import Cohort
 
 COARSE_CHANNELS = 5
 FEWEST_SLICES = 16

@@ -18,7 +18,7 @@ import SimpleITK as sitk
 from mupkg.data.cases import Case
 from mupkg.data.cohort import Cohort
 from mupkg.data.preprocessing import Preparation
-from mupkg.stages import inference
+from mupkg.stages import evaluation
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import write_run
 
@@ -70,7 +70,7 @@ class Study:
         folder = self.root / "study" / run
         if not (folder / "run.json").exists():
             write_run(folder, {}, data_fingerprint=self.regions.fingerprint())
-        return inference.evaluate_run(folder, self.cohort, self.regions)
+        return evaluation.evaluate_run(folder, self.cohort, self.regions)
 
     def notebook(self, name: str, stop: str | None = None, **parameters: object) -> dict[str, Any]:
         """A notebook's cells run here, up to the first one that holds `stop`; the names they leave."""

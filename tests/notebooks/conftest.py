@@ -14,7 +14,7 @@ from mupkg.data.build import Source, write_cohort
 from mupkg.data.preprocessing import centroid
 from mupkg.models import light_unet
 from mupkg.report import figures
-from mupkg.stages import inference
+from mupkg.stages import evaluation, inference
 from mupkg.stages import regions as regions_module
 from mupkg.stages.localization import COARSE_CHANNELS, Location
 from mupkg.stages.runs import save_tensors, write_run
@@ -50,8 +50,9 @@ def study(built, tmp_path, monkeypatch) -> Study:
         study.said.append(seen * 0 if left.pop(0) == study.blank else seen)
         return study.said[-1]
 
-    monkeypatch.setattr(inference, "load_network", lambda path: (study.loaded.append(Path(path).name), {}))
-    monkeypatch.setattr(inference, "region_probability", oracle)
+    for module in (inference, evaluation):
+        monkeypatch.setattr(module, "load_network", lambda path: (study.loaded.append(Path(path).name), {}))
+    monkeypatch.setattr(evaluation, "region_probability", oracle)
     monkeypatch.setattr(figures, "save", lambda figure, *_, **__: plt.close(figure))
     plt.switch_backend("Agg")
     return study

@@ -29,7 +29,7 @@ from mupkg.data.patches import PatchSource
 from mupkg.data.preprocessing import resample
 from mupkg.metrics import segmentation_metrics
 from mupkg.report import results, statistics
-from mupkg.stages import inference, localization, prediction
+from mupkg.stages import evaluation, inference, localization, prediction
 from mupkg.stages import regions as regions_module
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import load_tensors, write_run
@@ -372,7 +372,7 @@ def upside_down(probability: sitk.Image, scan: sitk.Image) -> sitk.Image:
     return mask
 
 
-true_to_scan_grid = inference.to_scan_grid
+true_to_scan_grid = evaluation.to_scan_grid
 
 
 def volume_by(change: Callable[[Study, str, np.ndarray], np.ndarray]) -> Callable[[Study, pytest.MonkeyPatch], None]:
@@ -414,7 +414,7 @@ true_coarse = localization.coarse
 TO_ALL = ".rename(columns=lambda c: c.removesuffix('_all'))"
 
 TRAPS = {
-    "the last weights tested": (check_best_weights, attribute(inference, "BEST", "last.safetensors")),
+    "the last weights tested": (check_best_weights, attribute(evaluation, "BEST", "last.safetensors")),
     "regions cut with stage 1's last weights": (
         check_best_localizer,
         in_the_notebook(
@@ -472,17 +472,17 @@ TRAPS = {
         partial(check_settings, notebook="05"),
         attribute(results, "_check_settings", lambda parameters, may_differ=(): None),
     ),
-    "spacing ignored": (check_rows, attribute(inference, "array_spacing", lambda image: (1.0, 1.0, 1.0))),
-    "spacing transposed": (check_rows, attribute(inference, "array_spacing", lambda image: image.GetSpacing())),
-    "measured on the resampled grid": (check_rows, attribute(inference, "measure", on_the_working_grid)),
+    "spacing ignored": (check_rows, attribute(evaluation, "array_spacing", lambda image: (1.0, 1.0, 1.0))),
+    "spacing transposed": (check_rows, attribute(evaluation, "array_spacing", lambda image: image.GetSpacing())),
+    "measured on the resampled grid": (check_rows, attribute(evaluation, "measure", on_the_working_grid)),
     "measured against another case's label": (check_rows, label_by(other_label)),
-    "a test case left out": (check_rows, attribute(inference, "progress", lambda ids, **_: ids[1:])),
+    "a test case left out": (check_rows, attribute(evaluation, "progress", lambda ids, **_: ids[1:])),
     "label's axes swapped": (check_oracle, label_by(lambda case: replace(case, label=swapped(case.label)))),
-    "prediction upside down": (check_oracle, attribute(inference, "to_scan_grid", upside_down)),
+    "prediction upside down": (check_oracle, attribute(evaluation, "to_scan_grid", upside_down)),
     "failures dropped from the mean": (check_failure_counts, attribute(results, "per_case", without_failures)),
     "failures dropped at the test": (
         check_failure_counts,
-        attribute(inference, "progress", lambda ids, **_: [i for i in ids if i != "e"]),
+        attribute(evaluation, "progress", lambda ids, **_: [i for i in ids if i != "e"]),
     ),
     "labels of patches with axes swapped": (
         check_patches,
@@ -547,7 +547,7 @@ def test_the_two_grids_differ_enough_to_tell(study):
     for case_id in ("d", "e", "f"):
         case = study.cohort.case(case_id)
         mask = sitk.ReadImage(str(study.root / "study" / "UNet-seed0" / "predictions" / f"{case_id}.nii.gz"))
-        own, working = inference.measure(mask, case), on_the_working_grid(mask, case)
+        own, working = evaluation.measure(mask, case), on_the_working_grid(mask, case)
         assert abs(own["DSC"] - working["DSC"]) > 0.005 and abs(own["HD"] - working["HD"]) > 0.1
 
 
@@ -556,4 +556,4 @@ def test_a_mask_on_another_grid_than_its_label_is_not_measured(study):
     moved = sitk.Image(case.label)
     moved.SetOrigin((3.0, 0.0, 0.0))
     with pytest.raises(ValueError, match=r"case d: the mask is not on its label's grid .*; resample it first"):
-        inference.measure(moved, case)
+        evaluation.measure(moved, case)

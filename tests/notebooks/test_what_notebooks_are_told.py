@@ -15,7 +15,7 @@ from bright_study import Study
 from mupkg.configurations import build, configuration
 from mupkg.models import light_unet
 from mupkg.report import figures
-from mupkg.stages import inference, localization, training
+from mupkg.stages import evaluation, inference, localization, training
 from mupkg.stages import regions as regions_module
 from mupkg.stages.localization import COARSE_CHANNELS
 
@@ -112,7 +112,7 @@ def test_what_notebook_3_is_told_reaches_sampler_loss_patches_and_training(study
 def test_what_notebook_3_is_told_is_stored_with_the_weights_and_in_the_record(study, monkeypatch):
     """So that no checkpoint of other settings is continued, and no other run compared."""
     told, kept = STAGE_2_TOLD, {"workers", "film"}  # these change no weight
-    names = caught(study, monkeypatch, "03", "inference.evaluate_run", **told)
+    names = caught(study, monkeypatch, "03", "evaluation.evaluate_run", **told)
     made_by = names["arrived"]["metadata"]
     flat = made_by | made_by["loss"] | made_by["training"]
     flat["metric_weight"] = flat.pop("weight")
@@ -141,7 +141,7 @@ def test_noisy_contours_are_learnt_from_and_known_of_the_weights_but_not_tested_
 
 def test_harder_test_scans_are_tested_when_asked_for(study, monkeypatch):
     tested = []
-    monkeypatch.setattr(inference, "evaluate_run", lambda *given: tested.append(given[3:]) or METRICS)
+    monkeypatch.setattr(evaluation, "evaluate_run", lambda *given: tested.append(given[3:]) or METRICS)
     caught(study, monkeypatch, "03", configuration="UNet", test_shifts=["noise", "thick"])
     assert tested == [(), ("noise",), ("thick",)]
 

@@ -6,7 +6,7 @@ import SimpleITK as sitk
 
 from mupkg.data.preprocessing import to_scan_grid
 from mupkg.report.baselines import THRESHOLDS, Threshold, best_threshold, mean_shape, measure_baseline
-from mupkg.stages.inference import measure
+from mupkg.stages.evaluation import measure
 
 SHAPE = (8, 12, 12)
 

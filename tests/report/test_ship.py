@@ -16,8 +16,9 @@ from mupkg.parameters import SIZES, Study
 from mupkg.report.ship import ship
 from mupkg.samplers import HardNegativeSampler
 from mupkg.stages import card
+from mupkg.stages.evaluation import measure
 from mupkg.stages.film import Film
-from mupkg.stages.inference import Pipeline, measure
+from mupkg.stages.inference import Pipeline
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "data" / "demo"

@@ -1,14 +1,111 @@
-"""A run on a cohort that it was not trained on."""
+"""A run tested on its study's test cases, on harder scans, and on a cohort that it was not trained on."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+import SimpleITK as sitk
 
-from mupkg.stages.evaluation import evaluate_elsewhere
-from mupkg.stages.inference import Pipeline, measure, segment
+from mupkg.data.cases import Case
+from mupkg.metrics import calibration, segmentation_metrics, surface_dice
+from mupkg.stages import evaluation
+from mupkg.stages.evaluation import evaluate_elsewhere, measure
+from mupkg.stages.inference import Pipeline, load_network, segment
 from mupkg.stages.localization import NotLocated
+
+
+def array(image):
+    return sitk.GetArrayFromImage(image)
+
+
+# On the study's own test cases
+
+
+def test_a_run_is_measured_on_the_scans_own_grid(cohort, regions, copied, bones):
+    table = evaluation.evaluate_run(copied, cohort, regions)
+    (case_id,) = cohort.ids("test")
+    case = cohort.case(case_id)
+    mask = sitk.ReadImage(str(copied / "predictions" / f"{case_id}.nii.gz"))
+    assert mask.GetSize() == case.image.GetSize()
+    row = table.iloc[0]
+    truth, prediction = array(case.label) > 0, array(mask) > 0
+    assert prediction.any()
+    expected = segmentation_metrics(prediction, truth, spacing_mm=(7, 6, 6))
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert row["aRVD"] != row["aRVD_all"] and row["SEN"] <= row["SEN_all"]
+    stored = pd.read_csv(copied / "metrics.csv")
+    pd.testing.assert_frame_equal(stored, table)
+    assert stored["case_id"].tolist() == [case_id]
+    assert row["surface_DSC_2mm"] == surface_dice(prediction, truth, spacing_mm=(7, 6, 6), tolerance_mm=2.0)
+    network, _ = load_network(copied / "weights.safetensors")
+    heat = array(evaluation.region_probability(network, regions.image(case_id)))
+    expected = calibration(heat, regions.volume(case_id, "label") == 1)
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
+def test_harder_scans_change_the_metrics_and_nothing_else(cohort, regions, copied, bones):
+    plain = evaluation.evaluate_run(copied, cohort, regions)
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    for shift in ("noise", "contrast", "thick"):
+        harder = evaluation.evaluate_run(copied, cohort, regions, shift)
+        assert harder["case_id"].tolist() == plain["case_id"].tolist() and list(harder) == list(plain)
+        assert harder["Brier"].iloc[0] != plain["Brier"].iloc[0]
+        pd.testing.assert_frame_equal(pd.read_csv(copied / f"metrics_{shift}.csv"), harder)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_region_of_an_unshifted_scan_is_the_region(cohort, regions, monkeypatch):
+    """So that a shift changes the scan alone and not its place."""
+    (case_id,) = cohort.ids("test")
+    monkeypatch.setattr(evaluation, "shifted", lambda image, shift, seed: image)
+    same = evaluation._shifted_region(cohort.case(case_id), regions.image(case_id), cohort.preparation, "noise")
+    np.testing.assert_array_equal(array(same), regions.volume(case_id))
+
+
+def test_mr_is_not_shifted_in_hu(cohort, regions):
+    (case_id,) = cohort.ids("test")
+    case = replace(cohort.case(case_id), modality="MR")
+    with pytest.raises(ValueError, match=f"case {case_id}: is MR; scans are shifted in HU"):
+        evaluation._shifted_region(case, regions.image(case_id), cohort.preparation, "noise")
+
+
+def test_the_largest_component_is_taken_before_the_scans_grid(tmp_path, monkeypatch):
+    """Section 3.5. Two pieces with a voxel of 0.5 between them, which only on the scan's finer grid become one."""
+    voxels = np.zeros((6, 8, 12), np.float32)
+    voxels[2:4, 2:6, 2:5], voxels[2:4, 2:6, 5], voxels[2:4, 2:6, 6:8] = 1, 0.5, 1
+    probability = sitk.GetImageFromArray(voxels)
+    probability.SetSpacing((2.0, 2.0, 2.0))
+    scan = sitk.GetImageFromArray(np.zeros((12, 16, 24), np.int16))
+    scan.SetOrigin((-0.5, -0.5, -0.5))  # both grids fill the same space
+    label = sitk.Cast(sitk.Resample(probability, scan) > 0.5, sitk.sitkUInt8)
+    assert sitk.GetArrayFromImage(sitk.ConnectedComponent(label)).max() == 1
+    cohort = SimpleNamespace(case=lambda case_id: Case(case_id, scan, label))
+    regions = SimpleNamespace(
+        ids=lambda split: ["a"], image=lambda case_id: probability, volume=lambda case_id, kind: voxels > 0.5
+    )
+    monkeypatch.setattr(evaluation, "load_network", lambda path: (None, {}))
+    monkeypatch.setattr(evaluation, "region_probability", lambda network, region: probability)
+    row = evaluation.evaluate_run(tmp_path, cohort, regions).iloc[0]
+    mask = array(sitk.ReadImage(str(tmp_path / "predictions" / "a.nii.gz")))
+    columns = np.flatnonzero(mask.any(axis=(0, 1)))
+    assert columns.min() == 4 and columns.max() < 11  # of the larger piece alone, which ends at 10 mm
+    assert row["DSC_all"] == 1 and row["SEN"] < 0.8 and row["PPV"] == 1
+
+
+def test_metrics_are_in_mm_of_the_scan():
+    voxels = np.zeros((6, 6, 6), np.uint8)
+    voxels[2:4, 2:4, 2:4] = 1
+    label = sitk.GetImageFromArray(voxels)
+    label.SetSpacing((2.0, 3.0, 5.0))
+    shifted = sitk.GetImageFromArray(np.roll(voxels, 1, axis=0))
+    shifted.CopyInformation(label)
+    found = measure(shifted, Case("a", label, label))
+    assert found["DSC"] == 0.5 and found["HD"] == 5.0
+
+
+# On another cohort
 
 
 def test_on_its_own_cohort_it_is_what_segmenting_gives(cohort, run_folder):

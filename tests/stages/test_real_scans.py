@@ -20,7 +20,8 @@ from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import light_unet
 from mupkg.stages import localization, runs, segment, training
 from mupkg.stages import regions as regions_module
-from mupkg.stages.inference import copy_localizer, evaluate_run, load_localizer
+from mupkg.stages.evaluation import evaluate_run
+from mupkg.stages.inference import copy_localizer, load_localizer
 from mupkg.stages.prediction import mean_dice
 
 REAL = Path(os.environ.get("MUPKG_REALDATA") or "missing")
