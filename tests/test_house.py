@@ -137,7 +137,9 @@ def test_a_codespace_starts_lab_in_the_environment(environment, tmp_path):
     (tmp_path / "lib/python3.13/site-packages/mupkg-0.1.0.dist-info").mkdir(parents=True)
     for prefix, programs in {tmp_path: f"{tmp_path}/bin", tmp_path / "base": ".venv/bin"}.items():
         options = {"cwd": ROOT, "env": os.environ | {"CONDA_PREFIX": str(prefix)}, "capture_output": True}
-        said = subprocess.run(["make", "--dry-run", "lab"], text=True, check=True, **options).stdout.splitlines()
+        said = subprocess.run(
+            ["make", "--no-print-directory", "--dry-run", "lab"], text=True, check=True, **options
+        ).stdout.splitlines()
         assert said[-1] == f"{programs}/jupyter lab notebooks"
         assert prefix != tmp_path or len(said) == 1
 
