@@ -16,7 +16,7 @@ from mupkg.data.cohort import read_cases
 from mupkg.data.writing import whole_file
 from mupkg.parameters import Stage2Settings, Tag, tagged
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import RUN, Shift, metrics_name
+from mupkg.stages.runs import RUN, Shift, metrics_name, read_run
 
 HEADLINE = ("DSC", "ASD", "SEN", "PPV", "HD95", "aRVD")
 
@@ -94,10 +94,10 @@ def case_metrics(
 
 def run_record(path: Path) -> tuple[str, dict[str, Any]]:
     """What a run was trained on, and with which parameters."""
+    record = read_run(path)
     try:
-        record = json.loads(path.read_bytes())
         return record["data_fingerprint"], dict(record.get("parameters", {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: does not tell how the run was made ({error!r}); run notebook 03 again") from error
 
 

@@ -16,7 +16,7 @@ from mupkg.data.cases import not_in_hu
 from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort, read_cases
 from mupkg.data.preprocessing import array_spacing
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import METRICS, RUN
+from mupkg.stages.runs import METRICS, RUN, read_run
 
 ALIKE = 0.1  # spacing and field of view may leave the range of the training scans by this share of it
 UNKNOWN = "not recorded in run.json"
@@ -68,7 +68,7 @@ def card(run_folder: str | Path) -> str:
         ValueError: naming the file, if run.json is missing, or one of the two is broken.
     """
     run_folder = Path(run_folder)
-    record = _record(run_folder)
+    record = read_run(run_folder / RUN)
     told, data = record.get("parameters") or {}, record.get("data") or {}
     facts = {
         "configuration": told.get("configuration", UNKNOWN),
@@ -98,7 +98,7 @@ def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:
     The modality is the DICOM header's where the scan is a series (see `read_series`), else it is judged by the
     values. Spacing and field of view are compared in the order in which the slices are stored.
     """
-    data, differences = _record(Path(run_folder)).get("data") or {}, []
+    data, differences = read_run(Path(run_folder) / RUN).get("data") or {}, []
     trained = data.get("modality")
     modality = image.GetMetaData("modality") if image.HasMetaDataKey("modality") else None
     in_hu = not not_in_hu(sitk.GetArrayViewFromImage(image))
@@ -120,15 +120,6 @@ def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:
             here = _shown([value.round(3).tolist()] * 2)
             differences.append(f"This scan's {what}: {here} (z, y, x); the training scans': {_shown(data[key])}.")
     return differences
-
-
-def _record(run_folder: Path) -> dict[str, Any]:
-    path = run_folder / RUN
-    try:
-        record = json.loads(path.read_bytes())
-        return dict(record)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: does not tell how the run was made ({error!r}); run notebook 03 again") from error
 
 
 def _source(source: str | None) -> str:

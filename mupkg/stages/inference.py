@@ -128,9 +128,7 @@ class Segmentation:
     """What both stages say about one scan."""
 
     mask: sitk.Image  # uint8 0/1 on the scan's own grid
-    probability: (
-        sitk.Image
-    )  # of foreground, on the region's grid, before the largest component; 0 where not looked at
+    probability: sitk.Image  # of foreground, on the region's grid, in all components; 0 where not looked at
     location: Location
 
     @property

@@ -33,8 +33,8 @@ def metrics_name(shift: Shift | None = None) -> str:
 
 
 OF_SHIFTS = tuple(map(metrics_name, get_args(Shift)))
-RESULTS = (BEST, LAST, HISTORY, RUN, METRICS, *OF_SHIFTS, REGIONS, CARD)  # of a run
-RESULTS += ("fingerprint.json", FILM, PREDICTIONS)
+OF_TESTS = (METRICS, *OF_SHIFTS, PREDICTIONS)
+RESULTS = (BEST, LAST, HISTORY, RUN, *OF_TESTS, REGIONS, CARD, "fingerprint.json", FILM)  # of a run
 
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at
 MOST = {"base_filters": MOST_CHANNELS // MULTIPLE, "embedding_dim": MOST_CHANNELS, "filters": MOST_CHANNELS}
@@ -133,6 +133,14 @@ def provenance() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """What a run.json tells; ValueError naming the file if it is missing, broken, or no record."""
+    try:
+        return dict(json.loads(Path(path).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: does not tell how the run was made ({error!r}); run notebook 03 again") from error
 
 
 def write_run(folder: Path, parameters: Mapping[str, Any], **measured: Any) -> dict[str, Any]:

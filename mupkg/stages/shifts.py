@@ -30,16 +30,16 @@ def shifted(image: sitk.Image, shift: Shift, seed: int = 0) -> sitk.Image:
 
 
 def redrawn(
-    label: UInt8[np.ndarray, "z y x"], spacing_mm: Sequence[float], sd_mm: float, seed: int | np.random.SeedSequence
+    label: UInt8[np.ndarray, "z y x"], spacing_mm: Sequence[float], sd_mm: float, seed: int
 ) -> UInt8[np.ndarray, "z y x"]:
     """A label as another observer might have drawn it: its contour moves in and out, smoothly.
 
     To the signed distance from the contour comes a Gaussian random field of standard deviation `sd_mm`, smooth over
     `SMOOTH_MM`; what stays positive is prostate.
     """
-    inside, spacing = label == 1, np.asarray(spacing_mm, float)
-    if not inside.any() or sd_mm == 0:
+    if sd_mm == 0 or not (inside := label == 1).any():  # without noise, no voxel is read from the disk
         return label
+    spacing = np.asarray(spacing_mm, float)
     half = spacing.min() / 2  # distances are from voxel centre to voxel centre, and the contour lies between
     outwards = ndimage.distance_transform_edt(~inside, spacing) - half
     distance = np.where(inside, ndimage.distance_transform_edt(inside, spacing) - half, -outwards)
