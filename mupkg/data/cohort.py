@@ -126,6 +126,12 @@ class Cohort:
         volumes = [path for case_id in self.table.index for path in self._prepared(case_id)]
         return fingerprint([self.folder / "cohort.csv", *volumes])
 
+    @property
+    def described(self) -> str:
+        """What its figures are measured on, as every table must say: phantoms are no patients."""
+        on_phantoms = self.table["case_id"].str.startswith("phantom").all()
+        return "PHANTOMS (made-up CT), not patients" if on_phantoms else f"cohort {self.folder.name}"
+
     def _prepared(self, case_id: str) -> list[Path]:
         """The case's prepared image, and its label if the table names one."""
         kinds = ("image", "label") if isinstance(self.table["label"][case_id], str) else ("image",)

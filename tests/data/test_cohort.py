@@ -94,6 +94,17 @@ def test_a_good_cohort_is_read(folder):
         cohort.case("z")
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["phantom-0001", "phantom-0002"], "PHANTOMS (made-up CT), not patients"),
+        (["phantom-0001", "Case02"], "cohort mine"),
+    ],
+)
+def test_only_phantoms_alone_are_called_phantoms(names, said):
+    assert Cohort(Path("data/mine"), pd.DataFrame({"case_id": names})).described == said
+
+
 def test_no_table_no_cases_no_columns(tmp_path):
     assert "notebook 00 makes one" in faults_of(tmp_path)[0]
     (tmp_path / "cohort.csv").write_text("")

@@ -510,7 +510,7 @@ TRAPS = {
     ),
     "fingerprints not looked at": (
         check_study_is_refused,
-        attribute(results, "json", SimpleNamespace(loads=lambda text: {"data_fingerprint": "0"}, dumps=json.dumps)),
+        attribute(results, "read_run", lambda path: {"data_fingerprint": "0"}),
     ),
     "the paper's figures in our table": (check_paper_apart, paper_in_our_table),
     "seeds counted as cases": (check_seeds, attribute(results, "per_case", pooled_over_seeds)),
