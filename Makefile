@@ -74,11 +74,13 @@ KILLS ?= 23
 soak: setup
 	$(BIN)/python tests/soak/kill_study.py outputs/soak --kills $(KILLS)
 
-# What a trial has measured, kept as small tables under outputs/reference; and whether README.md still says so.
+# What a trial has measured, kept as small tables under outputs/reference, with a page made from them; and whether
+# that page and README.md still say what the tables say.
 reference: setup
 	mkdir -p outputs/reference/$(TRIAL)
-	cp outputs/trials/report/$(TRIAL)/*.csv outputs/trials/report/$(TRIAL)/*.png outputs/reference/$(TRIAL)/
+	cp outputs/*/report/$(TRIAL)/*.csv outputs/*/report/$(TRIAL)/*.png outputs/reference/$(TRIAL)/
 	cp notebooks/studies/trials/$(TRIAL).yaml outputs/reference/$(TRIAL)/protocol.yaml
+	$(BIN)/python tests/test_claims.py
 
 claims: setup
 	$(BIN)/python -m pytest tests/test_claims.py
