@@ -206,9 +206,14 @@ def fold_differences(metrics: pd.DataFrame, arm: str, against: str, metric: str)
     return (ours - theirs).groupby(["seed", "fold"]).agg(lambda values: values.mean(skipna=False))
 
 
+def trainings(metrics: pd.DataFrame) -> list[str]:
+    """The columns that tell an arm's trainings apart: the seed, and in a k-fold the fold."""
+    return [column for column in ("seed", "fold") if column in metrics]
+
+
 def collapsed(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The runs (configuration, seed) that never learnt: DSC 0 in more than half of their cases."""
-    share = metrics["DSC"].eq(0).groupby([metrics["configuration"], metrics["seed"]]).mean()
+    """The runs (configuration, seed, in a k-fold fold) that never learnt: DSC 0 in more than half of their cases."""
+    share = metrics["DSC"].eq(0).groupby([metrics[name] for name in ("configuration", *trainings(metrics))]).mean()
     return share[share > 0.5].index.to_frame(index=False)
 
 
@@ -252,6 +257,7 @@ def contrasts(
     `failed_against` count both kinds; `collapsed` and `collapsed_against` count such runs, which stay in the mean.
     `p_rank` ranks the replicates' means (Wilcoxon), failures last: .06 at best with five replicates.
     `replicates_needed` is for a difference as large as the margin; with one replicate it is a lower bound.
+    With a column `fold`, `replicates` counts the repeats of the k-fold; the test is `nadeau_bengio`'s.
 
     Args:
         margins: by metric; a metric without one is never equivalent.
@@ -285,13 +291,18 @@ def _contrast(metrics: pd.DataFrame, arm: str, against: str, metric: str, margin
     both, table = _of_both(metrics, arm, against), differences(metrics, arm, against, metric)
     table = table.drop(index=both.loc[both[metric].isna(), "case_id"].unique())
     d, (cases, replicates) = table.to_numpy(), table.shape
+    folds = both["fold"].nunique() if "fold" in both else 0
     finite = bool(cases and np.isfinite(d).all())
     with np.errstate(invalid="ignore"):  # inf - inf: both failed, so the mean is unknown
         estimate = Estimate(d.mean() if cases else np.nan)
-    if finite:
+    if finite and folds:
+        of_folds = fold_differences(both[both["case_id"].isin(table.index)], arm, against, metric)
+        estimate = nadeau_bengio(of_folds.to_numpy(), folds)
+    elif finite:
         estimate = random_effects(d) if replicates > 1 else one_replicate(d, PILOT_SD.get(metric, np.nan))
     low, high = estimate.interval
-    bootstrap_low, bootstrap_high = bootstrap_interval(d) if finite and replicates > 1 else (np.nan, np.nan)
+    resampled = finite and replicates > 1 and not folds
+    bootstrap_low, bootstrap_high = bootstrap_interval(d) if resampled else (np.nan, np.nan)
     failed = (~np.isfinite(both[metric])).groupby(both["configuration"]).sum()
     fallen = collapsed(both)["configuration"].value_counts()
     return {
@@ -311,6 +322,7 @@ def _contrast(metrics: pd.DataFrame, arm: str, against: str, metric: str, margin
         PAPERS_T_TEST: papers_t_test(table).iloc[0] if replicates == 1 else np.nan,
         "cases": cases,
         "replicates": replicates,
+        "folds": folds,
         **{f"{part}_sd": float(getattr(estimate, part)) ** 0.5 for part in ("case", "replicate", "rest")},
         "replicates_needed": replicates_needed(estimate, margin, cases),
         "failed": failed[arm],
@@ -344,11 +356,13 @@ def _answer(row: Any) -> str:
     if np.isfinite(row.p):
         said[0] += f" [{row.low:+.4f}, {row.high:+.4f}]"
         said += [f"p = {row.p_adjusted:.2g} ({row.correction})"]
-    said += [f"{row.cases} cases", f"{row.replicates} replicate" + "s" * (row.replicates > 1)]
+    times = "repeat" if row.folds else "replicate"
+    said += [f"{row.cases} cases", f"{row.replicates} {times}" + "s" * (row.replicates > 1)]
+    said[-1] += f" of {row.folds} folds" if row.folds else ""
     if row.verdict == "equivalent":
         said += [f"smaller than {row.margin:g} (TOST: p = {row.p_equivalence_adjusted:.2g})"]
         said += ["but surely not zero"] * (row.p_adjusted < LEVEL)
-    if row.replicates == 1:
+    if row.replicates == 1 and not row.folds:
         said += [ONE_REPLICATE]
         if np.isfinite(row.replicates_needed):
             seen = f"are needed to see {row.margin:g} if they spread by {PILOT_SD[row.metric]:g}, as in a pilot"

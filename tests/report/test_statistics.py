@@ -279,6 +279,29 @@ def test_a_case_in_another_fold_is_named():
         fold_differences(metrics, "HCP", "UNet", "DSC")
 
 
+def test_contrasts_of_folds_are_nadeau_and_bengio_s():
+    metrics = in_folds()
+    (row,) = contrasts(metrics, [("HCP", "UNet")], ["DSC"], named=[("HCP", "UNet", "DSC")]).to_dict("records")
+    found = nadeau_bengio(fold_differences(metrics, "HCP", "UNet", "DSC").to_numpy(), folds=2)
+    assert (row["mean_difference"], row["p"]) == pytest.approx((found.mean, found.p))
+    assert (row["low"], row["high"]) == pytest.approx(found.interval)
+    assert (row["cases"], row["replicates"], row["folds"]) == (4, 2, 2) and np.isnan(row["bootstrap_low"])
+    assert "4 cases; 2 repeats of 2 folds" in row["answer"]
+
+
+def test_one_repeat_of_a_k_fold_has_a_p():
+    metrics = in_folds().query("seed == 0")
+    (row,) = contrasts(metrics, [("HCP", "UNet")], ["DSC"]).to_dict("records")
+    assert np.isfinite(row["p"]) and "1 repeat of 2 folds" in row["answer"] and "one seed" not in row["answer"]
+
+
+def test_a_training_that_collapsed_in_one_fold_is_counted():
+    metrics = in_folds()
+    fallen = metrics["fold"].eq(1) & metrics["seed"].eq(0) & metrics["configuration"].eq("HCP")
+    metrics.loc[fallen, "DSC"] = 0.0
+    assert collapsed(metrics).to_dict("records") == [{"configuration": "HCP", "seed": 0, "fold": 1}]
+
+
 # Power
 
 
