@@ -3,7 +3,7 @@
 # make claims  recomputes the figures of README.md from outputs/reference
 # make test    installs, lints, runs all tests
 # make test-itkwidgets   whether the optional viewer draws, in an environment of its own; needs npm and Chromium
-# make soak    kills a smoke study KILLS times (23) and compares it with an undisturbed one
+# make soak    kills a smoke study KILLS times (23) and a smoke trial, and compares them with undisturbed ones
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
 .PHONY: setup study trial reference claims demo demo-pair test test-itkwidgets soak lint lab lessons gallery bench clean

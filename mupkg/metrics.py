@@ -34,6 +34,7 @@ def segmentation_metrics(
     truth: Shaped[np.ndarray, "..."],
     *,
     spacing_mm: Sequence[float] | np.ndarray,
+    tolerance_mm: float | None = None,
 ) -> dict[str, float]:
     """All metrics of one case (Section IV-B; aRVD as in PROMISE12).
 
@@ -46,6 +47,8 @@ def segmentation_metrics(
     Args:
         prediction, truth: 2D or 3D, the same shape; boolean, or 0 and 1 in any type.
         spacing_mm: voxel size in array order (z, y, x) or (y, x).
+        tolerance_mm: adds `surface_DSC`, the share of both surfaces that lies within it of the other (Nikolov et al.,
+            JMIR 23, 2021; not in the paper): what a person need not correct. Both empty: 1, one empty: 0.
 
     Raises:
         ValueError: shapes that differ, masks of other values or dimensions, a spacing that is not one finite
@@ -69,32 +72,12 @@ def segmentation_metrics(
             "HD95": float(max(np.percentile(a_to_b, 95), np.percentile(b_to_a, 95))),
             "HD": float(max(a_to_b.max(), b_to_a.max())),
         }
+        near = float((np.concatenate([a_to_b, b_to_a]) <= (tolerance_mm or 0.0)).mean())
     else:
         distances = dict.fromkeys(("ASD", "HD95", "HD"), 0.0 if predicted == true else float("inf"))
+        near = float(predicted == true)
     volume_error = 100 * abs(predicted - true) / true if true else (0.0 if not predicted else float("nan"))
-    return overlap | distances | {"aRVD": volume_error}
-
-
-def surface_dice(
-    prediction: Shaped[np.ndarray, "..."],
-    truth: Shaped[np.ndarray, "..."],
-    *,
-    spacing_mm: Sequence[float] | np.ndarray,
-    tolerance_mm: float = 2.0,
-) -> float:
-    """The share of both surfaces that lies within a tolerance of the other (Nikolov et al., JMIR 23, 2021).
-
-    How much of a contour a person need not correct. Not in the paper. Surfaces are voxels, as in
-    `segmentation_metrics`, whose arguments and errors these are. Both masks empty: 1; one empty: 0.
-    """
-    prediction, truth = _masks(prediction, truth)
-    spacing = _checked_spacing(spacing_mm, truth.ndim)
-    if not (prediction.any() and truth.any()):
-        return float(prediction.any() == truth.any())
-    box = _bounding_box(prediction, truth)
-    a, b = surface(prediction[box]), surface(truth[box])
-    distances = np.concatenate([_directed(a, b, spacing), _directed(b, a, spacing)])
-    return float((distances <= tolerance_mm).mean())
+    return overlap | distances | {"aRVD": volume_error} | ({} if tolerance_mm is None else {"surface_DSC": near})
 
 
 def calibration(

@@ -13,9 +13,11 @@ from difflib import get_close_matches
 from enum import Enum
 from functools import cached_property
 from inspect import signature
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import numpy as np
 import pandas as pd
 import yaml
 from pydantic import (
@@ -50,6 +52,7 @@ from mupkg.data.build import (
 )
 from mupkg.data.dicom_rt import list_dicom, sources_from_dicom_rt
 from mupkg.data.preprocessing import Grid, Preparation, Window
+from mupkg.metrics import METRICS
 from mupkg.models import MULTIPLE
 from mupkg.stages.runs import MOST, Shift
 
@@ -318,6 +321,8 @@ class CohortSettings(SizedSettings):
             raise ValueError(f"source_folder lies in {self.cohort_path}, which is about to be written; move it")
         if self.replicates and self.source != "phantoms":
             raise ValueError(f"replicates are made of phantoms; for source {self.source!r} set folds (and repeats)")
+        if self.replicates and self.folds:
+            raise ValueError("replicates and folds are two ways to make training sets; leave one of them out")
         if self.hash_patients and self.source not in OF_DICOM:
             raise ValueError(
                 f"hash_patients is for DICOM; of source {self.source!r} the names of files and patients stay"
@@ -587,13 +592,16 @@ class Trial(Settings):
     A replicate is a training set and a seed of its own, the same for all arms. `seed_offset` of an arm gives it other
     seeds on the same training sets. `varies` names further parameters of notebook 03 that the trial is about. With
     `by_parameter`, every arm differs from the first in one number, and notebook 06 shows them parameter by parameter.
+    With `factors`, arms are the runs of a two-level design, and its main effects are contrasts: a factor is a letter
+    of the configuration, which is there or not, or a setting of two values.
     """
 
     name: FolderName
     arms: Annotated[dict[FolderName, dict[str, Any]], Field(min_length=2)]
     replicates: Annotated[PositiveInt, Field(le=1000)]
-    contrasts: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]  # (arm, against)
-    primary: str = "DSC"
+    contrasts: tuple[tuple[str, str], ...] = ()  # (arm, against)
+    factors: tuple[str, ...] = ()
+    primary: Literal[*METRICS] = "DSC"
     margin: PositiveFloat = 0.01
     varies: tuple[str, ...] = ()
     by_parameter: bool = False
@@ -613,6 +621,35 @@ class Trial(Settings):
         return {name: value for name, value in self.arms[arm].items() if name not in first or first[name] != value}
 
     @property
+    def levels(self) -> dict[str, dict[str, list[str]]]:
+        """Of each factor its two levels, the higher first, and the arms that have it."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for factor in self.factors:
+            values = self._features[factor]
+            for value in sorted(set(values), reverse=True):
+                name = ("" if value else "no ") + factor if isinstance(value, bool) else f"{factor} {value}"
+                found.setdefault(factor, {})[name] = list(values.index[values == value])
+        return found
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """What the protocol compares: its contrasts, and the levels of its factors."""
+        return [*self.contrasts, *(tuple(of) for of in self.levels.values())]
+
+    @property
+    def _features(self) -> pd.DataFrame:
+        """What tells arms apart: a row an arm, a column a letter of the configuration or a setting of the arms."""
+        rows = {}
+        for arm, given in self.arms.items():
+            chosen = configuration(given["configuration"])
+            letters = {letter: letter in chosen.samplers for letter in "HCR"}
+            letters |= {"N": chosen.near_negatives, "P": chosen.positive_pair, "Sep": chosen.separate}
+            usual = {name: Stage2Settings.model_fields[name].default for name in self.told_by_arms - {"seed_offset"}}
+            told = {name: str(value) if isinstance(value, list | dict) else value for name, value in given.items()}
+            rows[arm] = letters | {"backbone": chosen.backbone, "seed_offset": 0} | usual | told
+        return pd.DataFrame.from_dict(rows, orient="index").drop(columns="configuration").astype(object)
+
+    @property
     def told_by_arms(self) -> set[str]:
         """The parameters in which its runs differ on purpose."""
         return {name for given in self.arms.values() for name in given}
@@ -620,16 +657,21 @@ class Trial(Settings):
     @model_validator(mode="after")
     def _arms_that_can_be_compared(self) -> Self:
         allowed = ("configuration", "seed_offset", "learning_rate", *MetricOptions.model_fields, *self.varies)
+        fixed = {*tagged(Stage2Settings, Tag.NAME), *OF_THE_STUDY}
+        if wrong := [name for name in self.varies if name in fixed or name not in Stage2Settings.model_fields]:
+            raise ValueError(
+                f"varies: arms cannot differ in {', '.join(wrong)}; it must name parameters of notebook 03 that say "
+                "how a run is trained"
+            )
         for name, given in self.arms.items():
             if "configuration" not in given:
                 raise ValueError(f"arm {name}: must name its configuration")
+            if type(given.get("seed_offset", 0)) is not int:
+                raise ValueError(f"arm {name}: seed_offset must be a whole number, not {given['seed_offset']!r}")
             if wrong := [key for key in given if key not in allowed]:
                 raise ValueError(
                     f"arm {name}: {', '.join(wrong)} must be the same for all arms; it may set {allowed}"
                 )
-        for pair in self.contrasts:
-            if unknown := [arm for arm in pair if arm not in self.arms]:
-                raise ValueError(f"contrasts: there is no arm {', '.join(unknown)}; there are {', '.join(self.arms)}")
         for arm in list(self.arms)[1:] if self.by_parameter else ():
             other = self._unlike_the_first(arm)
             if len(other) != 1 or not other.keys() <= NUMBERS_OF_THE_LOSS:
@@ -637,6 +679,43 @@ class Trial(Settings):
                     f"arm {arm}: differs from the first arm in {', '.join(other) or 'nothing'}; with by_parameter it "
                     "must differ in one number of the metric loss"
                 )
+        for pair in self.contrasts:
+            if unknown := [arm for arm in pair if arm not in self.arms]:
+                raise ValueError(f"contrasts: there is no arm {', '.join(unknown)}; there are {', '.join(self.arms)}")
+            if self.arms[pair[0]] == self.arms[pair[1]]:
+                raise ValueError(f"contrasts: {' and '.join(pair)} are the same; they must differ in something")
+        if len({frozenset(pair) for pair in self.contrasts}) < len(self.contrasts):
+            raise ValueError("contrasts: must name each one once, in one direction")
+        if not (self.contrasts or self.factors):
+            raise ValueError("contrasts: must name a pair of arms at least, or factors the factors of a design")
+        return self
+
+    @model_validator(mode="after")
+    def _factors_that_can_be_told_apart(self) -> Self:
+        """Two levels each, in as many arms; no two factors go together; and nothing else varies."""
+        if not self.factors:
+            return self
+        features = self._features
+        varying = {name: values for name, values in features.items() if len(set(values)) > 1}
+        for name in self.factors:
+            if name not in features or features[name].isna().any() or features[name].nunique() != 2:
+                raise ValueError(
+                    f"factors: {name} must have two values, told by the arms: a letter of the configuration (H, C, "
+                    f"R, N, P, Sep) that some have, or a setting; what varies is {', '.join(varying)}"
+                )
+        sign = {name: np.where(values == values.iloc[0], 1, -1) for name, values in varying.items()}
+        for name in self.factors:
+            if sign[name].sum():
+                raise ValueError(f"factors: {name} must have each of its values in half of the arms")
+        for name, other in combinations(self.factors, 2):
+            if sign[name] @ sign[other]:
+                raise ValueError(
+                    f"factors: {name} and {other} do not vary independently; every pair of their values must be in "
+                    "as many arms"
+                )
+        for name in varying.keys() - {*self.factors}:
+            if features[name].nunique() != 2 or all(abs(sign[name] @ sign[f]) < len(features) for f in self.factors):
+                raise ValueError(f"factors: arms differ in {name} as well; name it, or let all arms have the same")
         return self
 
 
@@ -735,6 +814,23 @@ class Study(Settings):
                 raise ValueError(f"{section}: {error}") from None
         return self
 
+    @model_validator(mode="after")
+    def _replicates_that_the_cohort_will_have(self) -> Self:
+        """A table may bring replicates or folds of its own; of all other sources notebook 00 is told how many."""
+        made = {name: self.prepare.get(name) for name in ("replicates", "folds")}
+        there = made["replicates"] or (made["folds"] or 0) * self.prepare.get("repeats", 1)
+        if self.trial is None or (not there and self.prepare.get("source") == "table"):
+            return self
+        wanted, folds = self.trial.replicates, made["folds"] or 1
+        if wanted > there:
+            raise ValueError(
+                f"trial: {wanted} replicates, but notebook 00 would make {there}; under prepare, set replicates (of "
+                "phantoms) or folds and repeats (of scans: k folds are k replicates), or ask for fewer"
+            )
+        if wanted % folds:
+            raise ValueError(f"trial: {wanted} replicates are no whole repeats of {folds} folds; ask for all folds")
+        return self
+
 
 class TrialSettings(Settings):
     """Notebook 10: a trial's file."""
@@ -777,9 +873,8 @@ class ParameterStudySettings(TrialSettings):
 
     protocol: AnyPath = "notebooks/studies/trials/parameters.yaml"
 
-    @field_validator("protocol")
-    @classmethod
-    def _by_parameter(cls, value: str) -> str:
-        if not TrialSettings(protocol=value).study.trial.by_parameter:
-            raise ValueError(f"{value}: is no study of parameters (by_parameter); notebook 10 analyses it")
-        return value
+    @model_validator(mode="after")
+    def _by_parameter(self) -> Self:
+        if not self.study.trial.by_parameter:
+            raise ValueError(f"{self.protocol}: is no study of parameters (by_parameter); notebook 10 analyses it")
+        return self

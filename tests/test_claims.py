@@ -73,11 +73,16 @@ def of(mean: pd.Series) -> Iterator[tuple[str, int]]:
     return ((outcome, DECIMALS[outcome]) for outcome in mean.index)
 
 
+def judged(name: str, shift: str = "") -> pd.DataFrame:
+    """The arms, and the levels of the trial's factors if it has any."""
+    return statistics.with_main_effects(cases(name, shift), protocol(name).levels)
+
+
 def compared(name: str, outcomes: list[str], shift: str = "") -> pd.DataFrame:
     trial = protocol(name)
-    named = [(*pair, trial.primary) for pair in trial.contrasts] if trial.primary in outcomes and not shift else []
+    named = [(*pair, trial.primary) for pair in trial.pairs] if trial.primary in outcomes and not shift else []
     margins = {trial.primary: trial.margin, f"{trial.primary}_all": trial.margin}
-    return statistics.contrasts(cases(name, shift), trial.contrasts, outcomes, margins=margins, named=named)
+    return statistics.contrasts(judged(name, shift), trial.pairs, outcomes, margins=margins, named=named)
 
 
 def answers(name: str) -> Iterator[str]:
@@ -102,8 +107,8 @@ def shifted(name: str) -> Iterator[str]:
 def single_seeds(name: str) -> Iterator[str]:
     """What a study with one seed would have reported of each contrast."""
     trial = protocol(name)
-    for arm, against in trial.contrasts:
-        d = statistics.differences(cases(name), arm, against, trial.primary)
+    for arm, against in trial.pairs:
+        d = statistics.differences(judged(name), arm, against, trial.primary)
         p, means = statistics.papers_t_test(d), d.mean()
         better, worse = ((p < 0.05) & (means > 0)).sum(), ((p < 0.05) & (means < 0)).sum()
         yield (
@@ -111,6 +116,11 @@ def single_seeds(name: str) -> Iterator[str]:
             f"{worse} times worse; differences from {means.min():+.3f} to {means.max():+.3f}, "
             f"standard deviation {means.std():.3f}"
         )
+
+
+def mixed(name: str) -> Iterator[str]:
+    """Of a factorial trial: the interactions that each effect may be instead."""
+    yield from (f"{factor}: {others}" for factor, others in statistics.aliases(protocol(name).levels).items())
 
 
 def trained(name: str) -> Iterator[str]:
@@ -133,6 +143,7 @@ def section(name: str) -> Iterator[str]:
     yield table(["arm", *columns, "collapsed"], arms(name))
     for title, lines in {
         "The answer": answers(name),
+        "Each effect is mixed with interactions": mixed(name),
         "On other outcomes": others(name),
         "On harder scans": shifted(name),
         "What one seed would have told, by the paper's test over cases": single_seeds(name),

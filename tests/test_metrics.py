@@ -9,7 +9,7 @@ import torch
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from scipy import ndimage
 
-from mupkg.metrics import METRICS, calibration, dice, segmentation_metrics, surface, surface_dice
+from mupkg.metrics import METRICS, calibration, dice, segmentation_metrics, surface
 
 ANISOTROPIC = {2: (2.5, 0.8), 3: (3.0, 1.25, 0.9)}
 
@@ -318,6 +318,10 @@ def test_masks_of_other_values_are_refused_by_name(value, wrong):
 # Beyond the paper
 
 
+def surface_dice(a, b, *, spacing_mm, tolerance_mm=2.0):
+    return segmentation_metrics(a, b, spacing_mm=spacing_mm, tolerance_mm=tolerance_mm)["surface_DSC"]
+
+
 def test_two_plates_apart_agree_within_a_tolerance_or_not_at_all():
     truth, shifted = np.zeros((12, 6, 6), bool), np.zeros((12, 6, 6), bool)
     truth[2], shifted[5] = True, True  # 3 slices of 1.5 mm: 4.5 mm apart everywhere
@@ -343,6 +347,7 @@ def test_the_share_of_empty_surfaces():
     assert surface_dice(full, empty, spacing_mm=(1, 1, 1)) == surface_dice(empty, full, spacing_mm=(1, 1, 1)) == 0
     with pytest.raises(ValueError, match="spacing_mm must be 3 finite"):
         surface_dice(full, full, spacing_mm=(1, 1))
+    assert "surface_DSC" not in segmentation_metrics(full, full, spacing_mm=(1, 1, 1))
 
 
 def test_calibration_in_closed_form():

@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 from inspect import signature
+from itertools import combinations
+from math import prod
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from IPython.core.interactiveshell import InteractiveShell
 from papermill import inspect_notebook
 
@@ -545,17 +548,28 @@ def test_threads_of_one_stage_leave_the_others_as_they_are():
     assert Study.checked(STUDY | {"threads": {"stage1": 4}}).threads == {"stage1": 4, "stage2": 1}
 
 
-def test_a_slip_in_a_study_file_is_explained_by_the_batch(tmp_path):
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            "configuration: [UNet]",
+            "unknown parameter 'configuration'; there are: study, cohort, size, configurations, trial, seeds",
+        ),
+        (
+            "trial: {name: t, replicates: 2, arms: {A: {configuration: UNet}, B: {configuration: UNet++}}, "
+            "contrasts: [[C, A]]}",
+            "there is no arm C; there are A, B",
+        ),
+    ],
+)
+def test_a_slip_in_a_study_file_is_explained_by_the_batch(more, told, tmp_path):
     """Regression: what pydantic says of it, with a link to its own pages."""
     file = tmp_path / "study.yaml"
-    file.write_text("study: s\ncohort: c\nconfiguration: [UNet]\n", encoding="utf-8")
+    file.write_text(f"study: s\ncohort: c\n{more}\n", encoding="utf-8")
     command = [sys.executable, "-m", "snakemake", "--configfile", str(file), "--dry-run", "--nolock"]
     done = subprocess.run(command, cwd=repository(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 1
-    assert (
-        "unknown parameter 'configuration'; there are: study, cohort, size, configurations, trial, seeds"
-        in done.stdout
-    )
+    assert told in done.stdout
     assert "pydantic" not in done.stdout and "kernel" not in done.stdout and "Traceback" not in done.stdout
 
 
@@ -571,7 +585,8 @@ TRIAL = {
 
 
 def study_with(trial: dict, **more) -> Study:
-    return Study.checked({"study": "s", "cohort": "c", "size": "smoke", "trial": trial, **more})
+    told = {"study": "s", "cohort": "c", "size": "smoke", "prepare": {"replicates": 2}}
+    return Study.checked(told | {"trial": trial, **more})
 
 
 def test_a_trial_tells_every_run_its_arm_replicate_and_seed():
@@ -584,7 +599,31 @@ def test_a_trial_tells_every_run_its_arm_replicate_and_seed():
 
 def test_with_folds_every_replicate_has_a_stage_1_of_its_own():
     told = {"prepare": {"source": "table", "folds": 5, "repeats": 3}, "source_folder": "x"}
-    assert study_with(TRIAL, **told).runs["B-seed1"]["stage1"] == "stage1-replicate1"
+    assert study_with(TRIAL | {"replicates": 10}, **told).runs["B-seed1"]["stage1"] == "stage1-replicate1"
+
+
+@pytest.mark.parametrize(
+    ("replicates", "prepare", "fault"),
+    [
+        (3, {"replicates": 2}, "trial: 3 replicates, but notebook 00 would make 2"),
+        (2, {}, "trial: 2 replicates, but notebook 00 would make 0; under prepare, set replicates"),
+        (2, {"source": "promise12", "modality": "MR"}, "would make 0; under prepare, .* or folds and repeats"),
+        (
+            6,
+            {"source": "promise12", "modality": "MR", "folds": 5},
+            "trial: 6 replicates, but notebook 00 would make 5",
+        ),
+        (6, {"source": "table", "folds": 5, "repeats": 2}, "6 replicates are no whole repeats of 5 folds"),
+        (2, {"replicates": 2, "folds": 5}, "replicates and folds are two ways"),
+    ],
+)
+def test_replicates_that_the_cohort_will_not_have_are_told_before_any_training(replicates, prepare, fault):
+    with pytest.raises(ValueError, match=fault):
+        study_with(TRIAL | {"replicates": replicates}, prepare=prepare, source_folder="x")
+
+
+def test_a_table_may_bring_replicates_of_its_own():
+    assert len(study_with(TRIAL, prepare={"source": "table"}, source_folder="x").runs) == 4
 
 
 @pytest.mark.parametrize(
@@ -595,6 +634,20 @@ def test_with_folds_every_replicate_has_a_stage_1_of_its_own():
         ({"arms": {"A": {"configuration": "UNet"}, "B": {"margin": 1.0}}}, "arm B: must name its configuration"),
         ({"arms": {"A": {"configuration": "UNet"}, "B": {"configuration": "Net"}}}, "arm B .*unknown configuration"),
         ({"arms": {"A": {"configuration": "UNet"}}}, "arms"),
+        (
+            {"arms": TRIAL["arms"] | {"C": {"configuration": "UNet", "seed_offset": "x"}}},
+            "arm C: seed_offset must be",
+        ),
+        ({"arms": TRIAL["arms"] | {"C": {"configuration": "UNet", "seed_offset": -1}}}, "arm C .*seed"),
+        (
+            {"arms": TRIAL["arms"] | {"C": {"configuration": "UNet"}}, "contrasts": [["C", "A"]]},
+            "C and A are the same",
+        ),
+        ({"contrasts": [["A", "A"]]}, "A and A are the same"),
+        ({"contrasts": [["B", "A"], ["A", "B"]]}, "must name each one once, in one direction"),
+        ({"varies": ["bach_size"]}, "varies: arms cannot differ in bach_size"),
+        ({"varies": ["seed", "steps", "cohort"]}, "varies: arms cannot differ in seed, cohort; it must name"),
+        ({"primary": "DCS"}, "primary: .*'DSC'.*'ASD'"),
         ({"replicates": 0}, "replicates"),
     ],
 )
@@ -616,6 +669,101 @@ def by_parameter(**others: dict) -> Study:
     arms = {"R": R} | {name: R | other for name, other in others.items()}
     contrasts = [[name, "R"] for name in others]
     return study_with(TRIAL | {"arms": arms, "contrasts": contrasts, "by_parameter": True})
+
+
+FOUR = {  # a half of 2^3: P is there with both or with none of H and N
+    "R": {"configuration": "MetricUNet-RP"},
+    "HN": {"configuration": "MetricUNet-HNP"},
+    "H": {"configuration": "MetricUNet-H"},
+    "RN": {"configuration": "MetricUNet-RN"},
+}
+
+
+def with_factors(factors: list[str], arms: dict[str, dict]) -> Study:
+    return study_with({"name": "e", "replicates": 2, "factors": factors, "arms": arms})
+
+
+def test_a_factor_is_a_letter_of_the_configuration_or_a_setting_of_two_values():
+    trial = with_factors(["H", "N", "P"], FOUR).trial
+    assert trial.levels["P"] == {"P": ["R", "HN"], "no P": ["H", "RN"]}
+    assert trial.pairs == [("H", "no H"), ("N", "no N"), ("P", "no P")]
+    heavy = {"metric_weight": 0.1}
+    arms = {"A": R, "B": R | {"margin": 1.0}, "C": R | heavy, "D": R | heavy | {"margin": 1.0}}
+    arms |= {f"{name}-u": given | {"normalize": True} for name, given in arms.items()}
+    levels = with_factors(["metric_weight", "margin", "normalize"], arms).trial.levels
+    assert levels["metric_weight"] == {
+        "metric_weight 0.1": ["C", "D", "C-u", "D-u"],
+        "metric_weight 0.01": ["A", "B", "A-u", "B-u"],
+    }
+    assert list(levels["normalize"]) == ["normalize", "no normalize"]
+
+
+@pytest.mark.parametrize(
+    ("factors", "change", "told"),
+    [
+        (["H", "N", "X"], {}, "factors: X must have two values.* what varies is H, R, N, P"),
+        (["H", "N", "P", "C"], {}, "factors: C must have two values"),
+        (["H", "N", "P", "R"], {}, "factors: H and R do not vary independently"),
+        (["H", "N"], {}, "factors: arms differ in P as well; name it, or let all arms have the same"),
+        (
+            ["H", "N", "P"],
+            {"RN": {"configuration": "MetricUNet-RNP"}},
+            "factors: P must have each .* half of the arms",
+        ),
+        (["H", "N", "P"], {"RN": {"configuration": "MetricUNet-HN"}}, "factors: H must have each"),
+        (
+            ["H", "N", "P"],
+            {"RN": R | {"configuration": "MetricUNet-RN", "margin": 1.0}},
+            "arms differ in margin as well",
+        ),
+        (
+            ["H", "N", "P"],
+            {"RN": {"configuration": "MetricUNet-RN", "seed_offset": 9}},
+            "differ in seed_offset as well",
+        ),
+        (["H", "N", "P"], {"RN": {"configuration": "MetricUNet+-RN"}}, "unknown configuration"),
+    ],
+)
+def test_factors_that_cannot_be_told_apart_are_refused(factors, change, told):
+    with pytest.raises(ValueError, match=told):
+        with_factors(factors, FOUR | change)
+
+
+def test_a_trial_without_contrasts_and_factors_compares_nothing():
+    with pytest.raises(ValueError, match="contrasts: must name a pair of arms at least, or factors"):
+        study_with(TRIAL | {"contrasts": []})
+
+
+def test_e3_is_of_resolution_iv_with_the_words_of_its_head():
+    """Signs multiplied: a word is a set of factors whose product is the same in every arm."""
+    path = repository() / "notebooks/studies/trials/e3.yaml"
+    trial = Study.checked(yaml.safe_load(path.read_text(encoding="utf-8"))).trial
+    sign = {
+        name: [1 if arm in next(iter(of.values())) else -1 for arm in trial.arms] for name, of in trial.levels.items()
+    }
+    words = {
+        frozenset(names)
+        for order in range(1, len(sign) + 1)
+        for names in combinations(sign, order)
+        if abs(sum(prod(signs) for signs in zip(*(sign[name] for name in names), strict=True))) == len(trial.arms)
+    }
+    assert words == {
+        frozenset(word.split()) for word in ("C P metric_weight normalize", "H N P metric_weight", "H C N normalize")
+    }
+    assert len(trial.arms) == 16 and [*trial.levels] == ["H", "C", "N", "P", "metric_weight", "normalize"]
+
+
+TRIALS = sorted((repository() / "notebooks/studies/trials").glob("*.yaml"))
+
+
+def test_trials_that_share_a_study_mean_the_same_by_a_run_s_name():
+    """They skip what another has trained already: its folder says which run it is."""
+    told = {}
+    for path in TRIALS:
+        study = Study.checked(yaml.safe_load(path.read_text(encoding="utf-8")))
+        for run, settings in study.runs.items():
+            known = told.setdefault((study.study, run), (study.stage2, settings))
+            assert known == (study.stage2, settings), (path, run)
 
 
 def test_a_study_of_parameters_sorts_its_arms_by_what_they_vary():

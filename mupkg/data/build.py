@@ -24,10 +24,13 @@ from mupkg.data.cohort import (
     SPLITS,
     Cohort,
     CohortError,
+    fold_columns,
+    fold_faults,
     name_faults,
     patient_faults,
     patients,
     read_table,
+    replicate_faults,
     split_faults,
 )
 from mupkg.data.files import access_named, no_access, read_scan, write_image
@@ -94,7 +97,7 @@ def write_cohort(
         raise CohortError(faults)
     if all("label" in source.columns for source in sources):  # so that too few patients are told before hours of work
         told = [{"case_id": source.case_id, "image": None} | source.columns for source in sources]
-        _with_split(folder, pd.DataFrame(told), split_seed)
+        _with_split(folder, pd.DataFrame(told), split_seed, folds, repeats)
     with _made_aside(folder) as making:
         rows: list[dict[str, object]] = []
         cases_of: dict[str, str] = {}  # voxels -> the case that has them
@@ -110,9 +113,7 @@ def write_cohort(
             rows.append(row | source.columns | row)  # what was found in the files counts
         if faults:
             raise CohortError(faults, f"{len(rows)} case(s) are fine. Mend or remove these and run again.")
-        table = _with_split(folder, pd.DataFrame(rows), split_seed)
-        if folds is not None:
-            table = table.assign(**_drawn_folds(table, folds, repeats, split_seed))
+        table = _with_split(folder, pd.DataFrame(rows), split_seed, folds, repeats)
         write_text(making / "preparation.json", preparation.model_dump_json(indent=2))
         with whole_file(making / "cohort.csv") as temporary:
             table.to_csv(temporary, index=False)
@@ -155,8 +156,8 @@ def _made_aside(folder: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _with_split(folder: Path, table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The table with its split, drawn if there is none; CohortError if that cannot be."""
+def _with_split(folder: Path, table: pd.DataFrame, seed: int, folds: int | None, repeats: int) -> pd.DataFrame:
+    """The table with its split, drawn if there is none, and the folds asked for; CohortError if that cannot be."""
     if faults := list(patient_faults(table)):
         raise CohortError(faults)
     if "split" not in table or table["split"].isna().all():
@@ -166,7 +167,10 @@ def _with_split(folder: Path, table: pd.DataFrame, seed: int) -> pd.DataFrame:
             raise CohortError([f"{folder}: with a label, {error}. Add labelled scans of more patients"]) from error
         table = table.drop(columns="split", errors="ignore")
         table.insert(3, "split", drawn)
-    if faults := list(split_faults(table)):
+    if folds is not None:
+        drawn = _drawn_folds(table, folds, repeats, seed)
+        table = table.drop(columns=fold_columns(table)).assign(**drawn)
+    if faults := [*split_faults(table), *replicate_faults(table), *fold_faults(table)]:
         raise CohortError(faults)
     return table
 
@@ -224,8 +228,8 @@ def _store(folder: Path, case: Case, preparation: Preparation) -> tuple[dict[str
 def sources_from_phantoms(seeds: Iterable[int], spacing_mm: tuple[float, float, float] | None) -> list[Source]:
     """Phantoms of these seeds; on grids as in the paper if no spacing (z, y, x) is given."""
     return [
-        Source(f"phantom-{seed:04d}", lambda seed=seed: make_phantom(seed, spacing_mm=spacing_mm), {"seed": seed})
-        for seed in seeds
+        Source(name, lambda seed=seed: make_phantom(seed, spacing_mm=spacing_mm), {"label": name, "seed": seed})
+        for seed, name in ((seed, f"phantom-{seed:04d}") for seed in seeds)
     ]
 
 

@@ -171,7 +171,7 @@ def of_replicate(table: pd.DataFrame, replicate: int) -> pd.DataFrame:
     Raises:
         ValueError: naming the replicates that there are.
     """
-    repeats = [column for column in table if column.startswith("fold_")]
+    repeats = fold_columns(table)
     if "replicate" in table:
         there = sorted(table["replicate"].dropna().astype(int).unique())
     else:
@@ -247,7 +247,7 @@ def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
         found = f"it has {', '.join(table)}"
         raise CohortError([f"{path}: lacks the column(s) {', '.join(missing)}; {found}. Add them, set off by commas"])
     faults = [*name_faults(table["case_id"]), *_column_faults(path, table), *_file_faults(path.parent, table)]
-    faults += [*split_faults(table), *patient_faults(table)]
+    faults += [*split_faults(table), *patient_faults(table), *replicate_faults(table), *fold_faults(table)]
     if faults or table.empty:
         raise CohortError(faults or [f"{path}: has no cases; list at least one"])
     return table
@@ -312,6 +312,63 @@ def split_faults(table: pd.DataFrame) -> Iterator[str]:
             f"column split: no case is in {' and '.join(missing)}; give each split a case, or empty the column to "
             "have it drawn"
         )
+
+
+def replicate_faults(table: pd.DataFrame) -> Iterator[str]:
+    """Of the column `replicate`, if there: a replicate needs cases to learn from, and shares all its test cases."""
+    if "replicate" not in table:
+        return
+    yield from _number_faults(table, "replicate")
+    number = pd.to_numeric(table["replicate"], errors="coerce")
+    split = table["split"] if "split" in table else pd.Series(None, table.index, dtype=object)
+    for case_id in table["case_id"][number.notna() & (split == "test")]:
+        yield f"case {case_id}: is tested in one replicate alone; test cases belong to all, leave its replicate empty"
+    for replicate in sorted(number.dropna().unique()):
+        own = set(split[number.isna() | (number == replicate)])
+        if split.notna().any() and (missing := [name for name in SPLITS if name not in own]):
+            yield f"replicate {replicate:g}: no case is in {' and '.join(missing)}; give it one, or leave it out"
+
+
+def fold_faults(table: pd.DataFrame) -> Iterator[str]:
+    """Of the columns `fold_0`, `fold_1`, ... (one a repeat), if there: each puts every patient into one fold."""
+    repeats = fold_columns(table)
+    if repeats != [f"fold_{repeat}" for repeat in range(len(repeats))]:
+        yield f"columns {', '.join(repeats)}: must be called fold_0, fold_1, ..., in this order, without a gap"
+        return
+    of, labelled = patients(table), table["label"].notna()
+    if faults := [fault for column in repeats for fault in _number_faults(table, column)]:
+        yield from faults
+        return
+    folds = max((pd.to_numeric(table[column]).fillna(-1).max() for column in repeats), default=-1) + 1
+    for column in repeats:
+        fold = pd.to_numeric(table[column])
+        for case_id in table["case_id"][fold.isna() & labelled]:
+            yield f"case {case_id}: has a label but no {column}; fill it"
+        for case_id in table["case_id"][fold.notna() & ~labelled]:
+            yield f"case {case_id}: has a {column} but no label; name its label, or leave its {column} empty"
+        several = fold.groupby(of).nunique()
+        for patient in several.index[several > 1]:
+            cases = ", ".join(map(str, table["case_id"][of == patient]))
+            yield f"cases {cases}: are of one patient ({patient}) but in several folds of {column}; put them into one"
+        for number in np.arange(folds):
+            tested = set(of[fold == number])
+            if not tested:
+                yield f"{column}: fold {number:g} has no case; number the {folds:g} folds from 0 on without a gap"
+            elif len(set(of[fold.notna()]) - tested) < 2:
+                yield f"{column}: beside fold {number:g} no two patients are left, to train and to validate; use more"
+
+
+def fold_columns(table: pd.DataFrame) -> list[str]:
+    """The columns that deal cases out to folds, one a repeat."""
+    return [column for column in table if re.fullmatch(r"fold_\d+", column)]
+
+
+def _number_faults(table: pd.DataFrame, column: str) -> Iterator[str]:
+    """Of a column that holds whole numbers from 0 on, or nothing."""
+    number = pd.to_numeric(table[column], errors="coerce")
+    wrong = table[column].notna() & ~(number.ge(0) & number.mod(1).eq(0))
+    for case_id, value in zip(table["case_id"][wrong], table[column][wrong], strict=True):
+        yield f"case {case_id}: {column} is {value!r}; it must be a whole number from 0 on, or empty"
 
 
 def patient_faults(table: pd.DataFrame) -> Iterator[str]:

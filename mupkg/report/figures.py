@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -532,18 +533,31 @@ def histograms(
     return figure
 
 
-def convergence(histories: Mapping[str, pd.DataFrame]) -> Figure:
-    """Fig. 7: cross-entropy on the training patches and DSC on the validation cases, against SGD steps."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for ax in (left, right):
-        ax.set_prop_cycle(plt.cycler(linestyle=["-", "--"]) * plt.cycler(color=LINES))
-    for name, history in histories.items():
-        left.plot(history["step"], history["cross_entropy"], label=name)
-        measured = history.dropna(subset="validation_dsc")
-        right.plot(measured["step"], measured["validation_dsc"], marker="o", markersize=3, label=name)
-    left.set(xlabel="SGD step", ylabel="cross-entropy (training patches)", yscale="log")
-    right.set(xlabel="SGD step", ylabel="DSC (mean over validation cases)", ylim=(0, 1))
-    right.legend(fontsize=8)
+def convergence(history: pd.DataFrame, by: str = "step") -> Figure:
+    """Fig. 7: cross-entropy on the training patches and DSC on the validation cases, as the training goes on.
+
+    A line is the median over a configuration's trainings, its band runs from the lowest to the highest.
+
+    Args:
+        history: the rows of history.csv with `configuration` and `replicate`, see `trials.histories`.
+        by: "step", or "summed_rate" to compare trainings of different learning rates.
+    """
+    panels = {
+        "cross_entropy": "cross-entropy (training patches)",
+        "validation_dsc": "DSC (mean over validation cases)",
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for ax, (column, label) in zip(axes, panels.items(), strict=True):
+        styles = cycle(plt.cycler(linestyle=["-", "--"]) * plt.cycler(color=LINES))
+        for name, rows in history.dropna(subset=column).groupby("configuration", sort=False):
+            values, style = rows.groupby(by)[column], next(styles)
+            ax.fill_between(values.min().index, values.min(), values.max(), color=style["color"], alpha=0.15, lw=0)
+            ax.plot(values.median(), label=f"{name}, n = {rows['replicate'].nunique()}", **style)
+        ax.set(xlabel="SGD step" if by == "step" else by.replace("_", " "), ylabel=label)
+    axes[0].set(yscale="log")
+    axes[1].set(ylim=(0, 1))
+    title = "n trainings: median, lowest to highest"
+    axes[1].legend(fontsize=8, title=title, title_fontsize=8, alignment="left")
     return figure
 
 

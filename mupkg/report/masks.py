@@ -10,8 +10,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from mupkg.data.files import write_image
-from mupkg.report.results import run_record
-from mupkg.stages.runs import write_json
+from mupkg.stages.runs import RUN, read_run, write_json
 
 ENDINGS = re.compile(r"\.(nii(\.gz)?|mha|mhd|nrrd|nhdr|hdr|img)$", re.IGNORECASE)
 
@@ -51,7 +50,8 @@ def write_mask(image: sitk.Image, mask: Path, record: Mapping[str, str]) -> None
 
 def described(run: Path) -> str:
     """Which model a run is and what it was trained on, in a line that goes with its masks."""
-    data, parameters = run_record(run / "run.json")
+    record = read_run(run / RUN, "data_fingerprint")
+    data, parameters = record["data_fingerprint"], record["parameters"]
     told = [f"{name} {parameters[name]}" for name in ("configuration", "seed", "cohort") if name in parameters]
     return f"Run {run.name}: {', '.join(told)}, trained on data {data}."
 

@@ -76,29 +76,20 @@ def case_metrics(
     cases = metrics.groupby(["configuration", "seed"])["case_id"].agg(frozenset)
     if len(set(cases)) > 1:
         raise ValueError("the runs were not tested on the same cases; evaluate runs of one study only")
-    records = {folder: run_record(folder / RUN) for folder in table["folder"]}
-    trained_on = {folder: fingerprint for folder, (fingerprint, _) in records.items()}
-    if len(set(trained_on.values())) > 1:
+    records = {folder.name: read_run(folder / RUN, "data_fingerprint") for folder in table["folder"]}
+    trained_on = {record["data_fingerprint"] for record in records.values()}
+    if len(trained_on) > 1:
         raise ValueError(
             "the runs were not trained on the same regions (data_fingerprint in run.json); "
             "after a new stage 1, train every run of the study again"
         )
-    if regions is not None and regions.fingerprint() not in trained_on.values():
+    if regions is not None and regions.fingerprint() not in trained_on:
         raise ValueError(
             f"{regions.folder / 'regions.csv'}: its regions are not those that the runs were trained on "
             "(data_fingerprint in run.json); after a new stage 1, train every run of the study again"
         )
-    _check_settings({folder.name: parameters for folder, (_, parameters) in records.items()}, may_differ)
+    _check_settings({run: record["parameters"] for run, record in records.items()}, may_differ)
     return metrics
-
-
-def run_record(path: Path) -> tuple[str, dict[str, Any]]:
-    """What a run was trained on, and with which parameters."""
-    record = read_run(path)
-    try:
-        return record["data_fingerprint"], dict(record.get("parameters", {}))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: does not tell how the run was made ({error!r}); run notebook 03 again") from error
 
 
 def _check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Iterable[str] = ()) -> None:

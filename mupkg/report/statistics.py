@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -187,6 +188,44 @@ def differences(metrics: pd.DataFrame, arm: str, against: str, metric: str) -> p
 
 def _of_both(metrics: pd.DataFrame, arm: str, against: str) -> pd.DataFrame:
     return metrics[metrics["configuration"].isin([arm, against])]
+
+
+# Factors: `levels` is `Trial.levels`, for each factor its two levels and the arms that have them
+
+
+def with_main_effects(metrics: pd.DataFrame, levels: Mapping[str, Mapping[str, Sequence[str]]]) -> pd.DataFrame:
+    """The table with every level of every factor as an arm of its own: the mean over its arms, case by replicate.
+
+    A factor's main effect is then the difference of its two levels, and is judged as any other. What failed in one
+    arm fails in the mean; whether a run collapsed can be seen in the arms alone.
+    """
+    parts = [metrics]
+    for level, its_own in (level for of in levels.values() for level in of.items()):
+        rows = metrics[metrics["configuration"].isin(its_own)].drop(columns="configuration")
+        key = [*trainings(rows), "case_id"]
+        mean = rows.groupby(key, sort=False).sum(min_count=len(its_own)) / len(its_own)
+        parts.append(mean.reset_index().assign(configuration=level))
+    return pd.concat(parts, ignore_index=True)
+
+
+def aliases(levels: Mapping[str, Mapping[str, Sequence[str]]], most: int = 3) -> pd.Series:
+    """With which interactions, of two to `most` other factors, each main effect is mixed: C × P, H × N × hinge, ...
+
+    An interaction's contrast is the product of its factors' signs over the arms. Where this product goes along with
+    the sign of another factor, an effect of that factor may as well be the interaction.
+    """
+    arms = sorted({arm for of in levels.values() for group in of.values() for arm in group})
+    sign = {name: np.where(np.isin(arms, next(iter(of.values()))), 1, -1) for name, of in levels.items()}
+    found = {
+        name: [
+            " × ".join(others)
+            for order in range(2, most + 1)
+            for others in combinations([other for other in sign if other != name], order)
+            if sign[name] @ np.prod([sign[other] for other in others], axis=0)
+        ]
+        for name in sign
+    }
+    return pd.Series({name: "; ".join(mixed) or "none" for name, mixed in found.items()}, name="mixed with")
 
 
 def fold_differences(metrics: pd.DataFrame, arm: str, against: str, metric: str) -> pd.Series:

@@ -11,13 +11,12 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from mupkg.parameters import Stage2Settings
 from mupkg.report import results
-from mupkg.report.figures import UNITS
+from mupkg.report.figures import BLUE, UNITS
 from mupkg.report.statistics import differences
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import HISTORY, METRICS, Shift, metrics_name
-
-ARM_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#999999")  # Okabe, Ito
+from mupkg.stages.runs import HISTORY, METRICS, RUN, Shift, metrics_name, read_run
 
 
 def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
@@ -27,7 +26,7 @@ def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
         study: outputs/<study>. runs: by folder what they were told, `Study.runs`.
 
     Raises:
-        ValueError: naming every run of the protocol that is not there.
+        ValueError: naming every run of the protocol that is not there, or was told something else.
     """
     study = Path(study)
     missing = [name for name in runs if not (study / name / METRICS).is_file()]
@@ -36,11 +35,27 @@ def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
             f"{study}: {len(missing)} of the protocol's {len(runs)} runs are missing: {', '.join(missing)}; "
             "start the batch again, it trains only these"
         )
+    odd = {name: fault for name, told in runs.items() if (fault := _told_otherwise(study / name, told))}
+    if odd:
+        raise ValueError(
+            f"{study}: runs were not trained as the protocol says: "
+            f"{'; '.join(f'{name}: {fault}' for name, fault in odd.items())}; remove these runs and start the batch "
+            "again, or give the changed arm a name of its own"
+        )
     rows = [
         {"configuration": told["arm"], "seed": told["seed"], "replicate": told["replicate"], "folder": study / name}
         for name, told in runs.items()
     ]
     return pd.DataFrame(rows)
+
+
+def _told_otherwise(run: Path, told: Mapping[str, Any]) -> str:
+    """In what a run's record differs from the protocol; nothing if in nothing."""
+    made = read_run(run / RUN)["parameters"]
+    asked = Stage2Settings.checked(told).model_dump(mode="json", include={*told})
+    return ", ".join(
+        f"{name} is {made.get(name)!r}, not {value!r}" for name, value in asked.items() if made.get(name) != value
+    )
 
 
 def trial_metrics(
@@ -54,12 +69,8 @@ def trial_metrics(
             the whole training: a run's own, so the same for all its cases.
 
     Raises:
-        ValueError: as `results.case_metrics`; and if a replicate was trained on a case that is tested.
+        ValueError: as `results.case_metrics`, and if a run's history is missing or broken.
     """
-    if regions is not None and "replicate" in regions.table:
-        both = regions.table.query("split == 'test' and replicate == replicate")
-        if len(both):
-            raise ValueError(f"{', '.join(both.index)}: tested, but of one replicate alone; prepare the cohort anew")
     metrics = results.case_metrics(table, regions, may_differ, shift)
     runs = table.set_index(["configuration", "seed"])
     keys, replicate = pd.MultiIndex.from_frame(metrics[["configuration", "seed"]]), runs["replicate"]
@@ -70,9 +81,16 @@ def trial_metrics(
 
 def _validation_area(run: Path) -> float:
     """The area under a training's validation curve, as a share of a curve that is 1 from the first step on."""
-    curve = pd.read_csv(run / HISTORY).dropna(subset="validation_dsc")
+    curve = _history(run).dropna(subset="validation_dsc")
     steps, dsc = ([0, *curve[name]] for name in ("step", "validation_dsc"))
     return float(np.trapezoid(dsc, steps) / steps[-1])
+
+
+def _history(run: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(run / HISTORY, usecols=["step", "learning_rate", "cross_entropy", "validation_dsc"])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run / HISTORY}: cannot be read ({error}); train this run again") from error
 
 
 def shifts_tested(table: pd.DataFrame) -> list[Shift]:
@@ -81,33 +99,19 @@ def shifts_tested(table: pd.DataFrame) -> list[Shift]:
 
 
 def histories(table: pd.DataFrame) -> pd.DataFrame:
-    """The validations of all runs: configuration, replicate, step, summed_rate, validation_dsc, cross_entropy.
+    """history.csv of all runs: configuration, replicate, step, summed_rate, validation_dsc, cross_entropy.
 
-    `summed_rate` is the sum of the learning rates of all steps so far: how far a training can have gone.
+    `replicate` is the seed where runs are of no trial. `summed_rate` is the sum of the learning rates of all steps so
+    far: how far a training can have gone.
     """
     parts = []
     for row in table.itertuples():
-        found = pd.read_csv(row.folder / HISTORY)
+        found = _history(row.folder)
         summed = (found["learning_rate"] * found["step"].diff().fillna(found["step"])).cumsum()
-        parts.append(found.assign(configuration=row.configuration, replicate=row.replicate, summed_rate=summed))
+        replicate = getattr(row, "replicate", row.seed)
+        parts.append(found.assign(configuration=row.configuration, replicate=replicate, summed_rate=summed))
     wanted = ["configuration", "replicate", "step", "summed_rate", "validation_dsc", "cross_entropy"]
-    return pd.concat(parts, ignore_index=True).dropna(subset="validation_dsc")[wanted]
-
-
-def bands(history: pd.DataFrame, by: str = "step") -> Figure:
-    """Validation DSC by step: for each arm the median over replicates, and a band from the lowest to the highest.
-
-    Args:
-        by: "step", or "summed_rate" to compare trainings of different learning rates.
-    """
-    figure, ax = plt.subplots(figsize=(7.5, 4))
-    for colour, (arm, rows) in zip(ARM_COLOURS, history.groupby("configuration", sort=False), strict=False):
-        by_step = rows.groupby(by)["validation_dsc"]
-        ax.fill_between(by_step.min().index, by_step.min(), by_step.max(), color=colour, alpha=0.15, linewidth=0)
-        ax.plot(by_step.median(), color=colour, label=f"{arm}, n = {rows['replicate'].nunique()} replicates")
-    ax.set(xlabel=by.replace("_", " "), ylabel="validation DSC: median, lowest to highest", ylim=(0, 1))
-    ax.legend(loc="lower right")
-    return figure
+    return pd.concat(parts, ignore_index=True)[wanted]
 
 
 def boxes(metrics: pd.DataFrame, parameters: Mapping[str, Mapping[Any, str]], names: Sequence[str]) -> Figure:
@@ -129,7 +133,7 @@ def boxes(metrics: pd.DataFrame, parameters: Mapping[str, Mapping[Any, str]], na
             ax.boxplot(values, tick_labels=[f"{value:g}" for value in arms], flierprops={"markersize": 3})
             for place, arm in enumerate(arms.values(), 1):
                 dots = of_replicate[arm]
-                ax.plot(np.full(len(dots), place), dots, "o", color=ARM_COLOURS[0], alpha=0.6, label="one replicate")
+                ax.plot(np.full(len(dots), place), dots, "o", color=BLUE, alpha=0.6, label="one replicate")
             ax.set(xlabel=parameter.replace("_", " "), title=f"{len(values[0])} cases, {len(dots)} replicates")
         line[0].set_ylabel(" ".join([metric, *([f"({UNITS[metric]})"] if metric in UNITS else [])]))
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -144,7 +148,7 @@ def replicate_means(metrics: pd.DataFrame, pairs: list[tuple[str, str]], metric:
     ax.axvline(0, color="0.4", linewidth=1)
     for line, (arm, against) in enumerate(pairs):
         means = differences(metrics, arm, against, metric).mean()
-        ax.plot(means, np.full(len(means), line), "o", color=ARM_COLOURS[0], alpha=0.45, label="one replicate")
+        ax.plot(means, np.full(len(means), line), "o", color=BLUE, alpha=0.45, label="one replicate")
         ax.plot(means.mean(), line, "D", color="black", label="mean")
     ax.set(yticks=range(len(pairs)), yticklabels=[f"{arm} − {against}" for arm, against in pairs])
     ax.set(xlabel=f"difference of the mean {metric} over cases", ylim=(len(pairs) - 0.5, -0.5))

@@ -16,7 +16,7 @@ from mupkg.data.cohort import Cohort
 from mupkg.data.files import write_image
 from mupkg.data.preprocessing import AIR, Preparation, array_spacing, prepare, to_scan_grid
 from mupkg.data.writing import whole_file
-from mupkg.metrics import calibration, segmentation_metrics, surface_dice
+from mupkg.metrics import calibration, segmentation_metrics
 from mupkg.stages.inference import Pipeline, keep_largest, load_network, region_probability
 from mupkg.stages.localization import NotLocated
 from mupkg.stages.regions import Regions
@@ -45,9 +45,9 @@ def evaluate_run(
         probability = region_probability(network, region)
         mask = to_scan_grid(keep_largest(probability), case.image)
         everything = measure(to_scan_grid(probability, case.image), case)
-        row = {"case_id": case_id} | measure(mask, case) | {f"{k}_all": v for k, v in everything.items()}
-        arrays = (sitk.GetArrayFromImage(i).astype(bool) for i in (mask, case.label))
-        row["surface_DSC_2mm"] = surface_dice(*arrays, spacing_mm=array_spacing(case.image), tolerance_mm=2.0)
+        largest = measure(mask, case, tolerance_mm=2.0)
+        near = {"surface_DSC_2mm": largest.pop("surface_DSC")}
+        row = {"case_id": case_id} | largest | {f"{k}_all": v for k, v in everything.items()} | near
         truth = regions.volume(case_id, "label") == 1
         rows.append(row | calibration(sitk.GetArrayFromImage(probability), truth))
         if shift is None:
@@ -68,8 +68,8 @@ def _shifted_region(case: Case, region: sitk.Image, preparation: Preparation, sh
     return sitk.Cast(sitk.Round(on_region), sitk.sitkUInt8)
 
 
-def measure(mask: sitk.Image, case: Case) -> dict[str, float]:
-    """All metrics of a mask against the case's label, on the scan's own grid, in mm.
+def measure(mask: sitk.Image, case: Case, tolerance_mm: float | None = None) -> dict[str, float]:
+    """All metrics of a mask against the case's label, on the scan's own grid, in mm; see `segmentation_metrics`.
 
     Raises:
         ValueError: if the mask does not lie on the label's grid: another case's, or the working grid's.
@@ -79,7 +79,7 @@ def measure(mask: sitk.Image, case: Case) -> dict[str, float]:
             f"case {case.case_id}: the mask is not on its label's grid ({difference}); resample it first"
         )
     prediction, truth = (sitk.GetArrayFromImage(image).astype(bool) for image in (mask, case.label))
-    return segmentation_metrics(prediction, truth, spacing_mm=array_spacing(case.image))
+    return segmentation_metrics(prediction, truth, spacing_mm=array_spacing(case.image), tolerance_mm=tolerance_mm)
 
 
 def evaluate_elsewhere(run_folder: str | Path, cohort: Cohort, case_ids: Sequence[str]) -> pd.DataFrame:

@@ -135,11 +135,17 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def read_run(path: str | Path) -> dict[str, Any]:
-    """What a run.json tells; ValueError naming the file if it is missing, broken, or no record."""
+def read_run(path: str | Path, *needed: str) -> dict[str, Any]:
+    """What a run.json tells, `parameters` and more.
+
+    Raises:
+        ValueError: naming the file if it is missing, broken, no record, or does not tell what is needed.
+    """
     try:
-        return dict(json.loads(Path(path).read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+        record = dict(json.loads(Path(path).read_bytes()))
+        told = {name: record[name] for name in needed}
+        return record | told | {"parameters": dict(record.get("parameters", {}))}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: does not tell how the run was made ({error!r}); run notebook 03 again") from error
 
 

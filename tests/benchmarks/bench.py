@@ -26,6 +26,7 @@ from mupkg.data.writing import whole_file, write_text
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {  # and the module of each; imported when it runs, so that nobody needs every peer
     "metric_branch": "metric_loss",
+    "cost": "metric_loss",
     "against_all_pairs": "metric_loss",
     "step": "metric_loss",
     "patches": "against_peers",
@@ -39,7 +40,7 @@ BENCHMARKS = {  # and the module of each; imported when it runs, so that nobody 
     "whole_chain": "whole_chain",
     "exploring": "exploring",
 }
-ON_A_GPU = ("metric_branch", "step", "training_loop", "loader")
+ON_A_GPU = ("metric_branch", "cost", "step", "training_loop", "loader")
 TWO_THREADS = ("whole_chain",)  # minutes on one
 COLUMNS = {
     "benchmark": "the function of tests/benchmarks that measured it; its first line says what and by which bar",

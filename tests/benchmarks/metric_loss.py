@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from measuring import compare, interleaved, isolated, memory_mb, row, seconds
 
-from mupkg.configurations import build, configuration
+from mupkg.configurations import TABLE_II, build, configuration
 from mupkg.losses import SegmentationMetricLoss, VoxelMetricLoss
 from mupkg.models import SegmentationOutput
 from mupkg.samplers import RandomSampler
@@ -64,6 +64,19 @@ def metric_branch(repeats: int, quick: bool = False, device: str = "cpu") -> lis
             step = training_step(name, images, labels, bf16=bf16)
             rows.append(compare(what, step, plain, repeats, "UNet's step"))
     return rows
+
+
+def cost(repeats: int, quick: bool = False, device: str = "cpu") -> list[dict]:
+    """A full-width step of every configuration, in turns with UNet's; the paper says under 10 % more."""
+    batch, bf16 = BATCH[device] if not quick else 1, device == "cuda"
+    images, labels = (tensor.to(device) for tensor in labelled_patches(batch, 64))
+    images = images.to(memory_format=torch.channels_last)
+    names = [*TABLE_II, *(f"MetricUNet-{letters}" for letters in ("HCR", "RN", "HN", "CN", "HCNP"))]
+    names = names if not quick else ["UNet", "UNet++", "MetricUNet++-H"]
+    times = interleaved({name: training_step(name, images, labels, bf16=bf16) for name in names}, repeats)
+    pairs = [(name, "UNet") for name in names[1:]] + [("MetricUNet++-H", "UNet++")]
+    more = f", batch {batch}, full width, channels_last{', bf16' if bf16 else ''}"
+    return [row(f"step of {name}{more}", times[name], times[plain], f"{plain}'s step") for name, plain in pairs]
 
 
 def loss_of_one_patch(who: str, edge: int, threads: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from mupkg.data.build import Source, _drawn_folds, split_cases, write_cohort
+from mupkg.data.build import Source, _drawn_folds, sources_from_phantoms, split_cases, write_cohort
 from mupkg.data.cases import Case
 from mupkg.data.cohort import (
     Cohort,
@@ -154,6 +154,40 @@ def test_one_patient_in_two_splits_is_a_leak(folder):
     assert fault == "cases a, c: are of one patient (01) but in several splits; put them into one"
 
 
+@pytest.mark.parametrize(
+    ("columns", "fault"),
+    [
+        ({"replicate": [0, 0, 1]}, "case c: is tested in one replicate alone; test cases belong to all, leave its"),
+        ({"replicate": [0, "x", None]}, "case b: replicate is 'x'; it must be a whole number from 0 on, or empty"),
+        ({"replicate": [0.5, None, None]}, "case a: replicate is 0.5; it must be a whole number"),
+        ({"replicate": [0, 1, None]}, "replicate 0: no case is in validation; give it one, or leave it out"),
+        ({"fold_0": [0, 2, 2]}, "fold_0: fold 1 has no case; number the 3 folds from 0 on without a gap"),
+        ({"fold_0": [0, 1, 2], "fold_1": [0, 1, 1]}, "fold_1: fold 2 has no case"),
+        ({"fold_0": [0, 1, None]}, "case c: has a label but no fold_0; fill it"),
+        ({"fold_0": [0, 1, -1]}, "case c: fold_0 is -1; it must be a whole number from 0 on"),
+        ({"fold_0": [0, 1, 2], "fold_2": [0, 1, 2]}, "columns fold_0, fold_2: must be called fold_0, fold_1, ..."),
+        ({"fold_0": [0, 1, 1]}, "fold_0: beside fold 1 no two patients are left, to train and to validate"),
+        (
+            {"fold_0": [0, 1, 2], "split": None, "patient": ["p", "q", "P"]},
+            "cases a, c: are of one patient (p) but in several folds of fold_0; put them into one",
+        ),
+        (
+            {"fold_0": [0, 1, 2], "split": None, "label": ["a_label.nii.gz", "b_label.nii.gz", None]},
+            "case c: has a fold_0 but no label; name its label, or leave its fold_0 empty",
+        ),
+    ],
+)
+def test_replicates_and_folds_that_cannot_be_trained_or_share_a_case_are_refused(folder, columns, fault):
+    table_of("abc", **columns).to_csv(folder / "cohort.csv", index=False)
+    assert [line for line in faults_of(folder, check_voxels=False) if line.startswith(fault)]
+
+
+def test_good_replicates_and_folds_are_read(folder):
+    for columns in ({"replicate": [0, 0, None]}, {"fold_0": [0, 1, 2], "fold_1": [2, 1, 0], "fold_width": "x"}):
+        table_of("abc", **columns).to_csv(folder / "cohort.csv", index=False)
+        Cohort.read(folder, check_voxels=False).of_replicate(0)
+
+
 def test_several_broken_cases_are_all_told_at_once(folder):
     sitk.WriteImage(mask(0), str(folder / "a_label.nii.gz"))
     (folder / "b.nii.gz").write_text("torn")
@@ -280,6 +314,12 @@ def test_too_few_patients_are_told_before_any_scan_is_read(tmp_path):
             PREPARATION,
             split_seed=0,
         )
+    three = [Source(i, untouched, {"label": i}) for i in "abc"]
+    with pytest.raises(CohortError, match=r"3 patient\(s\) cannot be dealt out to 4 folds; choose fewer folds"):
+        write_cohort(tmp_path / "new", three, PREPARATION, split_seed=0, folds=4)
+    phantoms = sources_from_phantoms(range(3), None)  # of the paper's size: seconds each
+    with pytest.raises(CohortError, match=r"3 patient\(s\) cannot be dealt out to 5 folds"):
+        write_cohort(tmp_path / "new", phantoms, PREPARATION, split_seed=0, folds=5)
     with pytest.raises(CohortError, match=r"2 patient\(s\) cannot be split"):  # only reading tells who has a label
         write_cohort(tmp_path / "new", [source("a"), source("b")], PREPARATION, split_seed=0)
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,36 @@ def test_tables_are_csv_and_figures_png_and_svg(study: Path) -> None:
     for name in (*figures, "scans", "boxes"):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in (report / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def without_its_last_case(run: Path) -> None:
+    metrics = pd.read_csv(run / "metrics.csv")
+    metrics.iloc[:-1].to_csv(run / "metrics.csv", index=False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda run: (run / "metrics.csv").unlink(), "1 of the protocol's 4 runs are missing: HCNP-seed1001"),
+        (
+            without_its_last_case,
+            r"HCNP-seed1001.metrics\.csv: lacks the test case\(s\) phantom-\d+; test the run again",
+        ),
+    ],
+)
+def test_a_trial_without_a_prediction_is_refused_before_any_table(spoil, told, study: Path, tmp_path: Path) -> None:
+    """The protocol, or a run, lacks a part: notebook 10 names it and writes nothing."""
+    trial = tmp_path / "outputs" / "smoke-trials"
+    shutil.copytree(study / "outputs" / "smoke-trials", trial, ignore=shutil.ignore_patterns("report"))
+    spoil(trial / "HCNP-seed1001")
+    parameters = {"protocol": "notebooks/studies/trials/smoke.yaml", "data_folder": str(study / "data")}
+    with pytest.raises(RuntimeError, match=told):
+        run_notebook(
+            ROOT / "notebooks/10_does_it_help.ipynb",
+            tmp_path / "10.ipynb",
+            parameters | {"outputs_folder": str(tmp_path / "outputs")},
+        )
+    assert not (trial / "report").exists()
 
 
 def test_what_is_done_is_skipped(study: Path) -> None:

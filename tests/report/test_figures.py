@@ -195,3 +195,25 @@ def test_near_negatives_are_dashed():
     shares = pd.DataFrame({"R": [1.0, 0.1], "RN": [1.0, 0.4]}, index=pd.Index([0, 80], name="step"))
     plain, near = figures.active_shares(shares).axes[0].lines
     assert (plain.get_linestyle(), near.get_linestyle()) == ("-", "--") and plain.get_color() == near.get_color()
+
+
+# Convergence
+
+
+def test_convergence_is_the_median_and_the_range_over_replicates_with_their_number():
+    one = pd.DataFrame({"step": [1, 2, 4], "cross_entropy": [0.8, 0.4, 0.2], "validation_dsc": [np.nan, 0.2, 0.6]})
+    runs = [one.assign(replicate=r, validation_dsc=one["validation_dsc"] + r / 10) for r in (0, 1, 4)]
+    arms = [pd.concat(runs).assign(configuration="A"), one.assign(configuration="B", replicate=0)]
+    left, right = figures.convergence(pd.concat(arms).assign(summed_rate=0.1), "step").axes
+    assert left.lines[0].get_xdata().tolist() == [1, 2, 4] and right.lines[0].get_xdata().tolist() == [2, 4]
+    assert left.lines[0].get_ydata().tolist() == pytest.approx([0.8, 0.4, 0.2])
+    assert right.lines[0].get_ydata().tolist() == pytest.approx([0.3, 0.7])  # the median, not the mean
+    band = right.collections[0].get_paths()[0].vertices
+    assert sorted({(x, round(y, 9)) for x, y in band}) == [(2, 0.2), (2, 0.6), (4, 0.6), (4, 1.0)]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["A, n = 3", "B, n = 1"]
+
+
+def test_convergence_shows_more_configurations_than_there_are_colours():
+    arms = [pd.DataFrame({"step": [1, 2], "cross_entropy": 0.1, "validation_dsc": 0.5}) for _ in range(20)]
+    arms = pd.concat([arm.assign(configuration=f"arm {i}", replicate=0) for i, arm in enumerate(arms)])
+    assert len(figures.convergence(arms).axes[1].lines) == 20

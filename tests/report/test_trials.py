@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from mupkg.report.trials import bands, boxes, histories, replicate_means, shifts_tested, trial_metrics, trial_runs
+from mupkg.report.trials import boxes, histories, replicate_means, shifts_tested, trial_metrics, trial_runs
 from mupkg.stages.training import HISTORY
 
 RUNS = {
     f"{arm}-seed{replicate + offset}": {"arm": arm, "seed": replicate + offset, "replicate": replicate}
+    | {"configuration": "MetricUNet-HCP", "margin": margin}
     for replicate in range(2)
-    for arm, offset in (("A", 0), ("B", 1000))
+    for arm, offset, margin in (("A", 0, 0.7), ("B", 1000, 1))
 }
 
 
@@ -27,11 +27,7 @@ def study(tmp_path):
         folder.mkdir()
         scores = {"case_id": ["x", "NA"], "DSC": [0.5 + better, 0.6 + better]}
         pd.DataFrame(scores).to_csv(folder / "metrics.csv", index=False)
-        parameters = {
-            "configuration": "MetricUNet-HCP",
-            "margin": 0.7 if told["arm"] == "A" else 1.0,
-            "seed": told["seed"],
-        }
+        parameters = told | {"margin": float(told["margin"])}
         (folder / "run.json").write_text(json.dumps({"data_fingerprint": "f", "parameters": parameters}))
         rows = {"step": [10, 20, 40], "learning_rate": [0.1, 0.05, 0.01], "validation_dsc": [np.nan, 0.4, 0.5]}
         pd.DataFrame(rows | {"cross_entropy": 0.1}).to_csv(folder / HISTORY, index=False)
@@ -74,24 +70,46 @@ def test_every_missing_run_is_named(study):
         trial_runs(study, RUNS)
 
 
-def test_a_test_case_of_one_replicate_alone_is_refused(study):
-    table = pd.DataFrame({"split": ["test", "test"], "replicate": [np.nan, 1]}, index=["x", "y"])
-    with pytest.raises(ValueError, match="y: tested, but of one replicate alone"):
-        trial_metrics(trial_runs(study, RUNS), SimpleNamespace(table=table), {"margin"})
+@pytest.mark.parametrize(
+    ("recorded", "fault"),
+    [
+        ({"replicate": 1}, "B-seed1000: replicate is 1, not 0"),
+        ({"seed": 7}, "B-seed1000: seed is 7, not 1000"),
+        ({"margin": 0.9}, r"B-seed1000: margin is 0\.9, not 1\.0"),
+        ({"configuration": "UNet"}, "B-seed1000: configuration is 'UNet', not 'MetricUNet-HCP'"),
+    ],
+)
+def test_a_run_that_was_told_something_else_is_named(study, recorded, fault):
+    path = study / "B-seed1000" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"parameters": record["parameters"] | recorded}))
+    with pytest.raises(ValueError, match=f"not trained as the protocol says: {fault}; remove these runs"):
+        trial_runs(study, RUNS)
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_text("step\n1\n")])
+def test_a_run_without_a_history_is_named(study, spoil):
+    runs = trial_runs(study, RUNS)
+    spoil(study / "A-seed1" / HISTORY)
+    for ask in (histories, lambda runs: trial_metrics(runs, None, {"margin"})):
+        with pytest.raises(ValueError, match=r"A-seed1.history\.csv: cannot be read .*train this run again"):
+            ask(runs)
 
 
 def test_learning_rates_are_summed_over_all_steps(study):
     history = histories(trial_runs(study, RUNS))
     first = history[(history["configuration"] == "A") & (history["replicate"] == 0)]
-    assert first["step"].tolist() == [20, 40]
-    assert first["summed_rate"].tolist() == pytest.approx([10 * 0.1 + 10 * 0.05, 10 * 0.1 + 10 * 0.05 + 20 * 0.01])
+    assert first["step"].tolist() == [10, 20, 40]
+    assert first["summed_rate"].tolist() == pytest.approx([1.0, 1.0 + 10 * 0.05, 1.0 + 10 * 0.05 + 20 * 0.01])
 
 
-def test_the_pictures_show_every_arm_and_every_replicate(study):
+def test_runs_of_no_trial_have_their_seeds_for_replicates(study):
+    runs = trial_runs(study, RUNS).drop(columns="replicate")
+    assert sorted(set(histories(runs)["replicate"])) == [0, 1, 1000, 1001]
+
+
+def test_the_picture_shows_every_replicate(study):
     runs = trial_runs(study, RUNS)
-    (ax,) = bands(histories(runs), "summed_rate").axes
-    assert [line.get_label() for line in ax.lines] == ["A, n = 2 replicates", "B, n = 2 replicates"]
-    assert ax.lines[0].get_xdata() == pytest.approx([1.5, 1.7]) and ax.get_xlabel() == "summed rate"
     (ax,) = replicate_means(trial_metrics(runs, None, {"margin"}), [("B", "A")], "DSC", 0.01).axes
     dots = next(line for line in ax.lines if line.get_label() == "one replicate")
     assert dots.get_xdata() == pytest.approx([0.1, 0.3])

@@ -1,17 +1,20 @@
-"""Kill a smoke study again and again with SIGKILL, start it again each time, and compare with an undisturbed one.
+"""Kill a smoke study and a smoke trial again and again with SIGKILL, and compare them with undisturbed ones.
 
     python tests/soak/kill_study.py FOLDER [--kills 20] [--seed 0]      in an empty folder, or one that is not there
 
 A kill takes Snakemake, papermill and the kernels at once, as a power cut would. Its moment is told by a file: a
 notebook begins, a training has left its checkpoint, or a file is being written (its writer is then stopped first,
-so that the kill surely falls into the writing). After each kill every file that bears a final name must be whole;
-at the end weights, tables and predictions must be those of the undisturbed study, to the bit. Times are left out.
+so that the kill surely falls into the writing). After each kill the study is started again. Every file that bears a
+final name must be whole, and what was finished before a kill must not be made again. At the end weights, tables and
+predictions must be those of the undisturbed study, to the bit. Times are left out.
 The kills are listed in FOLDER/kills.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import binascii
 import fnmatch
 import gzip
 import json
@@ -40,6 +43,7 @@ from mupkg.stages.runs import load_tensors
 ROOT = Path(__file__).parents[2]
 MARK = "MUPKG_SOAK"
 OUT = "outputs/smoke"
+STUDY, TRIAL = "smoke", "trials/smoke"  # of notebooks/studies
 RENAMED = "        os.replace(temporary, path)\n"  # of `whole_file`: what was written takes its name
 
 
@@ -93,6 +97,21 @@ MOMENTS = (  # in the order of a study; every notebook at least once
     begins("09", REPORT, 5.0),
 )
 
+T_DATA, T_OUT = "data/phantoms-smoke-trials", "outputs/smoke-trials"
+FIRST_ARM, SECOND_ARM = f"{T_OUT}/UNet-seed0", f"{T_OUT}/HCNP-seed1000"
+TRIAL_MOMENTS = (  # each with the notebook's own target, so that the runs come in this order
+    writes("00", T_DATA, ".making.*/images/*"),
+    Moment("02", f"{T_OUT}/stage1", "checkpoint.safetensors"),
+    begins("03", FIRST_ARM, 3.0),
+    Moment("03", FIRST_ARM, "metrics.csv"),
+    Moment("03", SECOND_ARM, "checkpoint.safetensors", 0.05),
+    writes("03", SECOND_ARM, "*.safetensors"),
+    Moment("03", f"{T_OUT}/UNet-seed1", "checkpoint.safetensors"),
+    writes("03", f"{T_OUT}/HCNP-seed1001", "predictions/*"),
+    begins("10", f"{T_OUT}/report/smoke", 6.0),
+    writes("10", f"{T_OUT}/report/smoke", "*.csv"),
+)
+
 
 def workplace(folder: Path) -> Path:
     """A copy of what a study runs, so that data, outputs and Snakemake's notes are its own; it writes slowly."""
@@ -110,9 +129,9 @@ def workplace(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, targets: Sequence[str] = ()) -> subprocess.Popen:
+def start(folder: Path, targets: Sequence[str] = (), study: str = STUDY) -> subprocess.Popen:
     """Start the study, or go on with it; what it says goes to study.log."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "notebooks/studies/smoke.yaml"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", f"notebooks/studies/{study}.yaml"]
     command += ["--workflow-profile", "notebooks/studies/profiles/laptop", *targets]
     environment = os.environ | {MARK: str(folder), "CUDA_VISIBLE_DEVICES": "", "JPY_SESSION_NAME": ""}
     with (folder / "study.log").open("a") as log:
@@ -121,9 +140,9 @@ def start(folder: Path, targets: Sequence[str] = ()) -> subprocess.Popen:
         )
 
 
-def finish(folder: Path, targets: Sequence[str] = ()) -> None:
+def finish(folder: Path, targets: Sequence[str] = (), study: str = STUDY) -> None:
     """Run the study to its end."""
-    process = start(folder, targets)
+    process = start(folder, targets, study)
     try:
         if process.wait(timeout=900):
             raise AssertionError(f"the study failed:\n{(folder / 'study.log').read_text(encoding='utf-8')[-4000:]}")
@@ -195,6 +214,23 @@ def wait_for(folder: Path, moment: Moment, start_study: Callable[[], subprocess.
             return None
         time.sleep(0.001 if moment.in_a_file else 0.02)
     return None
+
+
+def finished(folder: Path) -> dict[Path, int]:
+    """The files of what Snakemake takes for done, and when each was written: cohort, stage 1, and every run."""
+    done, begun = (_noted(folder / ".snakemake" / kind) for kind in ("metadata", "incomplete"))
+    places = {Path(name).parent for name in done - begun if "report" not in Path(name).parts}
+    files = [path for place in places for path in (folder / place).rglob("*") if path.is_file()]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def _noted(folder: Path) -> set[str]:
+    """The targets that Snakemake keeps a note of: their paths are the notes' names."""
+    found = set()
+    for path in folder.rglob("*") if folder.is_dir() else ():
+        with suppress(binascii.Error, UnicodeDecodeError):
+            found.add(base64.b64decode(path.name, altchars=b"-_", validate=True).decode())
+    return found
 
 
 def half_written(folder: Path) -> list[str]:
@@ -280,15 +316,21 @@ def says_nothing(folder: Path) -> list[str]:
     return faults
 
 
-def kill_study(folder: Path, moments: Sequence[Moment], targets: Sequence[str] = ()) -> pd.DataFrame:
-    """Kill a study at these moments, one after the other, then let it end; a row for each kill."""
-    rows = []
+def kill_study(
+    folder: Path, moments: Sequence[Moment], targets: Sequence[str] = (), study: str = STUDY
+) -> pd.DataFrame:
+    """Kill a study at these moments, one after the other, then let it end; a row for each kill.
+
+    `redone` names what was finished at that kill and was made again afterwards.
+    """
+    rows, kept = [], []
     for number, moment in enumerate(moments, start=1):
         begun, own = time.monotonic(), list(targets)
-        if moment.folder == REPORT:  # its notebook alone, else another order of them would leave moments out
-            own = [f"{REPORT}/{path.name}" for path in (ROOT / "notebooks").glob(f"{moment.notebook}_*.ipynb")]
+        if moment.folder == REPORT or study == TRIAL:  # its notebook alone, else another order may leave moments out
+            names = (ROOT / "notebooks").glob(f"{moment.notebook}_*.ipynb")
+            own = [f"{moment.folder}/{path.name}" for path in names]
         try:
-            told_by = wait_for(folder, moment, partial(start, folder, own))
+            told_by = wait_for(folder, moment, partial(start, folder, own, study))
         finally:
             killed = kill(folder)
         files = [path for top in ("data", "outputs") for path in (folder / top).rglob("*") if path.is_file()]
@@ -300,8 +342,12 @@ def kill_study(folder: Path, moments: Sequence[Moment], targets: Sequence[str] =
         row["parts"] = " ".join(f"{path.name} ({path.stat().st_size})" for path in parts)
         row |= {"files": len(files) - len(parts), "half_written": "; ".join(half_written(folder))}
         rows.append(row)
+        kept.append(finished(folder))
         print(", ".join(f"{name}: {value}" for name, value in row.items() if value != ""), flush=True)
-    finish(folder, targets)
+    finish(folder, targets, study)
+    for row, before in zip(rows, kept, strict=True):
+        redone = [path for path, stamp in before.items() if not path.exists() or path.stat().st_mtime_ns != stamp]
+        row |= {"done": len(before), "redone": " ".join(str(path.relative_to(folder)) for path in sorted(redone))}
     return pd.DataFrame(rows)
 
 
@@ -321,13 +367,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=len(MOMENTS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    folder = arguments.folder.resolve() / uuid.uuid4().hex[:8]
-    whole, killed = workplace(folder / "whole"), workplace(folder / "killed")
-    finish(whole)
-    table = kill_study(killed, chosen(arguments.kills, arguments.seed))
+    folder, tables, faults = arguments.folder.resolve() / uuid.uuid4().hex[:8], [], []
+    for study, moments in ((STUDY, chosen(arguments.kills, arguments.seed)), (TRIAL, TRIAL_MOMENTS)):
+        whole, killed = (workplace(folder / study / name) for name in ("whole", "killed"))
+        finish(whole, study=study)
+        tables.append(kill_study(killed, moments, study=study).assign(study=study))
+        faults += differences(killed, whole)
+    table = pd.concat(tables)
     table.to_csv(arguments.folder / "kills.csv", index=False)
-    faults = [*table["half_written"].loc[lambda column: column != ""], *differences(killed, whole)]
-    faults += says_nothing(whole)
+    faults += [fault for column in ("half_written", "redone") for fault in table[column] if fault]
+    faults += says_nothing(folder / STUDY / "whole")
     faults += [f"{row.notebook} {row.file}: this moment did not come" for row in table[~table["met"]].itertuples()]
     faults += [f"kill {row.kill}: there was no process" for row in table[table["processes"] == 0].itertuples()]
     print(f"{table['met'].sum()} kills of {len(table)}")

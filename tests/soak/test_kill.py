@@ -1,4 +1,7 @@
-"""A study killed three times ends with the same bits as an undisturbed one; `make soak` does it twenty times."""
+"""A study killed three times, and a trial in its second arm, end with the bits of undisturbed ones.
+
+`make soak` kills them at many more moments.
+"""
 
 import shutil
 
@@ -8,16 +11,22 @@ import pytest
 import SimpleITK as sitk
 from kill_study import (
     DATA,
+    FIRST_ARM,
     MOMENTS,
     OUT,
     ROOT,
     RUN,
+    SECOND_ARM,
     STAGE1,
+    T_DATA,
+    T_OUT,
+    TRIAL,
     Moment,
     alive,
     chosen,
     differences,
     finish,
+    finished,
     half_written,
     kill_study,
     says_nothing,
@@ -47,9 +56,28 @@ def test_three_kills_leave_no_trace(undisturbed, tmp_path):
     assert kills["met"].all() and (kills["processes"] >= 3).all(), kills  # Snakemake, papermill, kernel
     assert kills["parts"].str.contains(".part.")[:2].all(), kills
     assert (kills["half_written"] == "").all(), kills
+    assert (kills["redone"] == "").all() and kills["done"].iloc[-1] > 0, kills
     assert differences(folder, undisturbed) == []
     assert says_nothing(undisturbed) == []
     assert not alive(folder)
+
+
+@pytest.mark.timeout(600)
+def test_a_trial_killed_in_its_second_arm_trains_nothing_twice(tmp_path):
+    whole, killed = workplace(tmp_path / "whole"), tmp_path / "killed"
+    finish(whole, [f"{FIRST_ARM}/metrics.csv"], TRIAL)
+    shutil.copytree(whole, killed)
+    done = finished(killed)
+    places = {path.relative_to(killed).parts[:3] for path in done}
+    assert {place[:2] for place in places} == {tuple(place.split("/")) for place in (T_DATA, T_OUT)}
+    assert {place[2] for place in places if place[0] == "outputs"} == {"stage1", FIRST_ARM.rpartition("/")[2]}
+    target = [f"{SECOND_ARM}/metrics.csv"]
+    finish(whole, target, TRIAL)
+    kills = kill_study(killed, [Moment("03", SECOND_ARM, "checkpoint.safetensors")], target, TRIAL)
+    assert kills["met"].all() and (kills["half_written"] == "").all(), kills
+    assert (kills["redone"] == "").all() and (kills["done"] == len(done)).all(), kills
+    assert differences(killed, whole) == []
+    assert not alive(killed)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from mupkg.data.cases import Case
-from mupkg.metrics import calibration, segmentation_metrics, surface_dice
+from mupkg.metrics import calibration, segmentation_metrics
 from mupkg.stages import evaluation
 from mupkg.stages.evaluation import evaluate_elsewhere, measure
 from mupkg.stages.inference import Pipeline, load_network, segment
@@ -38,7 +38,8 @@ def test_a_run_is_measured_on_the_scans_own_grid(cohort, regions, copied, bones)
     stored = pd.read_csv(copied / "metrics.csv")
     pd.testing.assert_frame_equal(stored, table)
     assert stored["case_id"].tolist() == [case_id]
-    assert row["surface_DSC_2mm"] == surface_dice(prediction, truth, spacing_mm=(7, 6, 6), tolerance_mm=2.0)
+    near = segmentation_metrics(prediction, truth, spacing_mm=(7, 6, 6), tolerance_mm=2.0)["surface_DSC"]
+    assert row["surface_DSC_2mm"] == near
     network, _ = load_network(copied / "weights.safetensors")
     heat = array(evaluation.region_probability(network, regions.image(case_id)))
     expected = calibration(heat, regions.volume(case_id, "label") == 1)
