@@ -770,6 +770,11 @@ class Study(Settings):
         return {"stage1": 2, "stage2": 1} | value
 
     @property
+    def folds(self) -> int | None:
+        """Of a trial's k-fold by patient, how many; None if its replicates have training sets of their own."""
+        return self.prepare.get("folds")
+
+    @property
     def runs(self) -> dict[str, dict[str, Any]]:
         """What notebook 03 is told of each run beside the study's own, by the run's folder."""
         if self.trial is None:
@@ -858,10 +863,6 @@ class TrialSettings(Settings):
     @property
     def study_path(self) -> Path:
         return repository() / self.outputs_folder / self.study.study
-
-    @property
-    def stage1_path(self) -> Path:
-        return self.study_path / "stage1"
 
     @property
     def report_path(self) -> Path:

@@ -62,7 +62,7 @@ def arms(name: str) -> Iterator[str]:
     """A row of a table for each arm: means over cases, mean ± std over replicates, and how many collapsed."""
     fallen = statistics.collapsed(cases(name))["configuration"].value_counts()
     for arm, rows in cases(name).groupby("configuration", sort=False):
-        by_replicate = rows.groupby("seed")[[n for n in measured(name) if n in DECIMALS]].mean()
+        by_replicate = rows.groupby(statistics.trainings(rows))[[n for n in measured(name) if n in DECIMALS]].mean()
         with np.errstate(invalid="ignore"):  # inf - inf
             mean, std = by_replicate.mean(), by_replicate.std()
         cells = [f"{mean[n]:.{k}f} ± {std[n]:.{k}f}" if np.isfinite(mean[n]) else "infinite" for n, k in of(mean)]
@@ -125,9 +125,11 @@ def mixed(name: str) -> Iterator[str]:
 
 def trained(name: str) -> Iterator[str]:
     """How many runs of each arm have left the plateau, and how good these are."""
-    histories = pd.read_csv(REFERENCE / name / "validations.csv").rename(columns={"replicate": "seed"})
-    best = histories.groupby(["configuration", "seed"], sort=False)["validation_dsc"].max()
-    test = cases(name).groupby(["configuration", "seed"])["DSC"].mean()
+    histories, tested = pd.read_csv(REFERENCE / name / "validations.csv"), cases(name)
+    if "fold" in tested:  # k folds are k replicates
+        tested = tested.assign(seed=tested["seed"] * tested["fold"].nunique() + tested["fold"])
+    best = histories.groupby(["configuration", "replicate"], sort=False)["validation_dsc"].max()
+    test = tested.groupby(["configuration", "seed"])["DSC"].mean()
     for arm, values in best.groupby("configuration", sort=False):
         left = values[values > LEAST]
         dsc = test.loc[left.index]

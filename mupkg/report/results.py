@@ -88,11 +88,11 @@ def case_metrics(
             f"{regions.folder / 'regions.csv'}: its regions are not those that the runs were trained on "
             "(data_fingerprint in run.json); after a new stage 1, train every run of the study again"
         )
-    _check_settings({run: record["parameters"] for run, record in records.items()}, may_differ)
+    check_settings({run: record["parameters"] for run, record in records.items()}, may_differ)
     return metrics
 
 
-def _check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Iterable[str] = ()) -> None:
+def check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Iterable[str] = ()) -> None:
     """ValueError if runs, by name, were not trained alike.
 
     Names, places and speed may differ; so may, where there are no samplers, the options of the metric loss.

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from mupkg.data.cohort import Cohort
 from mupkg.parameters import Stage2Settings
 from mupkg.report import results
 from mupkg.report.figures import BLUE, UNITS
@@ -20,7 +21,7 @@ from mupkg.stages.runs import HISTORY, METRICS, RUN, Shift, metrics_name, read_r
 
 
 def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
-    """The finished runs of a trial: `configuration` (the arm), `seed`, `replicate` and `folder`.
+    """The finished runs of a trial: `configuration` (the arm), `seed`, `replicate`, `stage1` and `folder`.
 
     Args:
         study: outputs/<study>. runs: by folder what they were told, `Study.runs`.
@@ -42,10 +43,10 @@ def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
             f"{'; '.join(f'{name}: {fault}' for name, fault in odd.items())}; remove these runs and start the batch "
             "again, or give the changed arm a name of its own"
         )
-    rows = [
-        {"configuration": told["arm"], "seed": told["seed"], "replicate": told["replicate"], "folder": study / name}
-        for name, told in runs.items()
-    ]
+    rows = []
+    for name, told in runs.items():
+        rows.append({"configuration": told["arm"], "seed": told["seed"], "replicate": told["replicate"]})
+        rows[-1] |= {"stage1": study / told.get("stage1", "stage1"), "folder": study / name}
     return pd.DataFrame(rows)
 
 
@@ -59,24 +60,38 @@ def _told_otherwise(run: Path, told: Mapping[str, Any]) -> str:
 
 
 def trial_metrics(
-    table: pd.DataFrame, regions: Regions | None, may_differ: Iterable[str], shift: Shift | None = None
+    table: pd.DataFrame,
+    cohort: Cohort | None,
+    may_differ: Iterable[str],
+    shift: Shift | None = None,
+    folds: int | None = None,
 ) -> pd.DataFrame:
     """metrics.csv of these runs in one table, `seed` being the replicate: what `statistics.contrasts` takes.
 
     Args:
+        cohort: as it is now; every run must have been trained and tested on the regions that its stage 1 cut from it.
         may_differ: the parameters in which the arms differ on purpose, `Trial.told_by_arms`.
         shift: on shifted test scans instead. Else `validation_area` is there as well, the mean validation DSC over
             the whole training: a run's own, so the same for all its cases.
+        folds: of a repeated k-fold. `seed` is then the repeat, and there is a column `fold`.
 
     Raises:
         ValueError: as `results.case_metrics`, and if a run's history is missing or broken.
     """
-    metrics = results.case_metrics(table, regions, may_differ, shift)
+    results.check_settings({run.name: read_run(run / RUN)["parameters"] for run in table["folder"]}, may_differ)
+    parts = []
+    for stage1, rows in table.groupby("stage1", sort=False):  # one, or in a k-fold one a fold
+        regions = Regions.read(stage1, cohort) if cohort is not None else None
+        parts.append(results.case_metrics(rows, regions, may_differ, shift))
+    metrics = pd.concat(parts, ignore_index=True)
     runs = table.set_index(["configuration", "seed"])
     keys, replicate = pd.MultiIndex.from_frame(metrics[["configuration", "seed"]]), runs["replicate"]
     if shift is None:
         metrics["validation_area"] = runs["folder"].map(_validation_area).loc[keys].to_numpy()
-    return metrics.assign(seed=replicate.loc[keys].to_numpy())
+    metrics["seed"] = replicate.loc[keys].to_numpy()
+    if folds is not None:
+        metrics["seed"], metrics["fold"] = divmod(metrics["seed"], folds)
+    return metrics
 
 
 def _validation_area(run: Path) -> float:

@@ -466,11 +466,11 @@ TRAPS = {
     ),
     "other settings in one table": (
         check_settings,
-        attribute(results, "_check_settings", lambda parameters, may_differ=(): None),
+        attribute(results, "check_settings", lambda parameters, may_differ=(): None),
     ),
     "other settings in one picture": (
         partial(check_settings, notebook="05"),
-        attribute(results, "_check_settings", lambda parameters, may_differ=(): None),
+        attribute(results, "check_settings", lambda parameters, may_differ=(): None),
     ),
     "spacing ignored": (check_rows, attribute(evaluation, "array_spacing", lambda image: (1.0, 1.0, 1.0))),
     "spacing transposed": (check_rows, attribute(evaluation, "array_spacing", lambda image: image.GetSpacing())),

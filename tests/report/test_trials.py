@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -40,6 +41,32 @@ def test_a_replicate_is_what_arms_share_whatever_their_seeds(study):
     means = metrics.groupby(["configuration", "seed"])["DSC"].mean()
     assert means["B"].sub(means["A"]).tolist() == pytest.approx([0.1, 0.3])
     assert set(metrics["case_id"]) == {"x", "NA"}
+
+
+def test_runs_in_folds_are_told_apart_by_repeat_and_fold(study):
+    """Four replicates are two repeats of two folds, each with test cases and regions of its own."""
+    told = {}
+    for replicate in range(4):
+        for arm in "AB":
+            run = study / f"{arm}-seed{replicate}"
+            if not run.exists():
+                shutil.copytree(study / "A-seed0", run)
+            scores = {"case_id": [f"case{replicate % 2}"], "DSC": [0.5 + replicate / 10]}
+            pd.DataFrame(scores).to_csv(run / "metrics.csv", index=False)
+            told[run.name] = {"arm": arm, "seed": replicate, "replicate": replicate}
+            told[run.name] |= {"stage1": f"stage1-replicate{replicate}"}
+            record = {"data_fingerprint": f"f{replicate}", "parameters": told[run.name] | {"steps": 8}}
+            (run / "run.json").write_text(json.dumps(record))
+    metrics = trial_metrics(trial_runs(study, told), None, (), folds=2)
+    found = metrics.query("configuration == 'A'").set_index(["seed", "fold"])
+    assert found["case_id"].to_dict() == {(0, 0): "case0", (0, 1): "case1", (1, 0): "case0", (1, 1): "case1"}
+    assert found["DSC"].tolist() == pytest.approx([0.5, 0.6, 0.7, 0.8])
+    record["parameters"]["steps"] = 7  # in both runs of one fold, which alike do not show it
+    for arm in "AB":
+        record["parameters"]["arm"] = arm
+        (study / f"{arm}-seed3" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="not trained with the same settings"):
+        trial_metrics(trial_runs(study, told), None, (), folds=2)
 
 
 def test_the_area_under_the_validation_curve_is_a_run_s_own(study):
