@@ -91,9 +91,13 @@ def random_effects(table: Float[np.ndarray, "*stack cases replicates"]) -> Estim
     ms_replicate = cases * (by_replicate**2).sum((-2, -1)) / (replicates - 1)
     ms_rest = ((d - mean - by_case - by_replicate) ** 2).sum((-2, -1)) / (max(cases - 1, 1) * (replicates - 1))
     variance, df = _variance_of_mean(ms_case, ms_replicate, ms_rest, cases, replicates)
-    same = np.ptp(d, axis=(-2, -1)) <= 1e-9 * np.abs(d).max((-2, -1))  # but for rounding
+    same = _all_the_same(d, axis=(-2, -1))
     components = np.maximum(ms_case - ms_rest, 0) / replicates, np.maximum(ms_replicate - ms_rest, 0) / cases
     return Estimate(mean[..., 0, 0], np.where(same, np.nan, variance)[()], df, *components, ms_rest)
+
+
+def _all_the_same(d: Float[np.ndarray, "..."], axis: int | tuple[int, ...]) -> Any:
+    return np.ptp(d, axis=axis) <= 1e-9 * np.abs(d).max(axis)  # but for rounding
 
 
 def one_replicate(table: Float[np.ndarray, "cases 1"], replicate_sd: float) -> Estimate:
@@ -137,7 +141,8 @@ def nadeau_bengio(fold_differences: Float[np.ndarray, " trainings"], folds: int)
     d = np.asarray(fold_differences, dtype=float)
     if folds < 2 or len(d) == 0 or len(d) % folds:
         raise ValueError(f"{len(d)} trainings are not whole repeats of {folds} folds; train the missing folds")
-    return Estimate(d.mean(), (1 / len(d) + 1 / (folds - 1)) * d.var(ddof=1), len(d) - 1)
+    variance = np.nan if _all_the_same(d, axis=0) else d.var(ddof=1)
+    return Estimate(d.mean(), (1 / len(d) + 1 / (folds - 1)) * variance, len(d) - 1)
 
 
 # How large a trial must be

@@ -232,6 +232,13 @@ def test_the_corrected_resampled_t_test_by_hand():
     assert (found.mean, found.variance, found.df) == pytest.approx((2, 5 / 6, 2))
 
 
+@pytest.mark.parametrize("difference", [0.0, 0.1])
+def test_folds_that_all_differ_alike_leave_nothing_to_test(difference):
+    """Two arms that collapsed in every fold are not equivalent: nobody knows."""
+    found = nadeau_bengio(np.full(3, difference), folds=3)
+    assert np.isnan(found.p) and np.isnan(found.p_equivalence(0.01)) and found.mean == pytest.approx(difference)
+
+
 def test_the_correction_holds_five_percent_where_folds_are_correlated():
     """With the correlation 1/k that the authors assume it is exact."""
     rng, folds, trainings = np.random.default_rng(0), 5, 15
