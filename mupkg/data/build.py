@@ -226,7 +226,10 @@ def _store(folder: Path, case: Case, preparation: Preparation) -> tuple[dict[str
 
 
 def sources_from_phantoms(seeds: Iterable[int], spacing_mm: tuple[float, float, float] | None) -> list[Source]:
-    """Phantoms of these seeds; on grids as in the paper if no spacing (z, y, x) is given."""
+    """Phantoms of these seeds; on grids as in the paper if no spacing (z, y, x) is given.
+
+    That each has a label is told before it is drawn, so that too few of them are refused at once.
+    """
     return [
         Source(name, lambda seed=seed: make_phantom(seed, spacing_mm=spacing_mm), {"label": name, "seed": seed})
         for seed, name in ((seed, f"phantom-{seed:04d}") for seed in seeds)

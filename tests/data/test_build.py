@@ -62,7 +62,7 @@ def write_table(folder, name="cohort.csv", **columns):
 def test_every_source_names_its_case_as_the_case_names_itself():
     (source,) = sources_from_phantoms([5], (12.0, 12.0, 12.0))
     assert source.case_id == source.read().case_id == "phantom-0005"
-    assert source.columns == {"seed": 5}
+    assert source.columns == {"label": "phantom-0005", "seed": 5}
 
 
 def test_promise12(tmp_path):
