@@ -6,8 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mupkg.losses import DrawnCrossEntropy, InfoNCELoss, SegmentationMetricLoss, VoxelMetricLoss
-from mupkg.models import SegmentationNetwork, UNet, UNetPlusPlus
+from torch import nn
+
+from mupkg.losses import BoundaryTaskLoss, DrawnCrossEntropy, InfoNCELoss, SegmentationMetricLoss, VoxelMetricLoss
+from mupkg.models import BoundaryFCN, UNet, UNetPlusPlus, vnet
 from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler, whole_number
 
 TABLE_II = (
@@ -16,20 +18,24 @@ TABLE_II = (
 )
 """The twelve names, in the order of the paper's Table III."""
 
+PLAIN = ("UNet", "UNet++", "VNet", "BoundaryFCN")
+"""Names without samplers. The last two are rows of Table IV: VNet, and an FCN after the abstract of [2]."""
+
 GRAMMAR = (
-    "'UNet', 'UNet++', or 'MetricUNet' / 'MetricUNet++' + '-' + one to three different letters of H (focal hard "
-    "negative), C (contour-aware), R (random) + 'N' (near negatives, not in the paper) or not + 'P' (positive pairs) "
-    "or not + '-Sep' or not; for example MetricUNet-HCP, MetricUNet-R-Sep, MetricUNet++-H"
+    "'UNet', 'UNet++', 'VNet' (3D, Dice loss), 'BoundaryFCN' (a second decoder learns the distance to the contour), "
+    "or 'MetricUNet' / 'MetricUNet++' + '-' + one to three different letters of H (focal hard negative), "
+    "C (contour-aware), R (random) + 'N' (near negatives, not in the paper) or not + 'P' (positive pairs) or not + "
+    "'-Sep' or not; for example MetricUNet-HCP, MetricUNet-R-Sep, MetricUNet++-H"
 )
 _METRIC_NAME = re.compile(r"Metric(UNet(?:\+\+)?)-([HCR]{1,3})(N?)(P?)(-Sep)?")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of Table II, or a variant of one."""
+    """One row of Table II, a variant of one, or one of Table IV."""
 
     name: str
-    backbone: Literal["UNet", "UNet++"]
+    backbone: Literal["UNet", "UNet++", "VNet", "BoundaryFCN"]
     samplers: tuple[str, ...]  # letters, in the order H, C, R
     triplet: bool
     positive_pair: bool
@@ -43,7 +49,7 @@ class Configuration:
         Raises:
             ValueError: for an unknown name; the message lists the grammar.
         """
-        if name in ("UNet", "UNet++"):
+        if name in PLAIN:
             return cls(name, name, (), triplet=False, positive_pair=False, separate=False)
         match = _METRIC_NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None or len(set(match[2])) < len(match[2]):
@@ -76,8 +82,11 @@ def build(
     control: Literal["voxels", "shuffled"] | None = None,
     infonce_temperature: float | None = None,
     dice: bool = False,
-) -> tuple[SegmentationNetwork, SegmentationMetricLoss]:
+) -> tuple[nn.Module, SegmentationMetricLoss]:
     """The network and the loss of a configuration; the defaults are the paper's numbers.
+
+    VNet takes one channel, has half of `base_filters` in its first block (16, as MONAI's, at the paper's size) and
+    embeddings of `base_filters` channels, and learns from the Dice loss alone.
 
     Args:
         configuration: one, or its name.
@@ -95,7 +104,7 @@ def build(
         configuration = Configuration.of_name(configuration)
     sizes = {"in_channels": in_channels, "base_filters": base_filters, "embedding_dim": embedding_dim}
     sizes = {name: whole_number(name, value) for name, value in (sizes | {"num_classes": num_classes}).items()}
-    # All samplers and the metric loss are built for every configuration, because they check the options.
+    # All samplers and losses are built for every configuration, because they check the options.
     near = {"near_negatives": configuration.near_negatives}
     samplers = {
         "H": HardNegativeSampler(anchors, pairs, threshold, **near),
@@ -112,6 +121,12 @@ def build(
         metric_loss = DrawnCrossEntropy()
     chosen = [samplers[letter] for letter in configuration.samplers]
     loss = SegmentationMetricLoss(chosen, metric_loss, weight, shuffled=control == "shuffled", dice=dice)
+    if configuration.backbone == "VNet":
+        if dice:
+            raise ValueError("VNet: dice would do nothing, for the Dice loss is its only loss; leave it out")
+        return vnet(max(1, sizes["base_filters"] // 2), sizes["num_classes"]), SegmentationMetricLoss(dice_alone=True)
+    if configuration.backbone == "BoundaryFCN":
+        return BoundaryFCN(**sizes), BoundaryTaskLoss(weight=1.0, dice=dice)
     backbone = UNet if configuration.backbone == "UNet" else UNetPlusPlus
     return backbone(**sizes, separate=configuration.separate), loss
 

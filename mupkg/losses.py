@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from mupkg.models import SegmentationOutput
-from mupkg.samplers import Labels, Sampler, VoxelTuples, real_number, shuffle_roles, switch
+from mupkg.samplers import Labels, Sampler, VoxelTuples, contour, real_number, shuffle_roles, switch
 
 IGNORED = -100  # the label of voxels that neither cross-entropy nor the samplers look at
 Vectors = Float[Tensor, "t e"]  # gathered embeddings, a row a tuple
@@ -159,6 +159,7 @@ class SegmentationMetricLoss(nn.Module):
         weight: lambda (0.01 in the paper).
         shuffled: deal the drawn voxels of an image to the three roles at random first: a control (not in the paper).
         dice: add the soft Dice loss of the foreground over the batch, as nnU-Net does in 2D (not in the paper).
+        dice_alone: VNet's Dice loss, with squares in its denominator, in place of the cross-entropy.
     """
 
     def __init__(
@@ -169,6 +170,7 @@ class SegmentationMetricLoss(nn.Module):
         *,
         shuffled: bool = False,
         dice: bool = False,
+        dice_alone: bool = False,
     ):
         super().__init__()
         self.samplers = tuple(samplers)
@@ -177,11 +179,12 @@ class SegmentationMetricLoss(nn.Module):
             raise ValueError(f"each sampler may be given once, not {', '.join(letters)}")
         self.metric_loss = metric_loss if metric_loss is not None else VoxelMetricLoss()
         self.weight, self.shuffled = real_number("weight", weight), switch("shuffled", shuffled)
-        self.soft_dice = None
-        if switch("dice", dice):
+        self.soft_dice, self.dice_alone = None, switch("dice_alone", dice_alone)
+        if switch("dice", dice) or dice_alone:
             from monai.losses import DiceLoss  # slow to import
 
-            self.soft_dice = DiceLoss(include_background=False, to_onehot_y=True, batch=True)
+            options = {"include_background": False, "to_onehot_y": True, "batch": True}
+            self.soft_dice = DiceLoss(**options, squared_pred=dice_alone)
 
     def forward(self, output: SegmentationOutput, labels: Labels, generator: Generator | None = None) -> LossTerms:
         """All terms for one batch; `generator` lives on the labels' device and drives every draw.
@@ -193,7 +196,8 @@ class SegmentationMetricLoss(nn.Module):
         cross_entropy = total = voxel_cross_entropy(logits, targets)
         if self.soft_dice is not None:
             known = (targets != IGNORED)[:, None]
-            total = total + self.soft_dice(logits.softmax(dim=1) * known, targets[:, None] * known)
+            soft_dice = self.soft_dice(logits.softmax(dim=1) * known, targets[:, None] * known)
+            total = soft_dice if self.dice_alone else total + soft_dice
         if not self.samplers:
             return LossTerms(total, cross_entropy, {})
         probability = logits.detach().softmax(dim=1)[:, 1]
@@ -225,3 +229,38 @@ class SegmentationMetricLoss(nn.Module):
         else:
             return
         raise ValueError(f"logits {logits}, embeddings {embeddings} and labels {grid} do not fit: {cure}")
+
+
+def contour_distance(labels: Labels, reach: int) -> tuple[Float[Tensor, "n *spatial"], Bool[Tensor, "n *spatial"]]:
+    """The distance of each voxel to the nearest contour voxel, in voxels, at most `reach`; and where it is known.
+
+    The contour is that of the samplers, in plane for labels (N, H, W). It is unknown whether a contour lies at or
+    beyond a patch's border, so a distance is known where nothing there could be nearer.
+    """
+    border = torch.full(labels.shape, torch.inf, device=labels.device)
+    squared = border.masked_fill(contour(labels), 0.0)
+    offsets = torch.arange(-reach, reach + 1, device=labels.device).square()
+    for axis in range(1, labels.ndim):  # squares add up: the least is found along one axis after the other
+        windows = F.pad(squared.movedim(axis, -1), (reach, reach), value=torch.inf).unfold(-1, 2 * reach + 1, 1)
+        squared = (windows + offsets).amin(dim=-1).movedim(-1, axis)
+        place = torch.arange(labels.shape[axis], device=labels.device)
+        border = torch.minimum(border.movedim(axis, -1), torch.minimum(place, place.flip(0))).movedim(-1, axis)
+    distance = squared.sqrt().clamp(max=reach)
+    return distance, distance <= border
+
+
+class BoundaryTaskLoss(SegmentationMetricLoss):
+    """Cross-entropy, and the mean squared error of `BoundaryFCN`'s map: after the abstract of [2] (Table IV).
+
+    The map is to be the distance to the contour over `REACH`, 1 where it is farther; unknown distances do not count.
+    """
+
+    REACH = 8  # voxels
+
+    def forward(self, output: SegmentationOutput, labels: Labels, generator: Generator | None = None) -> LossTerms:
+        """All terms for one batch; `metric` holds the error of the map as "distance"."""
+        terms = super().forward(output, labels, generator)
+        distance, known = contour_distance(labels, self.REACH)
+        errors = (output.embeddings[:, -1].float() - distance / self.REACH).square().where(known, 0.0)
+        error = errors.sum() / known.sum().clamp(min=1)
+        return terms._replace(total=terms.total + self.weight * error, metric={"distance": error})

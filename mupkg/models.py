@@ -1,4 +1,4 @@
-"""The networks: the paper's UNet (Table I), the light UNet of stage 1, UNet++, and a tap for any other network.
+"""The networks: the paper's UNet (Table I), the light UNet of stage 1, UNet++, two of Table IV, and a tap for others.
 
 Every network maps images (N, C, H, W) to a `SegmentationOutput`: the logits, and the voxel embeddings that
 the metric losses learn from. The metric branch has no weights of its own; at test time it is simply not used.
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 POOLINGS = 3
 MULTIPLE = 2**POOLINGS  # heights and widths must be multiples of this
+VNET_MULTIPLE = 16  # VNet's four poolings: depths, heights and widths of its blocks
 LAST_BLOCK_REACH = 2  # voxels that the last block's two 3 x 3 convolutions look beyond their own
 
 Window = tuple[slice, slice]  # rows and columns; starts and stops are even
@@ -112,26 +113,63 @@ class UNet(SegmentationNetwork):
     """The UNet of Table I; with the default arguments 3 279 842 parameters, the paper's 3.28 M."""
 
     def add_decoder(self, widths: list[int], embedding_dim: int) -> None:
-        # Channels from below, of the block itself, and of its skip. Only the last block widens, to E channels.
-        below, here = [widths[3], widths[2], widths[1]], [widths[2], widths[1], embedding_dim]
-        skips = [widths[2], widths[1], widths[0]]
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, h, 2, stride=2) for b, h in zip(below, here, strict=True))
-        self.merge = nn.ModuleList(double_conv(h + s, h) for h, s in zip(here, skips, strict=True))
+        self.up, self.merge = _decoder(widths, embedding_dim)
 
     def embed(self, images: Float[Tensor, "n c h w"], window: Window | None) -> Float[Tensor, "n e *window"]:
         """Voxel embeddings: the output of the last up-sampling block, after its last ReLU."""
-        features, skips = self.down[0](images), []
+        return _decoded(self.up, self.merge, self.encode(images), window)
+
+    def encode(self, images: Float[Tensor, "n c h w"]) -> list[Tensor]:
+        """The outputs of the encoder's blocks, from the finest grid to the coarsest."""
+        features = [self.down[0](images)]
         for block in self.down[1:]:
-            skips.append(features)
-            features = block(F.max_pool2d(features, 2))
-        for level, (up, merge) in enumerate(zip(self.up, self.merge, strict=True), start=1):
-            features = merged(up, merge, features, [skips[-level]], window if level == POOLINGS else None)
+            features.append(block(F.max_pool2d(features[-1], 2)))
         return features
+
+
+def _decoder(widths: list[int], embedding_dim: int) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The UNet's three up-sampling blocks: transposed convolutions, and the convolutions that merge the skips."""
+    # Channels from below, of the block itself, and of its skip. Only the last block widens, to E channels.
+    below, here = [widths[3], widths[2], widths[1]], [widths[2], widths[1], embedding_dim]
+    skips = [widths[2], widths[1], widths[0]]
+    up = nn.ModuleList(nn.ConvTranspose2d(b, h, 2, stride=2) for b, h in zip(below, here, strict=True))
+    return up, nn.ModuleList(double_conv(h + s, h) for h, s in zip(here, skips, strict=True))
+
+
+def _decoded(
+    ups: nn.ModuleList, merges: nn.ModuleList, encoded: Sequence[Tensor], window: Window | None
+) -> Float[Tensor, "n e *window"]:
+    *skips, features = encoded
+    for level, (up, merge) in enumerate(zip(ups, merges, strict=True), start=1):
+        features = merged(up, merge, features, [skips[-level]], window if level == POOLINGS else None)
+    return features
 
 
 def light_unet(in_channels: int = 5, filters: int = 32, num_classes: int = 2) -> UNet:
     """Stage 1's light UNet: the same topology with `filters` channels at every level (reading R2), about 0.16 M."""
     return UNet(in_channels, filters, filters, num_classes, growth=1)
+
+
+class BoundaryFCN(UNet):
+    """A UNet with a boundary task, after the abstract of [2] (Table IV): two decoders, joined before the head.
+
+    The second decoder learns a map of the distance to the contour (`mupkg.losses.BoundaryTaskLoss`). The head reads
+    the features of both decoders and the map, which is the last channel of the embeddings: 2 E + 1 channels. All
+    of it is trained at once, so the second decoder learns from the cross-entropy, too.
+    """
+
+    def add_decoder(self, widths: list[int], embedding_dim: int) -> None:
+        super().add_decoder(widths, embedding_dim)
+        self.boundary_up, self.boundary_merge = _decoder(widths, embedding_dim)
+        self.distance = nn.Conv2d(embedding_dim, 1, 1)
+        self.head[0] = conv_bn_relu(2 * embedding_dim + 1, embedding_dim, kernel=1)
+
+    def embed(self, images: Float[Tensor, "n c h w"], window: Window | None) -> Float[Tensor, "n e *window"]:
+        """The features of both decoders, and the map of the distance."""
+        encoded = self.encode(images)
+        features = _decoded(self.up, self.merge, encoded, window)
+        boundary = _decoded(self.boundary_up, self.boundary_merge, encoded, window)
+        return torch.cat([features, boundary, self.distance(boundary)], dim=1)
 
 
 class UNetPlusPlus(SegmentationNetwork):
@@ -206,6 +244,44 @@ class EmbeddingTap(nn.Module):
             mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[logits.ndim]
             embeddings = F.interpolate(embeddings, logits.shape[2:], mode=mode, align_corners=False)
         return SegmentationOutput(logits, embeddings)
+
+
+def vnet(filters: int = 16, num_classes: int = 2) -> EmbeddingTap:
+    """MONAI's VNet (3D, Table IV), tapped at its last up-sampling block: embeddings of 2 * `filters` channels.
+
+    It takes blocks (N, 1, D, H, W) whose edges are multiples of `VNET_MULTIPLE`. MONAI's own has 16 filters in its
+    first block. Its dropout is left out, as in the other networks, so that a resumed training repeats the same bits.
+    """
+    from monai.networks.nets import vnet as blocks  # slow to import
+
+    f, act, dropout = filters, ("elu", {"inplace": True}), (None, 0.0)
+    with torch.device("meta"):  # 45 million weights, all replaced by those of the width that is wanted
+        network = blocks.VNet(3, 1, num_classes)
+    parts = {
+        "in_tr": blocks.InputTransition(3, 1, f, act),
+        "down_tr32": blocks.DownTransition(3, f, 1, act),
+        "down_tr64": blocks.DownTransition(3, 2 * f, 2, act),
+        "down_tr128": blocks.DownTransition(3, 4 * f, 3, act),
+        "down_tr256": blocks.DownTransition(3, 8 * f, 2, act),
+        "up_tr256": blocks.UpTransition(3, 16 * f, 16 * f, 2, act, dropout),
+        "up_tr128": blocks.UpTransition(3, 16 * f, 8 * f, 2, act, dropout),
+        "up_tr64": blocks.UpTransition(3, 8 * f, 4 * f, 1, act, dropout),
+        "up_tr32": blocks.UpTransition(3, 4 * f, 2 * f, 1, act, dropout),
+        "out_tr": blocks.OutputTransition(3, 2 * f, num_classes, act),
+    }
+    for name, part in parts.items():
+        setattr(network, name, part)
+    return EmbeddingTap(network, "up_tr32")
+
+
+def is_3d(network: nn.Module) -> bool:
+    """Whether a network takes blocks (N, 1, D, H, W): whether it has weights of 3D convolutions."""
+    return any(weight.ndim == 5 for weight in network.parameters())
+
+
+def layout_of(network: nn.Module) -> torch.memory_format:
+    """The memory layout with channels last for this network and its images."""
+    return torch.channels_last_3d if is_3d(network) else torch.channels_last
 
 
 def _logits(output: Any, ndim: int) -> Tensor:

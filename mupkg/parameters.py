@@ -53,7 +53,7 @@ from mupkg.data.build import (
 from mupkg.data.dicom_rt import list_dicom, sources_from_dicom_rt
 from mupkg.data.preprocessing import Grid, Preparation, Window
 from mupkg.metrics import METRICS
-from mupkg.models import MULTIPLE
+from mupkg.models import MULTIPLE, VNET_MULTIPLE
 from mupkg.stages.runs import MOST, Shift
 
 Size = Literal["smoke", "quick", "paper"]
@@ -96,7 +96,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "stage1": {"steps": 12, "batch_size": 8, "filters": 4, "patch_size": 32, "learning_rate": 0.5},
         # Just long enough that something is predicted and the first validation is not the best.
         "stage2": {"steps": 60, "batch_size": 16, "base_filters": 4, "embedding_dim": 8, "patch_size": 16}
-        | {"validate_every": 10, "learning_rate": 0.5, "choose_from": 0.0},
+        | {"validate_every": 10, "learning_rate": 0.5, "choose_from": 0.0, "depth": 16},
     },
     # Numbers that mean something, in minutes on two cores: coarse grid, narrow network.
     "quick": {
@@ -105,14 +105,14 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "stage1": {"steps": 800, "batch_size": 16, "filters": 8, "patch_size": 64, "learning_rate": 0.5},
         # At the paper's 0.01 so short a training may never leave the all-background answer (studies/plateau.yaml).
         "stage2": {"steps": 1200, "batch_size": 8, "base_filters": 8, "embedding_dim": 32, "patch_size": 48}
-        | {"validate_every": 100, "learning_rate": 0.1, "choose_from": 0.7},
+        | {"validate_every": 100, "learning_rate": 0.1, "choose_from": 0.7, "depth": 16},
     },
     # METHOD.md's numbers; phantoms on grids as in the paper.
     "paper": {
         "cohort": {"spacing_mm": (1.0, 1.0, 1.0), "phantoms": 339, "phantom_spacing_mm": None},
         "stage1": {"steps": 20000, "batch_size": 30, "filters": 32, "patch_size": 64, "learning_rate": 0.01},
         "stage2": {"steps": 40000, "batch_size": 30, "base_filters": 32, "embedding_dim": 256, "patch_size": 64}
-        | {"validate_every": 1000, "learning_rate": 0.01, "choose_from": 0.0},
+        | {"validate_every": 1000, "learning_rate": 0.01, "choose_from": 0.0, "depth": 32},
     },
 }
 
@@ -262,6 +262,7 @@ class Tag(Enum):
     TRAINING = "reaches the weights, at least their last digits"
     SPEED = "reaches the speed, and at most the weights' last digits"
     METRIC = "reaches networks with samplers only"
+    VNET = "reaches VNet only"
 
 
 def tagged(model: type[BaseModel], *tags: Tag) -> set[str]:
@@ -489,6 +490,7 @@ class Stage2Settings(MetricOptions, TrainingSettings):
     compile: Annotated[bool, Tag.TRAINING, Tag.SPEED] = False
     deterministic: Annotated[bool, Tag.TRAINING, Tag.SPEED] = False
     workers: Annotated[int, Field(ge=0, le=64), Tag.SPEED] = 0
+    depth: Annotated[int, Field(ge=VNET_MULTIPLE, le=1024, multiple_of=VNET_MULTIPLE), Tag.VNET] = OF_SIZE
     film: Annotated[bool, Tag.SPEED] = False
     test_shifts: Annotated[tuple[Shift, ...], Tag.SPEED] = ()
 
@@ -503,13 +505,27 @@ class Stage2Settings(MetricOptions, TrainingSettings):
         build(self.configuration, 1, 1, 1, **self.loss_options)
         return self
 
+    @model_validator(mode="after")
+    def _blocks_that_can_be_pooled(self) -> Self:
+        if self.configuration == "VNet" and self.patch_size % VNET_MULTIPLE:
+            raise ValueError(f"VNet needs a patch_size that is a multiple of {VNET_MULTIPLE}, not {self.patch_size}")
+        return self
+
     @property
     def run_path(self) -> Path:
         return self.study_path / f"{self.arm or self.configuration}-seed{self.seed}"
 
+    @property
+    def patches(self) -> dict[str, Any]:
+        """What `PatchSource` is told. VNet's blocks together hold `batch_size` slices, but there are at least two."""
+        size = {"patch_size": (self.patch_size,) * 2, "batch_size": self.batch_size, "seed": self.seed}
+        blocks = {"batch_size": max(2, self.batch_size // self.depth), "depth": self.depth}
+        return size | blocks if self.configuration == "VNet" else size
+
     def made_by(self, **data: Any) -> dict[str, Any]:
-        """The same, with the options of the loss."""
-        return super().made_by(loss=self.loss_options, **data)
+        """The same, with the options of the loss, and VNet's depth."""
+        depth = {"depth": self.depth} if self.configuration == "VNet" else {}
+        return super().made_by(loss=self.loss_options, **depth, **data)
 
 
 Configurations = Annotated[tuple[FolderName, ...], Field(min_length=1)]

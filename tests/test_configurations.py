@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mupkg.configurations import TABLE_II, Configuration, build, configuration
-from mupkg.losses import DrawnCrossEntropy, InfoNCELoss, SegmentationMetricLoss, VoxelMetricLoss
-from mupkg.models import UNet, UNetPlusPlus
+from mupkg.losses import BoundaryTaskLoss, DrawnCrossEntropy, InfoNCELoss, SegmentationMetricLoss, VoxelMetricLoss
+from mupkg.models import BoundaryFCN, UNet, UNetPlusPlus, is_3d
 from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
 
 # name: backbone, samplers, triplet, positive pair, gradient cut at the sampling layer
@@ -108,6 +108,10 @@ WRONG = [
     "MetricUNet-HCP\n",
     "MetricUNet+-H",
     "MetricVNet-H",
+    "VNet-H",
+    "VNet++",
+    "BoundaryFCN-P",
+    "MetricBoundaryFCN-H",
 ]
 
 
@@ -119,6 +123,8 @@ def test_any_other_name_is_refused_with_itself_and_the_grammar(name):
     for part in (
         "'UNet'",
         "'UNet++'",
+        "'VNet'",
+        "'BoundaryFCN'",
         "'MetricUNet'",
         "H (focal",
         "C (contour",
@@ -199,8 +205,20 @@ def test_build_takes_a_name_too():
     )
     assert str(network) == str(wanted) and network.separate is wanted.separate is True
     assert [s.letter for s in loss.samplers] == [s.letter for s in wanted_loss.samplers] == ["H", "C"]
-    with pytest.raises(ValueError, match="unknown configuration 'VNet'; valid names are"):
-        build("VNet")
+    with pytest.raises(ValueError, match="unknown configuration 'WNet'; valid names are"):
+        build("WNet")
+
+
+def test_the_rows_of_table_iv_are_built():
+    network, loss = build("VNet", base_filters=4, embedding_dim=5)
+    assert is_3d(network) and network.network.in_tr.conv_block.conv.out_channels == 2
+    assert (loss.dice_alone, loss.soft_dice.squared_pred, loss.samplers) == (True, True, ())
+    network, loss = build("BoundaryFCN", base_filters=4, embedding_dim=5)
+    assert type(network) is BoundaryFCN and network.down[0][0][0].in_channels == 3
+    assert type(loss) is BoundaryTaskLoss and (loss.weight, loss.soft_dice) == (1.0, None)
+    assert build("BoundaryFCN", base_filters=2, embedding_dim=2, dice=True)[1].soft_dice
+    with pytest.raises(ValueError, match="VNet: dice would do nothing"):
+        build("VNet", base_filters=4, dice=True)
 
 
 def test_build_passes_the_controls_on():
@@ -243,7 +261,7 @@ def test_a_control_that_would_do_nothing_or_is_none_is_refused(name, options, sa
         build(name, base_filters=2, embedding_dim=4, **options)
 
 
-@pytest.mark.parametrize("name", ["UNet", "UNet++", "MetricUNet-R", "MetricUNet-HCP"])
+@pytest.mark.parametrize("name", ["UNet", "UNet++", "VNet", "BoundaryFCN", "MetricUNet-R", "MetricUNet-HCP"])
 @pytest.mark.parametrize(
     ("option", "value"),
     [

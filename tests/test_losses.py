@@ -6,19 +6,30 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch.nn import functional as F
 from watching import Watch
 
 from mupkg.losses import (
+    BoundaryTaskLoss,
     DrawnCrossEntropy,
     InfoNCELoss,
     SegmentationMetricLoss,
     VoxelMetricLoss,
+    contour_distance,
     gather_embeddings,
     voxel_cross_entropy,
 )
-from mupkg.models import SegmentationOutput
-from mupkg.samplers import SAMPLERS, ContourSampler, HardNegativeSampler, RandomSampler, VoxelTuples, shuffle_roles
+from mupkg.models import BoundaryFCN, SegmentationOutput
+from mupkg.samplers import (
+    SAMPLERS,
+    ContourSampler,
+    HardNegativeSampler,
+    RandomSampler,
+    VoxelTuples,
+    contour,
+    shuffle_roles,
+)
 
 SHAPES = {"2D": (3, 6, 4, 5), "3D": (2, 6, 3, 4, 5)}
 
@@ -624,3 +635,84 @@ def test_cross_entropy_is_the_same_in_the_deterministic_mode():
         torch.testing.assert_close(voxel_cross_entropy(logits, labels), usual)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# --- VNet's loss, and the boundary task ---
+
+
+def test_vnets_loss_is_its_papers_dice_alone():
+    logits = torch.randn(2, 2, 4, 6, 5, requires_grad=True)
+    labels = torch.randint(2, (2, 4, 6, 5))
+    terms = SegmentationMetricLoss(dice_alone=True)(SegmentationOutput(logits, logits), labels)
+    p, g = logits.softmax(dim=1)[:, 1], labels.float()
+    expected = 1 - 2 * (p * g).sum() / (p.square().sum() + g.square().sum())
+    assert terms.total.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert terms.metric == {}
+    assert terms.cross_entropy.item() == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-6)
+    (ours,), (naive,) = (torch.autograd.grad(value, logits, retain_graph=True) for value in (terms.total, expected))
+    torch.testing.assert_close(ours, naive, atol=1e-6, rtol=1e-3)
+
+
+def ball(size: int, radius: float, axes: int) -> torch.Tensor:
+    """The distance of every voxel to the middle one."""
+    place = torch.arange(size) - size // 2
+    return torch.stack(torch.meshgrid([place] * axes, indexing="ij")).square().sum(dim=0).sqrt()
+
+
+@pytest.mark.parametrize(("axes", "size"), [(2, 61), (3, 41)])
+def test_the_distance_to_a_spheres_contour_is_that_of_the_closed_form(axes, size):
+    centre, radius, reach = ball(size, 10.0, axes), 10.0, 8
+    distance, known = contour_distance((centre <= radius).long()[None], reach)
+    # The contour's voxels lie in the ball, less than one voxel from its surface.
+    expected = (centre - (radius - 0.5)).abs().clamp(max=reach)
+    inside = known[0] & (expected < reach - 1)
+    assert inside.sum() > 800
+    assert (distance[0] - expected)[inside].abs().max() < 1
+    assert (distance[0] - expected)[inside].mean().abs() < 0.25
+    assert (distance[0][(centre > radius + reach)] == reach).all()
+
+
+def test_distances_are_those_of_scipy_and_what_lies_beyond_a_patch_is_unknown():
+    rng, reach = np.random.default_rng(0), 5
+    for _ in range(10):
+        whole = ndimage.gaussian_filter(rng.normal(size=(2, 40, 46)), (0, 3, 3)) > 0.02
+        edge = contour(torch.from_numpy(whole).long()).numpy()
+        true = np.stack([ndimage.distance_transform_edt(~slice_) for slice_ in edge]).clip(max=reach)
+        distance, known = contour_distance(torch.from_numpy(whole).long(), reach)
+        np.testing.assert_allclose(distance.numpy(), true, atol=1e-6)
+        cut = np.s_[:, 9:30, 12:37]
+        distance, known = contour_distance(torch.from_numpy(whole[cut]).long(), reach)
+        known = known.numpy()
+        np.testing.assert_allclose(distance.numpy()[known], true[cut][known], atol=1e-6)
+        assert 0.2 < known.mean() < 1
+        assert known[:, reach:-reach, reach:-reach].all()
+    distance, known = contour_distance(torch.zeros(1, 24, 24, dtype=torch.long), reach)
+    assert (distance == reach).all() and known.sum() == 14**2
+
+
+def test_the_boundary_task_learns_the_distance_where_it_is_known():
+    network, labels = BoundaryFCN(1, 2, 4), torch.zeros(2, 32, 32, dtype=torch.long)
+    labels[0, 8:20, 10:24] = 1
+    output = network(torch.rand(2, 1, 32, 32))
+    terms = BoundaryTaskLoss(weight=1.0)(output, labels)
+    distance, known = contour_distance(labels, BoundaryTaskLoss.REACH)
+    wanted = (output.embeddings[:, -1] - distance / 8)[known].square().mean()
+    assert terms.metric["distance"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert terms.total.item() == pytest.approx((terms.cross_entropy + wanted).item(), rel=1e-5)
+    terms.total.backward()
+    assert all(p.grad is not None for p in network.parameters())
+    small = torch.ones(2, 8, 8, dtype=torch.long)  # no distance is known
+    assert BoundaryTaskLoss(weight=1.0)(network(torch.rand(2, 1, 8, 8)), small).metric["distance"] == 0
+
+
+def test_the_second_decoder_learns_from_the_distance_alone_and_from_the_cross_entropy():
+    labels = torch.zeros(1, 32, 32, dtype=torch.long)
+    labels[0, 8:20, 10:24] = 1
+    learns = {}
+    for name in ("distance", "cross-entropy"):
+        network = BoundaryFCN(1, 2, 4)
+        terms = BoundaryTaskLoss(weight=1.0)(network(torch.rand(1, 1, 32, 32)), labels)
+        (terms.metric["distance"] if name == "distance" else terms.cross_entropy).backward()
+        learns[name] = {n.split(".")[0] for n, p in network.named_parameters() if p.grad is not None and p.grad.any()}
+    second = {"boundary_up", "boundary_merge", "distance"}
+    assert learns == {"distance": {"down"} | second, "cross-entropy": {"down", "up", "merge", "head"} | second}

@@ -5,13 +5,23 @@ from itertools import pairwise
 
 import pytest
 import torch
-from monai.networks.nets import BasicUNet, BasicUNetPlusPlus, DynUNet, SegResNet
+from monai.networks.nets import BasicUNet, BasicUNetPlusPlus, DynUNet, SegResNet, VNet
 from monai.networks.nets import UNet as MonaiUNet
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mupkg.losses import VoxelMetricLoss
-from mupkg.models import EmbeddingTap, SegmentationNetwork, UNet, UNetPlusPlus, light_unet
+from mupkg.models import (
+    BoundaryFCN,
+    EmbeddingTap,
+    SegmentationNetwork,
+    UNet,
+    UNetPlusPlus,
+    is_3d,
+    layout_of,
+    light_unet,
+    vnet,
+)
 from mupkg.samplers import VoxelTuples
 
 # The "#" column of Table I, in thousands, row by row (the paper cuts off or rounds: within one thousand).
@@ -374,3 +384,43 @@ def test_two_taps_on_one_network_do_not_disturb_each_other():
     second(images)
     assert torch.equal(first(images).embeddings, expected)
     assert not torch.equal(second(images).embeddings, expected)
+
+
+# --- Table IV's ---
+
+
+def test_vnet_is_monais_without_dropout_at_any_width():
+    with torch.device("meta"):
+        ours, theirs = vnet(16).network, VNet(3, 1, 2)
+    shapes = [{name: weight.shape for name, weight in net.state_dict().items()} for net in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert not [m for m in ours.modules() if isinstance(m, nn.Dropout3d) and m.p]
+    narrow = vnet(2).train()
+    assert {weight.device.type for weight in narrow.state_dict().values()} == {"cpu"}
+    assert narrow.network.in_tr.conv_block.conv.out_channels == 2
+    blocks = torch.rand(2, 1, 16, 32, 16)
+    output, again = narrow(blocks), narrow(blocks)
+    assert output.logits.shape == (2, 2, 16, 32, 16) and output.embeddings.shape == (2, 4, 16, 32, 16)
+    assert torch.equal(output.logits, again.logits)  # nothing is drawn, so a resumed training repeats it
+
+
+def test_only_networks_of_3d_convolutions_are_3d():
+    assert is_3d(vnet(1)) and is_3d(EmbeddingTap(MonaiUNet(3, 1, 2, (4, 8), (2,)), "model.0"))
+    assert not any(is_3d(net) for net in (UNet(3, 2, 4), BoundaryFCN(3, 2, 4), MonaiUNet(2, 3, 2, (4, 8), (2,))))
+    assert layout_of(vnet(1)) == torch.channels_last_3d and layout_of(light_unet()) == torch.channels_last
+
+
+def test_boundary_fcn_has_two_decoders_joined_before_the_head():
+    network = BoundaryFCN(3, 2, 4).eval()
+    images = torch.rand(2, 3, 16, 24)
+    logits, embeddings = network(images)
+    assert logits.shape == (2, 2, 16, 24) and embeddings.shape == (2, 9, 16, 24)
+    torch.testing.assert_close(embeddings[:, 8:], network.distance(embeddings[:, 4:8]))
+    torch.testing.assert_close(logits, network.head(embeddings))
+    # Each decoder is the UNet's: with its own weights zeroed, its features alone change.
+    plain = UNet(3, 2, 4).eval()
+    plain.load_state_dict(network.state_dict() | plain.head.state_dict(prefix="head."), strict=False)
+    torch.testing.assert_close(plain(images).embeddings, embeddings[:, :4])
+    nn.init.zeros_(network.boundary_merge[-1][1][0].weight)
+    changed = network(images).embeddings
+    assert torch.equal(changed[:, :4], embeddings[:, :4]) and not torch.equal(changed[:, 4:8], embeddings[:, 4:8])

@@ -349,7 +349,7 @@ def test_every_setting_reaches_the_weights_or_is_known_not_to():
         told = {*made_by, *made_by["training"], *made_by.get("loss", {})}
         told |= {"metric_weight"} if "weight" in told else set()
         untold = {*settings.model_fields} - told
-        assert untold == tagged(settings, Tag.NAME, Tag.SPEED) - told | {"cohort", "size"} | (
+        assert untold == tagged(settings, Tag.NAME, Tag.SPEED, Tag.VNET) - told | {"cohort", "size"} | (
             untold & {"training_cases", "label_noise_mm"}
         )
         assert told >= tagged(settings, Tag.NETWORK, Tag.TRAINING, Tag.METRIC)
@@ -371,6 +371,21 @@ def test_what_is_given_comes_before_the_size():
     settings = Stage2Settings(size="smoke", steps=5, learning_rate=0.5)
     assert (settings.steps, settings.learning_rate) == (5, 0.5)
     assert settings.batch_size == SIZES["smoke"]["stage2"]["batch_size"]
+
+
+def test_vnet_takes_blocks_that_hold_as_many_slices_as_a_batch_but_at_least_two():
+    plain = Stage2Settings(size="paper", seed=3)
+    assert plain.patches == {"patch_size": (64, 64), "batch_size": 30, "seed": 3}
+    assert Stage2Settings(size="paper", configuration="VNet").patches["batch_size"] == 2
+    blocks = Stage2Settings(configuration="VNet", batch_size=80).patches
+    assert (blocks["batch_size"], blocks["depth"]) == (5, 16)
+    made_by = [Stage2Settings(configuration="VNet", depth=depth).made_by() for depth in (16, 48)]
+    assert [about["depth"] for about in made_by] == [16, 48]
+    assert Stage2Settings(depth=48).made_by() == Stage2Settings().made_by()
+    for wrong in ({"depth": 24}, {"depth": 8}, {"configuration": "VNet", "patch_size": 56}):
+        with pytest.raises(ValueError, match=r"multiple of 16|greater than or equal to 16"):
+            Stage2Settings.checked(wrong)
+    assert Stage2Settings(patch_size=56).patches["patch_size"] == (56, 56)
 
 
 def test_the_papers_numbers():

@@ -1,4 +1,4 @@
-"""Training patches: neighbouring slices in, the label of the middle slice out."""
+"""Training patches: neighbouring slices in, the label of the middle slice out; or 3D blocks with all their labels."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class PatchSource:
         batch_size: patches in a batch.
         patches_per_image: patches an epoch takes from each volume (500 in the paper).
         seed: of all draws.
+        depth: slices of a 3D block, for VNet; takes the place of `channels`. Images are then (N, 1, D, H, W) and
+            labels (N, D, H, W).
 
     A volume smaller than a patch is padded: air in plane, its end slices across.
     """
@@ -40,10 +42,11 @@ class PatchSource:
         batch_size: int = 30,
         patches_per_image: int = 500,
         seed: int = 0,
+        depth: int | None = None,
     ):
         if not images or len(images) != len(labels):
             raise ValueError(f"{len(images)} images and {len(labels)} labels: one label for each, at least one")
-        if channels % 2 == 0:
+        if channels % 2 == 0 and depth is None:
             raise ValueError(f"channels must be odd (a middle slice and its neighbours), not {channels}")
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             if image.shape != label.shape or image.ndim != 3:
@@ -54,11 +57,13 @@ class PatchSource:
                 raise ValueError(
                     f"volume {number}: its label is {label.dtype}; make it uint8 or bool, 1 for prostate"
                 )
+        channels = depth or channels  # slices of a patch
+        self.labelled = slice(0, channels) if depth else slice(channels // 2, channels // 2 + 1)
         smallest = (channels, *patch_size)
         self.images = [_pad(image, smallest) for image in images]
         self.labels = [_pad(label, smallest) for label in labels]
         self.patch_size, self.channels, self.batch_size = patch_size, channels, batch_size
-        self.patches_per_image, self.seed = patches_per_image, seed
+        self.patches_per_image, self.seed, self.depth = patches_per_image, seed, depth
         self.epoch_length = patches_per_image * len(images)
         self._epoch: tuple[int, Int[np.ndarray, "p 4"]] | None = None
         self._there: _Resident | None = None
@@ -94,26 +99,28 @@ class PatchSource:
             self._epoch = epoch, np.column_stack([volume, rng.integers(0, free)]).astype(np.int32)
         return self._epoch[1]
 
-    def batch(self, step: int) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, "n h w"]]:
+    def batch(self, step: int) -> tuple[Float[Tensor, "n c *spatial"], Int[Tensor, "n *spatial"]]:
         """Batch number `step`, counted from 0: images float32 in [0, 1], labels int64."""
         numbers = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, numbers = np.divmod(numbers, self.epoch_length)
         rows = [self.positions(epoch)[numbers[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
         images, labels = (self._there or self._cut)(np.concatenate(rows))
+        images, labels = (images[:, None], labels) if self.depth else (images, labels[:, 0])
         # A tensor as divisor: by a Python number a GPU multiplies with its rounded reciprocal.
         return images.float().div_(torch.full((), 255.0, device=images.device)), labels.long()
 
-    def _cut(self, rows: Int[np.ndarray, "n 4"]) -> tuple[UInt8[Tensor, "n c h w"], UInt8[Tensor, "n h w"]]:
+    def _cut(self, rows: Int[np.ndarray, "n 4"]) -> tuple[UInt8[Tensor, "n c h w"], UInt8[Tensor, "n d h w"]]:
         height, width = self.patch_size
         images = np.empty((len(rows), self.channels, height, width), np.uint8)
-        labels = np.empty((len(rows), height, width), np.uint8)
+        first, last = self.labelled.start, self.labelled.stop
+        labels = np.empty((len(rows), last - first, height, width), np.uint8)
         for row, (volume, z, y, x) in enumerate(rows):
             plane = slice(y, y + height), slice(x, x + width)
             images[row] = self.images[volume][z : z + self.channels, *plane]
-            labels[row] = self.labels[volume][z + self.channels // 2, *plane]
+            labels[row] = self.labels[volume][z + first : z + last, *plane]
         return torch.from_numpy(images), torch.from_numpy(labels)
 
-    def __iter__(self) -> Iterator[tuple[Float[Tensor, "n c h w"], Int[Tensor, "n h w"]]]:
+    def __iter__(self) -> Iterator[tuple[Float[Tensor, "n c *spatial"], Int[Tensor, "n *spatial"]]]:
         step = 0
         while True:
             yield self.batch(step)
@@ -129,16 +136,16 @@ class _Resident:
         self.first = np.cumsum(sizes) - sizes  # a volume's first voxel in the flat tensors
         self.steps = np.column_stack([shapes[:, 1] * shapes[:, 2], shapes[:, 2]])  # to the next slice, the next row
         self.images, self.labels = (_end_to_end(v, device) for v in (source.images, source.labels))
-        sides = (source.channels, *source.patch_size)
+        self.labelled, sides = source.labelled, (source.channels, *source.patch_size)
         self.slices, self.rows, self.columns = (torch.arange(side, device=device) for side in sides)
 
-    def __call__(self, rows: Int[np.ndarray, "n 4"]) -> tuple[UInt8[Tensor, "n c h w"], UInt8[Tensor, "n h w"]]:
+    def __call__(self, rows: Int[np.ndarray, "n 4"]) -> tuple[UInt8[Tensor, "n c h w"], UInt8[Tensor, "n d h w"]]:
         volume, z, y, x = rows.T.astype(np.int64)
         to_slice, to_row = self.steps[volume].T
         corners = torch.from_numpy(np.stack([self.first[volume] + z * to_slice + y * to_row + x, to_slice, to_row]))
         corner, to_slice, to_row = corners.to(self.images.device, non_blocking=True)[:, :, None, None, None]
         voxels = corner + to_slice * self.slices[:, None, None] + to_row * self.rows[:, None] + self.columns
-        return self.images.take(voxels), self.labels.take(voxels[:, len(self.slices) // 2])
+        return self.images.take(voxels), self.labels.take(voxels[:, self.labelled])
 
 
 def _end_to_end(volumes: Sequence[Volume], device: torch.device) -> UInt8[Tensor, " voxels"]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mupkg.explore.panels import slider
 from mupkg.metrics import segmentation_metrics
-from mupkg.models import EmbeddingTap, SegmentationNetwork
+from mupkg.models import EmbeddingTap
 from mupkg.report import results
 from mupkg.stages.inference import load_network
 from mupkg.stages.prediction import predict_volume
@@ -37,7 +37,7 @@ class SeenCase:
     region: UInt8[np.ndarray, "z y x"]
     truth: Bool[np.ndarray, "z y x"]
     spacing_mm: tuple[float, float, float]
-    networks: Mapping[str, SegmentationNetwork]  # by the name that is shown
+    networks: Mapping[str, nn.Module]  # by the name that is shown
     heat: Mapping[str, Float[np.ndarray, "z y x"]]  # foreground probabilities
 
     @classmethod
@@ -126,7 +126,7 @@ class SeenCase:
         return int(np.argmax(wrong))
 
 
-def _as_the_loss_sees_it(network: SegmentationNetwork, about: Mapping) -> SegmentationNetwork:
+def _as_the_loss_sees_it(network: nn.Module, about: Mapping) -> nn.Module:
     """The network, its embeddings at unit length if the loss took them so (`normalize`)."""
     if about.get("loss", {}).get("normalize"):
         network.register_forward_hook(

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int, UInt8
+from torch import nn
 
 from mupkg.losses import VoxelMetricLoss, squared_distance
-from mupkg.models import SegmentationNetwork
 from mupkg.stages.voxels import embed_voxels
 
 if TYPE_CHECKING:  # slow to import
@@ -72,7 +72,7 @@ def triplets(voxels: EmbeddedVoxels, margin: float = MARGIN, count: int = 20_000
 
 
 def embed_all(
-    networks: Mapping[str, SegmentationNetwork],
+    networks: Mapping[str, nn.Module],
     region: UInt8[np.ndarray, "z y x"],
     index: Int[np.ndarray, "n 3"],
     kind: UInt8[np.ndarray, " n"],

@@ -100,8 +100,9 @@ def check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Iter
     may_differ = {*may_differ, *tagged(Stage2Settings, Tag.NAME, Tag.SPEED)}
     values: dict[str, dict[str, str]] = {}  # of each parameter: value -> the first run that has it
     for run, given in parameters.items():
-        plain = not str(given.get("configuration", run)).startswith("Metric")  # an arm's name may be anything
-        unused = tagged(Stage2Settings, Tag.METRIC) if plain else set()
+        name_of = str(given.get("configuration", run))  # an arm's name may be anything
+        unused = set() if name_of.startswith("Metric") else tagged(Stage2Settings, Tag.METRIC)
+        unused |= set() if name_of == "VNet" else tagged(Stage2Settings, Tag.VNET)
         for name in given.keys() - may_differ - unused:
             values.setdefault(name, {}).setdefault(json.dumps(given[name]), run)
     differ = [

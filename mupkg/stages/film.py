@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from torch import nn
 
-from mupkg.models import SegmentationNetwork
 from mupkg.stages.inference import CHANNELS
 from mupkg.stages.prediction import run_slices
 from mupkg.stages.regions import Regions
@@ -61,12 +61,12 @@ class Film:
                 return cls(folder, case_id, region, label)
         raise ValueError("there is no validation case with a prostate to film; add one, or leave film False")
 
-    def watch(self, network: SegmentationNetwork, step: int) -> None:
+    def watch(self, network: nn.Module, step: int) -> None:
         """Record this step if it is one of `EARLY`: for a training that calls after every step."""
         if step in EARLY:
             self.record(network, step)
 
-    def record(self, network: SegmentationNetwork, step: int) -> None:
+    def record(self, network: nn.Module, step: int) -> None:
         """Write the frame of this step; nothing of the training changes. Step 0 begins a new film."""
         if step == 0:
             for old in self.folder.glob("*.safetensors"):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import SimpleITK as sitk
 import torch
+from torch import nn
 
 from mupkg.configurations import build, configuration
 from mupkg.data.cases import Point, checked_case, label_volume_ml
@@ -25,7 +26,7 @@ from mupkg.data.preprocessing import (
     to_scan_grid,
 )
 from mupkg.data.writing import whole_file
-from mupkg.models import SegmentationNetwork, UNet, light_unet
+from mupkg.models import UNet, is_3d, layout_of, light_unet
 from mupkg.stages.localization import COARSE_CHANNELS, Location, locate
 from mupkg.stages.prediction import Box, predict_volume
 from mupkg.stages.runs import BEST, load_tensors, load_weights, require
@@ -35,7 +36,7 @@ STEP_MM = 4.0  # how far stage 2 looks beyond the coarse mask, a voxel of its; t
 LOCALIZER = "localizer.safetensors"  # stage 1's weights, copied into every run
 
 
-def load_network(path: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
+def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A run's network with its weights, on the GPU if there is one, and what its file says about them."""
     tensors, metadata = load_tensors(path)
     require(metadata, ("configuration", "base_filters", "embedding_dim"), path)
@@ -54,11 +55,11 @@ def load_localizer(path: Path) -> tuple[UNet, dict[str, Any]]:
 def _with_weights(network: Any, tensors: Mapping[str, torch.Tensor], path: Path) -> Any:
     load_weights(network, tensors, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return network.to(device, memory_format=torch.channels_last).eval()
+    return network.to(device, memory_format=layout_of(network)).eval()
 
 
 def region_probability(
-    network: SegmentationNetwork,
+    network: nn.Module,
     region: sitk.Image,
     precision: Literal["no", "bf16"] = "no",
     start: tuple[Point, Point] | None = None,
@@ -68,13 +69,13 @@ def region_probability(
     Args:
         start: corners of a box (mm). The network then begins there, and goes outward until the largest component is
             known: until it touches nothing that was not looked at, where 0 stands for the probability. If there is
-            no foreground, the whole region is looked at.
+            no foreground, the whole region is looked at. A 3D network always looks at all of it.
     """
     voxels = sitk.GetArrayFromImage(region)
     found, shape = np.zeros(voxels.shape, np.float32), voxels.shape
     step = np.maximum(2, np.round(STEP_MM / np.array(array_spacing(region)))).astype(int)
     box, done = _box(np.zeros(3), shape, shape), ()
-    if start is not None:
+    if start is not None and not is_3d(network):
         low, high = (np.array(region.TransformPhysicalPointToContinuousIndex(c)[::-1]) + 0.5 for c in start)
         box = _box(low - step, high + step, shape)
     while box != done:
@@ -141,7 +142,7 @@ class Pipeline:
     """Both stages of a trained run, ready for new scans; nothing but the run's folder is needed."""
 
     localizer: UNet
-    network: SegmentationNetwork
+    network: nn.Module
     preparation: Preparation
     coarse_mm: float
     region_mm: tuple[float, float, float]

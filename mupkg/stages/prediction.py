@@ -1,4 +1,4 @@
-"""Running a 2.5D network fully convolutionally over a volume, slice by slice."""
+"""Running a 2.5D network fully convolutionally over a volume, slice by slice; or a 3D network, all in one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mupkg.metrics import dice
-from mupkg.models import MULTIPLE, SegmentationOutput, Window
+from mupkg.models import MULTIPLE, VNET_MULTIPLE, SegmentationOutput, Window, is_3d
 
 Box = tuple[slice, slice, slice]  # voxels (z, y, x); rows and columns start at even ones
 
@@ -38,20 +38,28 @@ def run_slices(
 ) -> SegmentationOutput:
     """Logits and embeddings of some slices of a volume, float32; padded to a multiple of 8 and cut back.
 
+    A 3D network sees the whole volume, padded likewise to a multiple of 16, whichever slices are asked for.
+
     Args:
         window: rows and columns of which the network gives its output; None for all, which any network does.
     """
     height, width = volume.shape[1:]
     device = next(network.parameters()).device
-    images = neighbouring_slices(volume, middle, channels).to(device)
-    images = F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+    if whole := is_3d(network):
+        images, multiple = torch.from_numpy(np.array(volume)).float().div_(255)[None, None], VNET_MULTIPLE
+    else:
+        images, multiple = neighbouring_slices(volume, middle, channels), MULTIPLE
+    images = F.pad(images.to(device), [end for size in images.shape[:1:-1] for end in (0, -size % multiple)])
     network.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        if window is None:
+        if whole or window is None:
             output = network(images)
         else:
             output = network(images, tuple(slice(w.start, w.stop + w.stop % 2) for w in window))
             height, width = (w.stop - w.start for w in window)
+    if whole:
+        rows, columns = window or (slice(0, height), slice(0, width))
+        return SegmentationOutput(*(tensor[0, :, middle, rows, columns].movedim(1, 0).float() for tensor in output))
     return SegmentationOutput(*(tensor[..., :height, :width].float() for tensor in output))
 
 
@@ -68,14 +76,14 @@ def predict_volume(
     Args:
         network: returns a `SegmentationOutput`; with a `box` one of `mupkg.models`.
         volume: prepared, uint8.
-        channels: neighbouring slices that go in: 3 in stage 2, 5 in stage 1.
+        channels: neighbouring slices that go in: 3 in stage 2, 5 in stage 1; a 3D network does without.
         precision: "no" (float32), or "bf16" (autocast): half the time where the processor multiplies bf16 itself;
             probabilities near 0.5 shift by some hundredths, and so a DSC by up to some thousandths.
         box: the only voxels to look at; the network sees what lies around them all the same.
     """
     slices, *window = box or (slice(0, len(volume)),)
     probability = []
-    at_once = max(1, VOXELS_AT_ONCE // (volume.shape[1] * volume.shape[2]))
+    at_once = len(volume) if is_3d(network) else max(1, VOXELS_AT_ONCE // (volume.shape[1] * volume.shape[2]))
     for start in range(slices.start, slices.stop, at_once):
         middle = np.arange(start, min(start + at_once, slices.stop))
         logits = run_slices(network, volume, middle, channels, precision, tuple(window) or None).logits

@@ -25,7 +25,7 @@ from mupkg import progress
 from mupkg.data.patches import PatchSource
 from mupkg.data.writing import machine_lock, whole_file
 from mupkg.losses import SegmentationMetricLoss
-from mupkg.models import SegmentationOutput
+from mupkg.models import SegmentationOutput, layout_of
 from mupkg.stages.hardware import AUTOCAST, batches, check_speed, join_processes, machine_name, nearest
 from mupkg.stages.runs import BEST, CHECKPOINT, HISTORY, LAST, RESULTS, load_tensors, load_weights, save_tensors
 
@@ -109,7 +109,7 @@ def train(
     accelerator = join_processes()
     device, processes = accelerator.device, accelerator.num_processes
     check_speed(device, precision, compile)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = layout_of(network) if channels_last else torch.contiguous_format
     network = network.to(device, memory_format=layout)
     optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay)
     scaler = GradScaler(device.type, enabled=precision == "fp16")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage
+from torch import nn
 
-from mupkg.models import SegmentationNetwork
+from mupkg.models import is_3d
 from mupkg.stages.inference import CHANNELS
 from mupkg.stages.prediction import run_slices
 
@@ -46,23 +47,27 @@ def draw(mask: Bool[np.ndarray, "z y x"], count: int, rng: np.random.Generator) 
     return voxels[rng.permutation(len(voxels))[:count]]
 
 
-def embed_slice(
-    network: SegmentationNetwork, region: UInt8[np.ndarray, "z y x"], z: int
-) -> Float[np.ndarray, "y x e"]:
+def embed_slice(network: nn.Module, region: UInt8[np.ndarray, "z y x"], z: int) -> Float[np.ndarray, "y x e"]:
     """The embeddings of every voxel of one slice of a prepared region, float32."""
-    return run_slices(network, region, np.array([z]), CHANNELS).embeddings[0].movedim(0, -1).cpu().numpy()
+    return _embed_slices(network, region, np.array([z]))[0]
+
+
+def _embed_slices(
+    network: nn.Module, region: UInt8[np.ndarray, "z y x"], slices: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, "n y x e"]:
+    return run_slices(network, region, slices, CHANNELS).embeddings.movedim(1, -1).cpu().numpy()
 
 
 def embed_voxels(
-    network: SegmentationNetwork, region: UInt8[np.ndarray, "z y x"], index: Int[np.ndarray, "n 3"]
+    network: nn.Module, region: UInt8[np.ndarray, "z y x"], index: Int[np.ndarray, "n 3"]
 ) -> Float[np.ndarray, "n e"]:
     """The embeddings of some voxels of a prepared region, float32; only the slices that are needed are run."""
-    embedding = None
-    for z in np.unique(index[:, 0]):
-        rows = np.flatnonzero(index[:, 0] == z)
-        picked = embed_slice(network, region, z)[index[rows, 1], index[rows, 2]]
+    if not len(index):
+        raise ValueError("there are no voxels to embed; the label has no prostate")
+    embedding, slices = None, np.unique(index[:, 0])
+    for group in np.split(slices, 1 if is_3d(network) else len(slices)):  # a 3D network runs all slices anyway
+        rows = np.flatnonzero(np.isin(index[:, 0], group))
+        picked = _embed_slices(network, region, group)[np.searchsorted(group, index[rows, 0]), *index[rows, 1:].T]
         embedding = np.empty((len(index), picked.shape[1]), np.float32) if embedding is None else embedding
         embedding[rows] = picked
-    if embedding is None:
-        raise ValueError("there are no voxels to embed; the label has no prostate")
     return embedding

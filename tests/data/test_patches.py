@@ -118,6 +118,41 @@ def test_memory_mapped_volumes_are_read_in_place(tmp_path):
         assert torch.equal(a, b)
 
 
+# 3D blocks
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_blocks_are_cut_where_positions_say_with_the_labels_of_all_their_slices(there):
+    source = source_of([(7, 12, 14), (9, 10, 11)], depth=4)
+    cutting = source.to("cpu") if there else source
+    for step in (0, 3, 9):
+        images, labels = cutting.batch(step)
+        assert images.shape == (5, 1, 4, 4, 6) and labels.shape == (5, 4, 4, 6)
+        assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+        for row in range(5):
+            epoch, number = divmod(5 * step + row, source.epoch_length)
+            volume, z, y, x = source.positions(epoch)[number]
+            cut = source.images[volume][z : z + 4, y : y + 4, x : x + 6]
+            np.testing.assert_array_equal((images[row, 0].numpy() * 255).round(), cut)
+            np.testing.assert_array_equal(labels[row].numpy(), cut % 2)
+
+
+def test_every_place_of_a_block_is_equally_likely():
+    """2 * 2 * 4 places: each has probability 1 / 16."""
+    source = source_of([(5, 5, 9)], patches_per_image=16 * 500, depth=4)
+    counts = Counter(map(tuple, source.positions(0)[:, 1:].tolist()))
+    assert set(counts) == {(z, y, x) for z in range(2) for y in range(2) for x in range(4)}
+    assert chisquare(list(counts.values())).pvalue > 0.001
+
+
+def test_a_volume_flatter_than_a_block_is_padded_with_its_end_slices():
+    image = coded((3, 4, 6))
+    images, labels = PatchSource([image], [image % 2], patch_size=(4, 6), depth=6, batch_size=1).batch(0)
+    wanted = image[[0, 0, 1, 2, 2, 2]]
+    np.testing.assert_array_equal((images[0, 0].numpy() * 255).round(), wanted)
+    np.testing.assert_array_equal(labels[0].numpy(), wanted % 2)
+
+
 # In a device's memory
 
 

@@ -125,6 +125,15 @@ def test_what_notebook_3_is_told_is_stored_with_the_weights_and_in_the_record(st
     assert record["data_fingerprint"] == made_by["data"]
 
 
+def test_vnet_learns_from_blocks_of_the_depth_it_is_told(study, monkeypatch):
+    told = {"configuration": "VNet", "depth": 32, "batch_size": 96, "patch_size": 16, "base_filters": 4}
+    names = caught(study, monkeypatch, "03", "inference.copy_localizer", **told)
+    source, network = names["source"], names["arrived"]["network"]
+    assert (source.depth, source.batch_size, source.patch_size, source.patches_per_image) == (32, 3, (16, 16), 500)
+    assert network.network.in_tr.conv_block.conv.out_channels == 2
+    assert names["arrived"]["metadata"]["depth"] == 32
+
+
 def test_noisy_contours_are_learnt_from_and_known_of_the_weights_but_not_tested_on(study, monkeypatch):
     plain, noisy, again, other = (
         caught(study, monkeypatch, "03", "inference.copy_localizer", configuration="UNet", seed=s, label_noise_mm=mm)

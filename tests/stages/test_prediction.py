@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mupkg.models import SegmentationOutput, UNet, UNetPlusPlus, light_unet
+from mupkg.models import BoundaryFCN, SegmentationOutput, UNet, UNetPlusPlus, light_unet, vnet
 from mupkg.stages import prediction
 from mupkg.stages.prediction import mean_dice, neighbouring_slices, predict_volume, run_slices
 
@@ -80,7 +80,7 @@ BOXES = [
 ]
 
 
-@pytest.mark.parametrize("backbone", [UNet, UNetPlusPlus])
+@pytest.mark.parametrize("backbone", [UNet, UNetPlusPlus, BoundaryFCN])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_box_holds_what_the_whole_volume_holds_there(backbone, precision):
     """At the region's border and inside, where zeros stand for no neighbour: the network must see beyond the box."""
@@ -139,3 +139,23 @@ def test_mean_dice_is_over_cases():
     assert mean_dice(Watching(), scans, [masks[0], half], channels=3) == pytest.approx(expected)
     with pytest.raises(ValueError, match="no case to validate on"):
         mean_dice(Watching(), [], [], channels=3)
+
+
+@pytest.mark.parametrize("shape", [(7, 13, 18), (16, 32, 16), (1, 20, 9)])
+def test_a_3d_network_sees_the_whole_volume_padded_to_multiples_of_sixteen(shape):
+    network, scan = vnet(1).train(), volume(shape)
+    network(torch.rand(2, 1, 16, 32, 16))  # running means and variances
+    padded = np.zeros([n + -n % 16 for n in shape], np.float32)
+    padded[tuple(map(slice, shape))] = scan / np.float32(255)
+    with torch.no_grad():
+        logits, embeddings = (t[0] for t in network.eval()(torch.from_numpy(padded)[None, None]))
+    expected = logits.softmax(dim=0)[1][tuple(map(slice, shape))]
+    assert expected.std() > 0
+    np.testing.assert_allclose(predict_volume(network, scan), expected, atol=1e-6)
+    box = (slice(0, 1), slice(2, 7), slice(4, 9))
+    np.testing.assert_allclose(predict_volume(network, scan, box=box), expected[box], atol=1e-6)
+    middle = np.array([len(scan) - 1, 0])
+    found = run_slices(network, scan, middle, 3)
+    np.testing.assert_allclose(
+        found.embeddings, embeddings[:, middle, : shape[1], : shape[2]].movedim(1, 0), atol=1e-6
+    )

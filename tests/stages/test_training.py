@@ -136,6 +136,19 @@ def test_a_break_in_the_midst_of_steps_leaves_no_trace(tmp_path, whole, monkeypa
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.parametrize("name", ["VNet", "BoundaryFCN"])
+def test_a_row_of_table_iv_learns_and_a_break_leaves_no_trace(tmp_path, name):
+    depth = {"VNet": 16}.get(name)
+    source = PatchSource([IMAGE], [LABEL], patch_size=(16, 16), batch_size=2, seed=5, depth=depth)
+    history = run(tmp_path / "whole", name=name, source=source, steps=6)
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", name=name, source=source, steps=6, validate=breaking(2))
+    run(tmp_path / "run", name=name, source=source, steps=6)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert ("metric_distance" in history) == (name == "BoundaryFCN")
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "run")
     run(tmp_path / "run", validate=lambda network: pytest.fail("trained again"))

@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from mupkg.models import SegmentationOutput, UNet
+from mupkg.models import SegmentationOutput, UNet, vnet
 from mupkg.stages.prediction import run_slices
 from mupkg.stages.voxels import KINDS, embed_slice, embed_voxels, sample_voxels
 
@@ -95,3 +95,13 @@ def test_a_label_without_prostate_has_no_voxels_to_embed(empty):
     assert len(index) == len(kind) == 0
     with pytest.raises(ValueError, match="no voxels to embed"):
         embed_voxels(Places(), LABEL, index)
+
+
+def test_a_3d_networks_voxels_are_those_of_its_slices_and_it_is_run_once():
+    network, runs = vnet(1), []
+    network.register_forward_hook(lambda *_: runs.append(0))
+    index = np.array([[3, 4, 5], [0, 1, 2], [3, 0, 39], [1, 31, 0]])
+    found = embed_voxels(network, LABEL * 200, index)
+    assert len(runs) == 1
+    wanted = [embed_slice(network, LABEL * 200, z)[y, x] for z, y, x in index]
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
