@@ -3,10 +3,11 @@
 # make claims  recomputes the figures of README.md from outputs/reference
 # make test    installs, lints, runs all tests
 # make test-itkwidgets   whether the optional viewer draws, in an environment of its own; needs npm and Chromium
+# make test-nnunet       notebook 11 with the real nnU-Net, in an environment of its own
 # make soak    kills a smoke study KILLS times (23) and a smoke trial, and compares them with undisturbed ones
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
-.PHONY: setup study trial reference claims demo demo-pair test test-itkwidgets soak lint lab lessons gallery bench clean
+.PHONY: setup study trial reference claims demo demo-pair test test-itkwidgets test-nnunet soak lint lab lessons gallery bench clean
 
 PYTHON ?= python3
 CORES ?= 2
@@ -69,6 +70,13 @@ test-itkwidgets:
 	$(ITK) tests/lab/npm_copies.py
 	$(ITK) -m pytest tests/lab/itkwidgets_draws.py
 
+# Notebook 11 and its module with the real nnU-Net, which brings some thirty packages: an environment of its own.
+NNUNET := .venv-nnunet/bin/python
+test-nnunet:
+	$(PYTHON) -m venv .venv-nnunet
+	$(NNUNET) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,nnunet]"
+	$(NNUNET) -m pytest tests/stages/test_nnunet.py tests/notebooks/test_notebook_11.py
+
 # The list of kills: outputs/soak/kills.csv
 KILLS ?= 23
 soak: setup
@@ -105,4 +113,4 @@ bench: setup
 	$(BIN)/python tests/benchmarks/bench.py
 
 clean:
-	rm -rf .venv .venv-itkwidgets .snakemake .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-itkwidgets .venv-nnunet .snakemake .pytest_cache .ruff_cache .import_linter_cache

@@ -97,6 +97,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         # Just long enough that something is predicted and the first validation is not the best.
         "stage2": {"steps": 60, "batch_size": 16, "base_filters": 4, "embedding_dim": 8, "patch_size": 16}
         | {"validate_every": 10, "learning_rate": 0.5, "choose_from": 0.0, "depth": 16},
+        "nnunet": {"epochs": 2, "iterations": 2, "batch": 2, "width": 4},
     },
     # Numbers that mean something, in minutes on two cores: coarse grid, narrow network.
     "quick": {
@@ -106,6 +107,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         # At the paper's 0.01 so short a training may never leave the all-background answer (studies/plateau.yaml).
         "stage2": {"steps": 1200, "batch_size": 8, "base_filters": 8, "embedding_dim": 32, "patch_size": 48}
         | {"validate_every": 100, "learning_rate": 0.1, "choose_from": 0.7, "depth": 16},
+        "nnunet": {"epochs": 16, "iterations": 50, "batch": 12, "width": 16},
     },
     # METHOD.md's numbers; phantoms on grids as in the paper.
     "paper": {
@@ -113,6 +115,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "stage1": {"steps": 20000, "batch_size": 30, "filters": 32, "patch_size": 64, "learning_rate": 0.01},
         "stage2": {"steps": 40000, "batch_size": 30, "base_filters": 32, "embedding_dim": 256, "patch_size": 64}
         | {"validate_every": 1000, "learning_rate": 0.01, "choose_from": 0.0, "depth": 32},
+        "nnunet": {"epochs": 1000, "iterations": 250, "batch": None, "width": None},  # None: as nnU-Net plans it
     },
 }
 
@@ -554,6 +557,27 @@ class ExternalSettings(EvaluationSettings):
     @property
     def zero_shot_path(self) -> Path | None:
         return repository() / self.zero_shot if self.zero_shot else None
+
+
+class NnunetSettings(SizedSettings, StudySettings):
+    """Notebook 11: how long nnU-Net trains, and how much of what it plans is kept."""
+
+    stage: ClassVar[str] = "nnunet"
+    configurations: Annotated[tuple[Literal["nnUNet", "nnUNet-HCP"], ...], Field(min_length=1)] = (
+        "nnUNet",
+        "nnUNet-HCP",
+    )
+    seed: Annotated[Seed, Tag.NAME] = 0
+    replicate: Annotated[Annotated[int, Field(ge=0)] | None, Tag.NAME] = None
+    epochs: Annotated[PositiveInt, Field(le=10**5)] = OF_SIZE
+    iterations: Annotated[PositiveInt, Field(le=10**5)] = OF_SIZE
+    batch: BatchSize | None = OF_SIZE
+    width: Annotated[PositiveInt, Field(le=MOST["base_filters"])] | None = OF_SIZE
+
+    @property
+    def nnunet_path(self) -> Path:
+        """Where nnU-Net finds the regions."""
+        return self.study_path / ("nnunet" if self.replicate is None else f"nnunet-replicate{self.replicate}")
 
 
 class VisualizationSettings(EvaluationSettings):

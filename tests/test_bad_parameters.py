@@ -12,6 +12,7 @@ from spoiling import *  # noqa
 from mupkg.parameters import (
     CohortSettings,
     ExploreSettings,
+    NnunetSettings,
     ReportSettings,
     SegmentSettings,
     Settings,
@@ -104,6 +105,17 @@ WRONG = {  # of every parameter of every notebook: a wrong type and a value out 
         "seed": ("all", -1),
         "cases": ("all", 0),
         "real_scan": (7, "a\nb"),
+    },
+    NnunetSettings: {
+        **NAMES,
+        "size": (7, "huge"),
+        "configurations": ("nnUNet", ["nnUNet-HC"]),
+        "seed": ("many", -1),
+        "replicate": ("all", -1),
+        "epochs": ("many", 0),
+        "iterations": (1.5, -1),
+        "batch": ("all", 0),
+        "width": ("wide", 10**6),
     },
     ExploreSettings: {
         "study_folder": (7, ""),

@@ -25,6 +25,7 @@ from mupkg.parameters import (
     ExploreSettings,
     ExternalSettings,
     MetricOptions,
+    NnunetSettings,
     ParameterStudySettings,
     ReportSettings,
     SegmentSettings,
@@ -294,6 +295,7 @@ NOTEBOOKS = {
     "08_explore": ExploreSettings,
     "09_segment_a_patient": SegmentSettings,
     "10_does_it_help": TrialSettings,
+    "11_nnunet": NnunetSettings,
 }
 
 

@@ -16,18 +16,19 @@ from mupkg.data.cohort import read_cases
 from mupkg.data.writing import whole_file
 from mupkg.parameters import Stage2Settings, Tag, tagged
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import RUN, Shift, metrics_name, read_run
+from mupkg.stages.runs import OUTSIDE, RUN, Shift, metrics_name, read_run
 
 HEADLINE = ("DSC", "ASD", "SEN", "PPV", "HD95", "aRVD")
 
 
 def finished_runs(
-    study: str | Path, configurations: Sequence[str] | None = None, seed: int | None = None
+    study: str | Path, configurations: Sequence[str] | None = None, seed: int | None = None, *, outside: bool = False
 ) -> pd.DataFrame:
     """The finished runs of a study: configuration, seed, folder; in the order asked for, or Table II's.
 
     Args:
         seed: of this seed alone; None: of all.
+        outside: list nnU-Net's runs as well, though they are not asked for by name; they have no weights of ours.
 
     Raises:
         ValueError: if there is none, or one that was asked for is missing.
@@ -37,7 +38,8 @@ def finished_runs(
         name, _, number = path.parent.name.rpartition("-seed")
         if not number.isdecimal():
             raise ValueError(f"{path.parent}: is not named <configuration>-seed<number>; rename or move it")
-        rows.append({"configuration": name, "seed": int(number), "folder": path.parent})
+        if configurations or outside or name not in OUTSIDE:
+            rows.append({"configuration": name, "seed": int(number), "folder": path.parent})
     table = pd.DataFrame(rows, columns=["configuration", "seed", "folder"])
     of_seed, way_out = "", "run notebook 03"
     if seed is not None:

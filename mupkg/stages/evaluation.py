@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import SimpleITK as sitk
@@ -42,16 +43,30 @@ def evaluate_run(
         case, region = cohort.case(case_id), regions.image(case_id)
         if shift is not None:
             region = _shifted_region(case, region, cohort.preparation, shift)
-        probability = region_probability(network, region)
-        mask = to_scan_grid(keep_largest(probability), case.image)
-        everything = measure(to_scan_grid(probability, case.image), case)
-        largest = measure(mask, case, tolerance_mm=2.0)
-        near = {"surface_DSC_2mm": largest.pop("surface_DSC")}
-        row = {"case_id": case_id} | largest | {f"{k}_all": v for k, v in everything.items()} | near
-        truth = regions.volume(case_id, "label") == 1
-        rows.append(row | calibration(sitk.GetArrayFromImage(probability), truth))
+        mask, row = measured(case, regions, region_probability(network, region))
+        rows.append(row)
         if shift is None:
             write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")
+    return write_metrics(rows, run_folder, shift)
+
+
+def measured(case: Case, regions: Regions, probability: sitk.Image) -> tuple[sitk.Image, dict[str, Any]]:
+    """The mask on the scan's own grid, with the largest-component step, and a row of metrics.csv.
+
+    Args:
+        probability: of foreground, on the case's region.
+    """
+    mask = to_scan_grid(keep_largest(probability), case.image)
+    everything = measure(to_scan_grid(probability, case.image), case)
+    largest = measure(mask, case, tolerance_mm=2.0)
+    near = {"surface_DSC_2mm": largest.pop("surface_DSC")}
+    row = {"case_id": case.case_id} | largest | {f"{k}_all": v for k, v in everything.items()} | near
+    truth = regions.volume(case.case_id, "label") == 1
+    return mask, row | calibration(sitk.GetArrayFromImage(probability), truth)
+
+
+def write_metrics(rows: list[dict[str, Any]], run_folder: Path, shift: Shift | None = None) -> pd.DataFrame:
+    """Rows of `measured` as the run's metrics.csv, or that of a shift."""
     table = pd.DataFrame(rows)
     with whole_file(run_folder / metrics_name(shift)) as temporary:
         table.to_csv(temporary, index=False)

@@ -24,6 +24,7 @@ from mupkg.models import MULTIPLE
 BEST, LAST, CHECKPOINT = "weights.safetensors", "last.safetensors", "checkpoint.safetensors"
 HISTORY, RUN, METRICS, REGIONS, CARD = "history.csv", "run.json", "metrics.csv", "regions.csv", "card.md"
 FILM, PREDICTIONS = "film", "predictions"
+OUTSIDE = ("nnUNet", "nnUNet-HCP")  # runs of nnU-Net (notebook 11): metrics, but no weights of ours
 Shift = Literal["noise", "contrast", "thick"]  # test scans made harder, see mupkg.stages.shifts
 
 

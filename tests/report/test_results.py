@@ -49,6 +49,17 @@ def metrics_of(**columns):
 # Runs
 
 
+def test_runs_of_nnunet_are_listed_where_they_are_asked_for(tmp_path):
+    """They have no weights of ours, so what needs a network must not meet them."""
+    for name in ("UNet-seed0", "nnUNet-seed0", "nnUNet-HCP-seed0"):
+        write_run(tmp_path, name, [0.5])
+    names = {"all": ["UNet", "nnUNet", "nnUNet-HCP"], "ours": ["UNet"], "one": ["nnUNet-HCP"]}
+    assert finished_runs(tmp_path)["configuration"].tolist() == names["ours"]
+    assert finished_runs(tmp_path, outside=True)["configuration"].tolist() == names["all"]
+    assert finished_runs(tmp_path, names["one"])["configuration"].tolist() == names["one"]
+    assert len(case_metrics(finished_runs(tmp_path, outside=True))) == 3
+
+
 def test_runs_come_in_table_iis_order_with_others_behind(tmp_path):
     for name in (
         "MetricUNet-HCP-seed1",
