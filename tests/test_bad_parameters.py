@@ -75,6 +75,7 @@ WRONG = {  # of every parameter of every notebook: a wrong type and a value out 
         "label_noise_mm": ("some", -1.0),
         "choose_from": ("late", 1.5),
         "base_filters": ("many", -1),
+        "depth": (16.5, 24),
         "embedding_dim": (0.5, -8),
         "validate_every": ("often", -1),
         "momentum": ("some", 1.0),
