@@ -25,6 +25,7 @@ LEAST = 0.75  # of validation DSC; a run that reaches it has left the plateau
 TRIALS = sorted(path.parent.name for path in REFERENCE.glob("*/cases.csv"))
 DECIMALS = {"DSC": 3, "DSC_all": 3, "ASD": 2, "HD95": 2, "surface_DSC_2mm": 3, "Brier": 4, "ECE": 4}
 TITLES = {"DSC_all": "DSC, all", "ASD": "ASD mm", "HD95": "HD95 mm", "surface_DSC_2mm": "surface DSC, 2 mm"}
+OF_NNUNET = ["DSC", "DSC_all", "ASD", "HD95"]
 OUTCOMES = (*DECIMALS, "validation_area")
 
 ABOUT = """# What the trials measured
@@ -156,13 +157,31 @@ def section(name: str) -> Iterator[str]:
     yield from (f"![]({path.relative_to(REFERENCE).as_posix()})" for path in sorted((REFERENCE / name).glob("*.png")))
 
 
+def nnunet() -> Iterator[str]:
+    """nnU-Net without and with the branch, and ours of that replicate: mean ± std over the cases of a training."""
+    found = pd.read_csv(REFERENCE / "nnunet" / "per_case.csv", dtype={"case_id": str})
+    ours = cases("e1").query("seed == 1")
+    assert set(ours["case_id"]) == set(found["case_id"])
+    for name, rows in pd.concat([found, ours]).groupby("configuration", sort=False):
+        with np.errstate(invalid="ignore"):  # inf - inf
+            mean, std = (rows[OF_NNUNET].agg(how) for how in ("mean", "std"))
+        cells = [f"{mean[n]:.{k}f} ± {std[n]:.{k}f}" if np.isfinite(mean[n]) else "infinite" for n, k in of(mean)]
+        yield f"| {name} | {' | '.join(cells)} | {len(rows)} |"
+
+
+def nnunets_section() -> Iterator[str]:
+    yield "## nnunet\n\n" + (REFERENCE / "nnunet" / "protocol.md").read_text(encoding="utf-8").strip()
+    yield table(["run", *(TITLES.get(n, n) for n in OF_NNUNET), "cases"], nnunet())
+
+
 def table(columns: list[str], rows: Iterator[str]) -> str:
     return "\n".join([f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|", *rows])
 
 
 @cache
 def page() -> str:
-    return "\n\n".join([ABOUT.strip(), *(part for name in TRIALS for part in section(name))]) + "\n"
+    parts = [part for name in TRIALS for part in section(name)]
+    return "\n\n".join([ABOUT.strip(), *parts, *nnunets_section()]) + "\n"
 
 
 def unwrapped(text: str) -> str:
@@ -195,6 +214,11 @@ def test_the_readme_says_what_the_tables_say(figure):
 @pytest.mark.parametrize("name", TRIALS)
 def test_the_readme_answers_every_trial(name):
     assert any(answer.split(";")[0] in " ".join(stated()) for answer in answers(name))
+
+
+@pytest.mark.parametrize("row", nnunet())
+def test_the_readme_has_every_row_of_nnunet(row):
+    assert row in stated()
 
 
 def test_a_figure_that_does_not_follow_is_found():
