@@ -216,7 +216,7 @@ def test_the_readme_answers_every_trial(name):
     assert any(answer.split(";")[0] in " ".join(stated()) for answer in answers(name))
 
 
-@pytest.mark.parametrize("row", nnunet())
+@pytest.mark.parametrize("row", list(nnunet()))
 def test_the_readme_has_every_row_of_nnunet(row):
     assert row in stated()
 
