@@ -234,8 +234,8 @@ class SegmentationMetricLoss(nn.Module):
 def contour_distance(labels: Labels, reach: int) -> tuple[Float[Tensor, "n *spatial"], Bool[Tensor, "n *spatial"]]:
     """The distance of each voxel to the nearest contour voxel, in voxels, at most `reach`; and where it is known.
 
-    The contour is that of the samplers, in plane for labels (N, H, W). It is unknown whether a contour lies at or
-    beyond a patch's border, so a distance is known where nothing there could be nearer.
+    The contour is that of the samplers, in plane for labels (N, H, W). What lies beyond the patch is not seen: a
+    distance counts as known only if it is no larger than the distance to the patch's border.
     """
     border = torch.full(labels.shape, torch.inf, device=labels.device)
     squared = border.masked_fill(contour(labels), 0.0)

@@ -664,10 +664,13 @@ class Trial(Settings):
     def levels(self) -> dict[str, dict[str, list[str]]]:
         """Of each factor its two levels, the higher first, and the arms that have it."""
         found: dict[str, dict[str, list[str]]] = {}
+        features = self._features if self.factors else {}
         for factor in self.factors:
-            values = self._features[factor]
+            values = features[factor]
             for value in sorted(set(values), reverse=True):
-                name = ("" if value else "no ") + factor if isinstance(value, bool) else f"{factor} {value}"
+                name = (
+                    f"{'with' if value else 'without'} {factor}" if isinstance(value, bool) else f"{factor} {value}"
+                )
                 found.setdefault(factor, {})[name] = list(values.index[values == value])
         return found
 
@@ -688,6 +691,12 @@ class Trial(Settings):
             told = {name: str(value) if isinstance(value, list | dict) else value for name, value in given.items()}
             rows[arm] = letters | {"backbone": chosen.backbone, "seed_offset": 0} | usual | told
         return pd.DataFrame.from_dict(rows, orient="index").drop(columns="configuration").astype(object)
+
+    @property
+    def as_in_the_paper(self) -> dict[str, str]:
+        """Of the arms that are nothing but a configuration, trained otherwise at most, which one."""
+        alone = {"configuration", "seed_offset", "learning_rate", "steps"}
+        return {arm: given["configuration"] for arm, given in self.arms.items() if given.keys() <= alone}
 
     @property
     def told_by_arms(self) -> set[str]:
@@ -756,6 +765,8 @@ class Trial(Settings):
         for name in varying.keys() - {*self.factors}:
             if features[name].nunique() != 2 or all(abs(sign[name] @ sign[f]) < len(features) for f in self.factors):
                 raise ValueError(f"factors: arms differ in {name} as well; name it, or let all arms have the same")
+        if taken := {level for of in self.levels.values() for level in of} & {*self.arms}:
+            raise ValueError(f"arm {', '.join(sorted(taken))}: is what a factor's level is called; name it otherwise")
         return self
 
 
@@ -812,7 +823,13 @@ class Study(Settings):
     @property
     def folds(self) -> int | None:
         """Of a trial's k-fold by patient, how many; None if its replicates have training sets of their own."""
-        return self.prepare.get("folds")
+        return self._prepared.folds
+
+    @property
+    def _prepared(self) -> CohortSettings:
+        """What notebook 00 is told."""
+        source = {"source_folder": self.source_folder or "given later"}
+        return CohortSettings.checked(source | {"size": self.size} | self.prepare)
 
     @property
     def runs(self) -> dict[str, dict[str, Any]]:
@@ -820,25 +837,14 @@ class Study(Settings):
         if self.trial is None:
             pairs = [(name, seed) for name in self.configurations for seed in self.seeds]
             return {f"{name}-seed{seed}": {"configuration": name, "seed": seed} for name, seed in pairs}
-        runs = {}
+        runs, folds = {}, self.folds
         for replicate in range(self.trial.replicates):
             for arm, given in self.trial.arms.items():
                 told = {key: value for key, value in given.items() if key != "seed_offset"}
                 seed = replicate + given.get("seed_offset", 0)
-                own = {"stage1": f"stage1-replicate{replicate}"} if "folds" in self.prepare else {}
+                own = {"stage1": f"stage1-replicate{replicate}"} if folds else {}
                 runs[f"{arm}-seed{seed}"] = {"arm": arm, "replicate": replicate, "seed": seed} | own | told
         return runs
-
-    @model_validator(mode="after")
-    def _either_configurations_or_a_trial(self) -> Self:
-        if bool(self.configurations) == (self.trial is not None):
-            raise ValueError("a study names either its configurations or a trial")
-        for run, told in self.runs.items() if self.trial else ():
-            try:
-                Stage2Settings.checked({**self.stage2, **told})
-            except ValueError as error:
-                raise ValueError(f"trial: arm {told['arm']} ({run}): {error}") from None
-        return self
 
     @model_validator(mode="after")
     def _parameters_of_the_notebooks(self) -> Self:
@@ -860,13 +866,25 @@ class Study(Settings):
         return self
 
     @model_validator(mode="after")
+    def _either_configurations_or_a_trial(self) -> Self:
+        if bool(self.configurations) == (self.trial is not None):
+            raise ValueError("a study names either its configurations or a trial")
+        for run, told in self.runs.items():
+            try:
+                Stage2Settings.checked({"size": self.size, **self.stage2, **told})
+            except ValueError as error:
+                which = f"trial: arm {told['arm']} ({run})" if self.trial else run
+                raise ValueError(f"{which}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _replicates_that_the_cohort_will_have(self) -> Self:
         """A table may bring replicates or folds of its own; of all other sources notebook 00 is told how many."""
-        made = {name: self.prepare.get(name) for name in ("replicates", "folds")}
-        there = made["replicates"] or (made["folds"] or 0) * self.prepare.get("repeats", 1)
-        if self.trial is None or (not there and self.prepare.get("source") == "table"):
+        made = self._prepared
+        there = made.replicates or (made.folds or 0) * made.repeats
+        if self.trial is None or (not there and made.source == "table"):
             return self
-        wanted, folds = self.trial.replicates, made["folds"] or 1
+        wanted, folds = self.trial.replicates, made.folds or 1
         if wanted > there:
             raise ValueError(
                 f"trial: {wanted} replicates, but notebook 00 would make {there}; under prepare, set replicates (of "

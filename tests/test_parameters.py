@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from IPython.core.interactiveshell import InteractiveShell
@@ -38,6 +39,7 @@ from mupkg.parameters import (
     check_name,
     tagged,
 )
+from mupkg.report.statistics import contrasts, with_main_effects
 from mupkg.stages.runs import MOST, load_tensors, require
 
 PARAMETERS = """configuration: str = "MetricUNet-HCP"  # a row of Table II
@@ -619,6 +621,22 @@ def test_with_folds_every_replicate_has_a_stage_1_of_its_own():
     assert study_with(TRIAL | {"replicates": 10}, **told).runs["B-seed1"]["stage1"] == "stage1-replicate1"
 
 
+@pytest.mark.parametrize(("prepare", "own"), [({"folds": "5"}, True), ({"folds": None, "replicates": 2}, False)])
+def test_folds_are_read_as_notebook_00_reads_them(prepare, own):
+    """Regression: "5" was a TypeError, and None gave every replicate a stage 1 of its own."""
+    source = {"source": "phantoms"} if "replicates" in prepare else {"source": "table"}
+    study = study_with(
+        TRIAL | {"replicates": 2 if "replicates" in prepare else 5}, prepare=source | prepare, source_folder="x"
+    )
+    assert ("stage1" in study.runs["A-seed0"]) == own and study.folds == (5 if own else None)
+
+
+@pytest.mark.parametrize("options", [{"patch_size": 56}, {"dice": True}])
+def test_what_a_configuration_cannot_take_is_told_before_any_other_is_trained(options):
+    with pytest.raises(ValueError, match="VNet-seed0: "):
+        Study.checked({"study": "s", "cohort": "c", "configurations": ["UNet", "VNet"], "stage2": options})
+
+
 @pytest.mark.parametrize(
     ("replicates", "prepare", "fault"),
     [
@@ -702,8 +720,16 @@ def with_factors(factors: list[str], arms: dict[str, dict]) -> Study:
 
 def test_a_factor_is_a_letter_of_the_configuration_or_a_setting_of_two_values():
     trial = with_factors(["H", "N", "P"], FOUR).trial
-    assert trial.levels["P"] == {"P": ["R", "HN"], "no P": ["H", "RN"]}
-    assert trial.pairs == [("H", "no H"), ("N", "no N"), ("P", "no P")]
+    assert trial.levels["P"] == {"with P": ["R", "HN"], "without P": ["H", "RN"]}
+    with pytest.raises(ValueError, match="arm with H: is what a factor's level is called"):
+        with_factors(["H", "N", "P"], {"with H" if arm == "H" else arm: told for arm, told in FOUR.items()})
+    assert trial.pairs == [("with H", "without H"), ("with N", "without N"), ("with P", "without P")]
+    dsc = {"R": 0.68, "HN": 0.70, "H": 0.75, "RN": 0.67}  # .7 + .05 for H, - .03 for N, - .02 for P
+    runs = [
+        {"configuration": arm, "seed": s, "case_id": c, "DSC": dsc[arm]} for arm in dsc for s in (0, 1) for c in "xy"
+    ]
+    judged = contrasts(with_main_effects(pd.DataFrame(runs), trial.levels), trial.pairs, ["DSC"])
+    assert judged["mean_difference"].tolist() == pytest.approx([0.05, -0.03, -0.02])
     heavy = {"metric_weight": 0.1}
     arms = {"A": R, "B": R | {"margin": 1.0}, "C": R | heavy, "D": R | heavy | {"margin": 1.0}}
     arms |= {f"{name}-u": given | {"normalize": True} for name, given in arms.items()}
@@ -712,7 +738,7 @@ def test_a_factor_is_a_letter_of_the_configuration_or_a_setting_of_two_values():
         "metric_weight 0.1": ["C", "D", "C-u", "D-u"],
         "metric_weight 0.01": ["A", "B", "A-u", "B-u"],
     }
-    assert list(levels["normalize"]) == ["normalize", "no normalize"]
+    assert list(levels["normalize"]) == ["with normalize", "without normalize"]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,8 @@ def write_cohort(
 
     All is written aside first: what fails leaves a cohort that was there as it was, and nothing of its own.
     A split that the sources bring along is kept; without any it is drawn by patient (`patient`, else the case).
-    Cases without any label get no split. `folds` adds columns for a k-fold by patient, `repeats` times over.
+    Cases without any label get no split. `folds` adds columns for a k-fold by patient, `repeats` times over, unless
+    the sources bring along as many of their own.
     `kind` of source: it is recorded with the fingerprint, for the cards of runs.
 
     Raises:
@@ -167,11 +168,14 @@ def _with_split(folder: Path, table: pd.DataFrame, seed: int, folds: int | None,
             raise CohortError([f"{folder}: with a label, {error}. Add labelled scans of more patients"]) from error
         table = table.drop(columns="split", errors="ignore")
         table.insert(3, "split", drawn)
-    if folds is not None:
-        drawn = _drawn_folds(table, folds, repeats, seed)
-        table = table.drop(columns=fold_columns(table)).assign(**drawn)
+    own = fold_columns(table)
+    if folds is not None and not own:
+        table = table.assign(**_drawn_folds(table, folds, repeats, seed))
     if faults := [*split_faults(table), *replicate_faults(table), *fold_faults(table)]:
         raise CohortError(faults)
+    if own and folds is not None and (there := (int(table[own].max(axis=None)) + 1, len(own))) != (folds, repeats):
+        told = "the table has {} folds in {} repeat(s) of its own".format(*there)
+        raise CohortError([f"{told}; set folds and repeats to these numbers, or take its columns fold_... out"])
     return table
 
 

@@ -350,11 +350,12 @@ def fold_faults(table: pd.DataFrame) -> Iterator[str]:
         for patient in several.index[several > 1]:
             cases = ", ".join(map(str, table["case_id"][of == patient]))
             yield f"cases {cases}: are of one patient ({patient}) but in several folds of {column}; put them into one"
-        for number in np.arange(folds):
-            tested = set(of[fold == number])
-            if not tested:
-                yield f"{column}: fold {number:g} has no case; number the {folds:g} folds from 0 on without a gap"
-            elif len(set(of[fold.notna()]) - tested) < 2:
+        numbers = sorted(set(fold.dropna()))
+        if len(numbers) < folds:
+            gap = next(n for n, number in enumerate([*numbers, np.inf]) if n < number)
+            yield f"{column}: fold {gap} has no case; number the {folds:g} folds from 0 on without a gap"
+        for number in numbers:
+            if len(set(of[fold.notna()]) - set(of[fold == number])) < 2:
                 yield f"{column}: beside fold {number:g} no two patients are left, to train and to validate; use more"
 
 

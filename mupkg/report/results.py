@@ -22,13 +22,14 @@ HEADLINE = ("DSC", "ASD", "SEN", "PPV", "HD95", "aRVD")
 
 
 def finished_runs(
-    study: str | Path, configurations: Sequence[str] | None = None, seed: int | None = None, *, outside: bool = False
+    study: str | Path, configurations: Sequence[str] | None = None, seed: int | None = None
 ) -> pd.DataFrame:
     """The finished runs of a study: configuration, seed, folder; in the order asked for, or Table II's.
 
+    Runs of nnU-Net have no weights of ours, and are there only if `configurations` names them.
+
     Args:
         seed: of this seed alone; None: of all.
-        outside: list nnU-Net's runs as well, though they are not asked for by name; they have no weights of ours.
 
     Raises:
         ValueError: if there is none, or one that was asked for is missing.
@@ -38,7 +39,7 @@ def finished_runs(
         name, _, number = path.parent.name.rpartition("-seed")
         if not number.isdecimal():
             raise ValueError(f"{path.parent}: is not named <configuration>-seed<number>; rename or move it")
-        if configurations or outside or name not in OUTSIDE:
+        if configurations or name not in OUTSIDE:
             rows.append({"configuration": name, "seed": int(number), "folder": path.parent})
     table = pd.DataFrame(rows, columns=["configuration", "seed", "folder"])
     of_seed, way_out = "", "run notebook 03"

@@ -301,7 +301,8 @@ def contrasts(
     `failed_against` count both kinds; `collapsed` and `collapsed_against` count such runs, which stay in the mean.
     `p_rank` ranks the replicates' means (Wilcoxon), failures last: .06 at best with five replicates.
     `replicates_needed` is for a difference as large as the margin; with one replicate it is a lower bound.
-    With a column `fold`, `replicates` counts the repeats of the k-fold; the test is `nadeau_bengio`'s.
+    With a column `fold`, `replicates` counts the repeats of the k-fold; the test is `nadeau_bengio`'s, and the mean
+    that of the folds' means, each fold counting alike.
 
     Args:
         margins: by metric; a metric without one is never equivalent.
@@ -341,7 +342,8 @@ def _contrast(metrics: pd.DataFrame, arm: str, against: str, metric: str, margin
         estimate = Estimate(d.mean() if cases else np.nan)
     if finite and folds:
         of_folds = fold_differences(both[both["case_id"].isin(table.index)], arm, against, metric)
-        estimate = nadeau_bengio(of_folds.to_numpy(), folds)
+        if len(of_folds) == replicates * folds:  # else no case of a fold can be compared
+            estimate = nadeau_bengio(of_folds.to_numpy(), folds)
     elif finite:
         estimate = random_effects(d) if replicates > 1 else one_replicate(d, PILOT_SD.get(metric, np.nan))
     low, high = estimate.interval

@@ -51,7 +51,7 @@ def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
 
 
 def _told_otherwise(run: Path, told: Mapping[str, Any]) -> str:
-    """In what a run's record differs from the protocol; nothing if in nothing."""
+    """How a run's record differs from the protocol; empty if it does not."""
     made = read_run(run / RUN)["parameters"]
     asked = Stage2Settings.checked(told).model_dump(mode="json", include={*told})
     return ", ".join(
@@ -78,7 +78,8 @@ def trial_metrics(
     Raises:
         ValueError: as `results.case_metrics`, and if a run's history is missing or broken.
     """
-    results.check_settings({run.name: read_run(run / RUN)["parameters"] for run in table["folder"]}, may_differ)
+    if len(set(table["stage1"])) > 1:  # else case_metrics looks at all of them
+        results.check_settings({run.name: read_run(run / RUN)["parameters"] for run in table["folder"]}, may_differ)
     parts = []
     for stage1, rows in table.groupby("stage1", sort=False):  # one, or in a k-fold one a fold
         regions = Regions.read(stage1, cohort) if cohort is not None else None

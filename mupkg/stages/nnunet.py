@@ -110,9 +110,9 @@ def require_nnunet() -> None:
 
 
 def install_trainers() -> Path:
-    """Let nnU-Net's own commands find our trainers; what was written for it, which may be deleted at any time.
+    """Write a one-line module into nnU-Net's package, so that its own commands find our trainers.
 
-    nnU-Net looks for trainers in its own package alone, so a module of one line that imports ours is put there.
+    nnU-Net looks nowhere else. Returns the module's path; it may be deleted at any time.
     """
     require_nnunet()
     package = Path(importlib.util.find_spec("nnunetv2").origin).parent

@@ -27,6 +27,7 @@ class nnUNetTrainerChosen(nnUNetTrainer):
         self.num_epochs = int(os.environ.get(EPOCHS, self.num_epochs))
         self.num_iterations_per_epoch = int(os.environ.get(ITERATIONS, self.num_iterations_per_epoch))
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)  # its own are 250 and 50
+        self.save_every = 1  # its own is 50 epochs: a shorter training that broke off would begin again
         self.seed = int(os.environ[SEED]) + self.local_rank if SEED in os.environ else None
 
     def initialize(self) -> None:

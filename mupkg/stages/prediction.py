@@ -46,7 +46,8 @@ def run_slices(
     height, width = volume.shape[1:]
     device = next(network.parameters()).device
     if whole := is_3d(network):
-        images, multiple = torch.from_numpy(np.array(volume)).float().div_(255)[None, None], VNET_MULTIPLE
+        deep = np.pad(volume, [(0, -len(volume) % VNET_MULTIPLE), (0, 0), (0, 0)], "edge")  # as in its training
+        images, multiple = torch.from_numpy(deep).float().div_(255)[None, None], VNET_MULTIPLE
     else:
         images, multiple = neighbouring_slices(volume, middle, channels), MULTIPLE
     images = F.pad(images.to(device), [end for size in images.shape[:1:-1] for end in (0, -size % multiple)])

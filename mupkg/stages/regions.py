@@ -23,6 +23,7 @@ from mupkg.data.preprocessing import (
 )
 from mupkg.data.writing import fingerprint, whole_file, write_text
 from mupkg.stages.localization import locate
+from mupkg.stages.runs import RUN, read_run
 
 CENTRE = tuple(f"centre_{axis}" for axis in "xyz")
 GEOMETRY = ("origin", "spacing", "direction")
@@ -82,8 +83,22 @@ class Regions:
         return fingerprint([self.folder / "regions.csv", *(self.folder / "regions" / name for name in names)])
 
     def of_replicate(self, replicate: int) -> Regions:
-        """Those of one replicate of a trial; regions that were cut for one fold alone are all its own."""
-        return Regions(self.folder, of_replicate(self.table, replicate)) if "replicate" in self.table else self
+        """Those of one replicate of a trial; regions that were cut for one fold alone are all its own.
+
+        Raises:
+            ValueError: if there is no such replicate, or these were cut for another one or for none.
+        """
+        if "replicate" in self.table:
+            return Regions(self.folder, of_replicate(self.table, replicate))
+        cut_for = read_run(self.folder / RUN)["parameters"].get("replicate")
+        if cut_for != replicate:
+            which = "no replicate" if cut_for is None else f"replicate {cut_for}"
+            raise ValueError(
+                f"{self.folder / 'regions.csv'}: its regions were cut for {which}, not for replicate {replicate}; in "
+                "a trial on folds set folds under prepare (as many as the table has, if it has some): then each fold "
+                "has a stage 1 of its own"
+            )
+        return self
 
     def ids(self, split: str) -> list[str]:
         return list(self.table.index[self.table["split"] == split])

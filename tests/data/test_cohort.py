@@ -166,6 +166,7 @@ def test_one_patient_in_two_splits_is_a_leak(folder):
         ({"fold_0": [0, 1, None]}, "case c: has a label but no fold_0; fill it"),
         ({"fold_0": [0, 1, -1]}, "case c: fold_0 is -1; it must be a whole number from 0 on"),
         ({"fold_0": [0, 1, 2], "fold_2": [0, 1, 2]}, "columns fold_0, fold_2: must be called fold_0, fold_1, ..."),
+        ({"fold_0": [0, 1, 10**9]}, "fold_0: fold 2 has no case; number the 1e+09 folds from 0 on"),
         ({"fold_0": [0, 1, 1]}, "fold_0: beside fold 1 no two patients are left, to train and to validate"),
         (
             {"fold_0": [0, 1, 2], "split": None, "patient": ["p", "q", "P"]},
@@ -456,6 +457,17 @@ def test_a_replicate_has_its_own_training_cases_and_all_test_cases():
     assert list(of_replicate(table, 1).index) == ["c0", "c2", "c3"]
     with pytest.raises(ValueError, match="no replicate 2 in this cohort, which has from 0 to 1"):
         of_replicate(table, 2)
+
+
+def test_a_table_s_own_folds_are_kept_and_no_others_are_drawn(tmp_path):
+    """Regression: they were drawn anew without a word."""
+    own = {"a": 2, "b": 0, "c": 1}
+    splits = dict(zip(own, ("train", "validation", "test"), strict=True))
+    sources = [source(case_id, fold_0=fold, split=splits[case_id]) for case_id, fold in own.items()]
+    cohort = write_cohort(tmp_path / "kept", sources, PREPARATION, split_seed=0, folds=3)
+    assert cohort.table["fold_0"].to_dict() == own
+    with pytest.raises(CohortError, match=r"has 3 folds in 1 repeat\(s\) of its own; set folds and repeats to these"):
+        write_cohort(tmp_path / "other", sources, PREPARATION, split_seed=0, folds=3, repeats=2)
 
 
 def test_folds_test_every_patient_once_a_repeat_and_never_share_one():

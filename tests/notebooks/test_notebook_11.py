@@ -49,5 +49,7 @@ def test_nnunet_with_and_without_the_branch_comes_to_rows_beside_ours(cohort, re
         losses.append([line.split()[-1] for line in log.splitlines() if "val_loss" in line])
     assert len(losses[0]) == 2
     assert float(losses[2][0]) > float(losses[0][0])  # the branch's loss, of the same weights and patches
+    ours = run_folder.name.rpartition("-seed")[0]
     runs = results.finished_runs(study, ["nnUNet", "nnUNet-HCP"])
     assert len(results.case_metrics(runs, regions)) == 2 * len(regions.ids("test"))
+    assert set(results.finished_runs(study)["configuration"]) == {ours}  # where nobody asks for nnU-Net's

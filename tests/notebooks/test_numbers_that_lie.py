@@ -304,9 +304,9 @@ def check_seeds(study: Study) -> None:
 POISON = "98765"  # no number of ours
 
 
-def on_the_working_grid(mask: sitk.Image, case: Case) -> dict[str, float]:
+def on_the_working_grid(mask: sitk.Image, case: Case, **options) -> dict[str, float]:
     on_grid = [sitk.GetArrayFromImage(resample(i, WORKING.spacing_mm, label=True)) > 0 for i in (mask, case.label)]
-    return segmentation_metrics(*on_grid, spacing_mm=WORKING.spacing_mm)
+    return segmentation_metrics(*on_grid, spacing_mm=WORKING.spacing_mm, **options)
 
 
 def without_failures(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -510,7 +510,7 @@ TRAPS = {
     ),
     "fingerprints not looked at": (
         check_study_is_refused,
-        attribute(results, "read_run", lambda path: {"data_fingerprint": "0"}),
+        attribute(results, "read_run", lambda path, *needed: {"data_fingerprint": "0", "parameters": {}}),
     ),
     "the paper's figures in our table": (check_paper_apart, paper_in_our_table),
     "seeds counted as cases": (check_seeds, attribute(results, "per_case", pooled_over_seeds)),

@@ -55,9 +55,9 @@ def test_runs_of_nnunet_are_listed_where_they_are_asked_for(tmp_path):
         write_run(tmp_path, name, [0.5])
     names = {"all": ["UNet", "nnUNet", "nnUNet-HCP"], "ours": ["UNet"], "one": ["nnUNet-HCP"]}
     assert finished_runs(tmp_path)["configuration"].tolist() == names["ours"]
-    assert finished_runs(tmp_path, outside=True)["configuration"].tolist() == names["all"]
+    assert finished_runs(tmp_path, names["all"])["configuration"].tolist() == names["all"]
     assert finished_runs(tmp_path, names["one"])["configuration"].tolist() == names["one"]
-    assert len(case_metrics(finished_runs(tmp_path, outside=True))) == 3
+    assert len(case_metrics(finished_runs(tmp_path, names["all"]))) == 3
 
 
 def test_runs_come_in_table_iis_order_with_others_behind(tmp_path):
