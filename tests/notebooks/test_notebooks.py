@@ -127,7 +127,6 @@ def test_tables_are_csv_and_figures_png_and_svg(study: Path) -> None:
         "trivial",
         "tests",
         "table3_rankings",
-        "table4",
         "embedding_separation",
     ):
         assert len(pd.read_csv(report / f"{name}.csv"))

@@ -1,6 +1,7 @@
 """Stage 1: the centre is the average of two, a fallback is said, and the region is measured honestly."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -282,3 +283,14 @@ def test_the_regions_fingerprint_is_of_the_table_and_its_volumes(regions, tmp_pa
     assert copy.fingerprint() == regions.fingerprint()
     np.save(tmp_path / "stage1/regions" / f"{regions.ids('test')[0]}_image.npy", np.zeros(3))
     assert copy.fingerprint() != regions.fingerprint()
+
+
+def test_regions_of_one_fold_are_no_other_replicate_s(regions, tmp_path):
+    """Regression: a stage 1 for all replicates was taken for every fold's own."""
+    folder = tmp_path / "stage1"
+    shutil.copytree(regions.folder, folder)
+    for cut_for, told in ((None, "no replicate"), (1, "replicate 1")):
+        (folder / "run.json").write_text(json.dumps({"parameters": {"replicate": cut_for}}))
+        with pytest.raises(ValueError, match=f"cut for {told}, not for replicate 0; in a trial on folds set folds"):
+            Regions.read(folder).of_replicate(0)
+    assert Regions.read(folder).of_replicate(1).table.equals(regions.table)

@@ -145,8 +145,8 @@ def test_mean_dice_is_over_cases():
 def test_a_3d_network_sees_the_whole_volume_padded_to_multiples_of_sixteen(shape):
     network, scan = vnet(1).train(), volume(shape)
     network(torch.rand(2, 1, 16, 32, 16))  # running means and variances
-    padded = np.zeros([n + -n % 16 for n in shape], np.float32)
-    padded[tuple(map(slice, shape))] = scan / np.float32(255)
+    padded = np.zeros([n + -n % 16 for n in shape], np.float32)  # in plane; across, the last slice goes on
+    padded[:, : shape[1], : shape[2]] = scan[np.minimum(np.arange(len(padded)), shape[0] - 1)] / np.float32(255)
     with torch.no_grad():
         logits, embeddings = (t[0] for t in network.eval()(torch.from_numpy(padded)[None, None]))
     expected = logits.softmax(dim=0)[1][tuple(map(slice, shape))]
