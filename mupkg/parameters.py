@@ -828,8 +828,11 @@ class Study(Settings):
     @property
     def _prepared(self) -> CohortSettings:
         """What notebook 00 is told."""
-        source = {"source_folder": self.source_folder or "given later"}
-        return CohortSettings.checked(source | {"size": self.size} | self.prepare)
+        return CohortSettings.checked(self._source | {"size": self.size} | self.prepare)
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        return {"source_folder": self.source_folder or "given later"}
 
     @property
     def runs(self) -> dict[str, dict[str, Any]]:
@@ -849,7 +852,6 @@ class Study(Settings):
     @model_validator(mode="after")
     def _parameters_of_the_notebooks(self) -> Self:
         """What the notebooks will be told is checked before the first one runs, not hours later."""
-        source = {"source_folder": self.source_folder or "given later"}
         for section, (model, own) in SECTIONS.items():
             given = getattr(self, section)
             told = [name for name in (*OF_THE_STUDY, *own) if name in model.model_fields]
@@ -860,7 +862,7 @@ class Study(Settings):
                 )
             sized = {"size": self.size} if "size" in model.model_fields else {}
             try:
-                model.checked((source if section == "prepare" else {}) | sized | given, without=told)
+                model.checked((self._source if section == "prepare" else {}) | sized | given, without=told)
             except ValueError as error:
                 raise ValueError(f"{section}: {error}") from None
         return self
