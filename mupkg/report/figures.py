@@ -41,9 +41,9 @@ if TYPE_CHECKING:  # slow to import
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = map(to_hex, color_sequences["okabe_ito"])
 LINES = (BLUE, ORANGE, GREEN, BLACK, SKY, VERMILLION, PURPLE)  # of curves, one after the other
-TRUTH, PREDICTION, CHOSEN = SKY, ORANGE, "#6633FF"
+TRUTH, PREDICTION, CHOSEN = SKY, ORANGE, "#B21AFF"
 BOTH = {"truth": TRUTH, "prediction": PREDICTION}
-KIND_COLOURS = (BLUE, SKY, ORANGE, "#B8B8B8")  # of KINDS: blue inside the prostate, warm and grey outside
+KIND_COLOURS = ("#121249", "#1C6E53", "#B83D00", "#B8B8B8")  # of KINDS: cold in the prostate, warm or grey outside
 ROLES = {"anchor": ("x", YELLOW), "positive": (".", SKY), "negative": ("o", VERMILLION)}  # of a tuple's voxels
 TEACHES = {"active": VERMILLION, "satisfied": "silver"}  # tuples
 HEAT = "inferno"  # of probabilities
