@@ -97,20 +97,25 @@ class Scatters:
             steps = np.repeat(KIND_COLOURS, STEPS // len(KINDS))
             return list(steps), key(dict(zip(KINDS, KIND_COLOURS, strict=True)) | {"chosen": CHOSEN})
         colours, low, high = COLOURS[by]
-        ends = ("worst", "best") if by == "case" else (low, high)
-        legend = f"{colour_bar(colours, by, *ends)} &nbsp; {key({'chosen': CHOSEN})}"
+        name = "case, from the worst to the best" if by == "case" else by
+        legend = f"{colour_bar(colours, name, low, high)} &nbsp; {key({'chosen': CHOSEN})}"
         return [to_hex(c) for c in colormaps[colours](np.linspace(0, 1, STEPS))], legend
 
     def _recolour(self) -> None:
-        steps, legend = self._colours()
-        self.legend.value = small(legend)
+        self.legend.value = small(self._colours()[1])
         for scatter in self.__dict__.get("scatters", ()):
-            scatter.color(map=steps)
+            scatter.color(map=self._colours()[0])
         self._refresh()
 
     def _refresh(self) -> None:
         for scatter, frame in zip(self.__dict__.get("scatters", ()), self.frames, strict=False):
             scatter.data(self._shown(frame), animate=len(frame) < MANY)
+            self._mark(scatter)
+
+    @staticmethod
+    def _mark(scatter) -> None:
+        """Chosen points and the one under the mouse, one colour for each of the map, else it is not taken."""
+        scatter.widget.color_selected = scatter.widget.color_hover = [CHOSEN] * STEPS
 
     @cached_property
     def scatters(self) -> list:
@@ -127,9 +132,8 @@ class Scatters:
             options = {"performanceMode": len(frame) > MANY, "height": "auto"}
             scatter.options(regl_scatterplot_options=options)
             scatter.widget.toolbar_buttons = ["pan_zoom", "lasso", "full_screen", "reset"]
-            scatter.widget.color_selected = [CHOSEN] * STEPS  # one for each of the map's, or it is not taken
-            scatter.widget.color_hover = [CHOSEN] * STEPS
             scatter.widget.selection = self.rows
+            self._mark(scatter)
             scatter.widget.observe(lambda change: self._told(_rows(change["new"])), "selection")
             scatter.widget.observe(lambda change: self.hovered(change["new"]), "hovering")
             made.append(scatter)

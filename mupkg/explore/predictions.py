@@ -149,7 +149,8 @@ class CasePredictions:
         said = ", ".join(f"{self.letters[name]} {heat[z, y, x]:.2f}" for name, heat in self.heat.items())
         what = f"{self.kind_of((z, y, x))}, {self.distance_mm[z, y, x]:+.2f} mm"
         place = f"x {across:.2f}, y {back:.2f}, z {up:.2f} mm"
-        return f"voxel (z, y, x) {z}, {y}, {x} {self.mark}\n{place}\n{what}\nprobability: {said}"
+        mark = f", {self.mark}" if self.mark else ""
+        return f"voxel (z, y, x) {z}, {y}, {x}{mark}\n{place}\n{what}\nprobability: {said}"
 
     def scores(self, threshold: float = 0.5) -> pd.DataFrame:
         """DSC, HD95 (mm) and islands (parts beside the largest) of each run's mask at a threshold, a row a run.
