@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipywidgets
-from anywidget import AnyWidget
-from traitlets import Int
 
 HEADS = 50  # pixels that a title of three lines is high
 
@@ -50,18 +48,6 @@ def picture(value: bytes) -> ipywidgets.Image:
 def wrapped(*parts: ipywidgets.Widget) -> ipywidgets.Widget:
     """Widgets in a row that goes on in the next line where the page is narrow."""
     return ipywidgets.HBox(parts, layout=ipywidgets.Layout(flex_flow="row wrap"))
-
-
-class Width(AnyWidget):
-    """An invisible line that says how many pixels wide its column is."""
-
-    _esm = """export default {render({model, el}) {
-      const tell = () => { model.set("pixels", Math.round(el.getBoundingClientRect().width)); model.save_changes(); };
-      const seen = new ResizeObserver(tell);
-      seen.observe(el);
-      return () => seen.disconnect();
-    }}"""
-    pixels = Int(240).tag(sync=True)
 
 
 def table(*rows: Sequence[ipywidgets.Widget], below: int = 0) -> ipywidgets.Widget:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from mupkg import repository
 from mupkg.explore.case import CaseViewer
-from mupkg.explore.controls import HEADS, Width, beside, button, dropdown, small, table, wrapped
+from mupkg.explore.controls import HEADS, beside, button, dropdown, small, table, wrapped
 from mupkg.explore.panels import DPI, SlicePanel
 from mupkg.explore.predictions import CasePredictions, few_threads
 from mupkg.explore.voxels import DrawnVoxels, save_voxels
@@ -39,7 +39,8 @@ COLOURS = {  # that a scatter can show, and how: colour map, lowest and highest 
     "case": ("viridis", 0, 1),  # by its rank, the worst first
 }
 STEPS = 256  # of a colour map
-TOOLBAR = 40  # pixels that the scatter's buttons are wide
+SCATTER = ".square-scatter > div > div[id]:not(:fullscreen)"
+SQUARE = f"<style>{SCATTER}, {SCATTER} > div[id] {{height: auto !important; aspect-ratio: 1; min-width: 0}}</style>"
 MANY = 20_000  # points: beyond, they are drawn square and opaque, which is twice as soon
 
 
@@ -77,7 +78,7 @@ class Scatters:
             self.select(self.rows[:0])
         self.frames = frames
         for words, title in zip(self.titles, titles, strict=True):
-            words.value = small(title, f"{HEADS - 2}px")
+            words.value = SQUARE + small(title, f"{HEADS - 2}px")
         self._refresh()
 
     def select(self, rows: np.ndarray) -> None:
@@ -128,7 +129,7 @@ class Scatters:
             scatter = Scatter(data=self._shown(frame), x="x", y="y", y_scale=(-1.05, 1.05), **look)
             scatter.color(by="value", map=self._colours()[0], norm=(0, 1))
             scatter.opacity(unselected=1.0).axes(False).size(default=3).legend(False).tooltip(False)
-            # "auto": the height follows the widget's, which it would not by itself
+            # "auto": the height follows the page, which it would not by itself
             options = {"performanceMode": len(frame) > MANY, "height": "auto"}
             scatter.options(regl_scatterplot_options=options)
             scatter.widget.toolbar_buttons = ["pan_zoom", "lasso", "full_screen", "reset"]
@@ -148,9 +149,7 @@ class Scatters:
         """For each run a title above its scatter, whose canvas is square."""
         plots = []
         for title, scatter in zip(self.titles, self.scatters, strict=True):
-            width = Width()
-            ipywidgets.dlink((width, "pixels"), (scatter.widget, "height"), lambda pixels: max(120, pixels - TOOLBAR))
-            plots.append(ipywidgets.VBox([title, width, scatter.widget]))
+            plots.append(ipywidgets.VBox([title, scatter.widget.add_class("square-scatter")]))
         return plots
 
 

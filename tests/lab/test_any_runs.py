@@ -36,7 +36,8 @@ FAULTS = """area => {
       faults.push(`${what}: outside the page, ${Math.round(box.right)}, ${Math.round(box.bottom)}`);
     for (let e = element.parentElement; e !== area.parentElement; e = e.parentElement) {
       const b = e.getBoundingClientRect(), hides = getComputedStyle(e).overflow !== 'visible';
-      if (hides && (box.left < b.left - 1 || box.right > b.right + 1 || box.top < b.top - 2 || box.bottom > b.bottom + 2))
+      const across = box.left < b.left - 1 || box.right > b.right + 1;
+      if (hides && (across || box.top < b.top - 2 || box.bottom > b.bottom + 2))
         faults.push(`${what}: cut by ${e.className || e.tagName}`);
     }
     if (element.tagName === 'SELECT') {
