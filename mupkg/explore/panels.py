@@ -117,7 +117,9 @@ class SlicePanel:
         """For each network a title above its slice."""
         from ipyevents import Event
 
-        self._images = [ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="100%", margin="0")) for _ in self.heats]
+        self._images = [
+            ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="100%", margin="0")) for _ in self.heats
+        ]
         self._titles, self._events = [ipywidgets.HTML() for _ in self.heats], []
         for image in self._images:
             press = Event(source=image, watched_events=["mousedown", "mouseup", "mouseleave"])

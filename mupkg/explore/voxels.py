@@ -25,6 +25,7 @@ from mupkg.report.figures import CHOSEN, TRUTH
 from mupkg.stages.voxels import KINDS, draw, sample_voxels
 
 PATCH_MM = 32.0  # edge of a small patch
+NEAREST = 10  # neighbours that are kept of each saved voxel
 PLACE = ["z", "y", "x"]
 
 
@@ -119,7 +120,9 @@ class DrawnVoxels:
     def rows(self, chosen: np.ndarray | None = None, method: Projection = "PCA", seed: int = 0) -> pd.DataFrame:
         """The voxels as a table to keep, a row a voxel and run: what `voxels_table` describes."""
         chosen = np.arange(len(self.table)) if chosen is None else np.asarray(chosen)
-        table, parts = self.table.iloc[chosen], []
+        from sklearn.neighbors import NearestNeighbors  # slow to import
+
+        table, parts, near = self.table.iloc[chosen], [], min(NEAREST, len(chosen) - 1)
         places = [(self.cases[case], place) for case, *place in table[["case", *PLACE]].itertuples(index=False)]
         world = np.array([case.world_mm([place])[0] for case, place in places]).reshape(-1, 3)
         pictures = [thumbnail(case, place) for case, place in places]
@@ -132,6 +135,10 @@ class DrawnVoxels:
             part["mm_to_contour"] = table["mm to contour"]
             part["embedding"] = list(sample.embedding[chosen])
             part[["projection_x", "projection_y"]] = points
+            if near:
+                distances, rows = NearestNeighbors(n_neighbors=near).fit(sample.embedding[chosen]).kneighbors()
+                rows = rows + len(parts) * len(chosen)  # of the whole table
+                part["neighbors"] = [{"ids": i, "distances": d} for i, d in zip(rows, distances, strict=True)]
             parts.append(part.assign(projection=method, thumbnail=pictures))
         return pd.concat(parts, ignore_index=True)
 
@@ -187,7 +194,8 @@ def voxels_table(
 
     Columns: case, split, z, y, x (voxels of the region), run, x_mm, y_mm, z_mm (the scan's own space), label,
     probability, kind, mm_to_contour, embedding, projection_x, projection_y (fitted on all these voxels), projection
-    (how), thumbnail (PNG). `save_voxels` writes it.
+    (how), neighbors (rows of the table with the ten nearest embeddings of the same run, and their Euclidean
+    distances), thumbnail (PNG). `save_voxels` writes it.
     """
     cases = study if isinstance(study, Cases) else Cases.read(study, configurations, seed)
     drawn = DrawnVoxels.of_split(cases, split=split, per_kind=per_kind, tau=tau, seed=seed)

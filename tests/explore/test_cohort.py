@@ -141,6 +141,12 @@ def test_a_parquet_of_it_says_the_same(explorer):
     assert path.name == f"voxels_3-cases_contour-{len(chosen)}_UNet_MetricUNet-H.parquet"
     saved = pd.read_parquet(path)
     assert set(saved["kind"]) == {"contour"} and len(saved) == 2 * len(chosen)
+    for row in (0, len(saved) - 1):  # the nearest of the same run, by hand
+        mine = saved[saved["run"] == saved.loc[row, "run"]].drop(index=row)
+        distances = np.linalg.norm(np.stack(mine["embedding"]) - saved.loc[row, "embedding"], axis=1)
+        near = saved.loc[row, "neighbors"]
+        np.testing.assert_allclose(near["distances"], np.sort(distances)[:10], rtol=1e-4, atol=1e-5)
+        assert row not in near["ids"] and set(saved.loc[near["ids"], "run"]) == {saved.loc[row, "run"]}
     assert saved["thumbnail"].iloc[0].startswith(b"\x89PNG") and len(saved["embedding"].iloc[0]) == 4
 
 
