@@ -44,13 +44,13 @@ from mupkg.data.build import (
     check_pattern,
     source_from_dicom,
     sources_from_decathlon,
+    sources_from_dicom_rt,
     sources_from_pattern,
     sources_from_phantoms,
     sources_from_promise12,
     sources_from_table,
     sources_of_replicates,
 )
-from mupkg.data.dicom_rt import list_dicom, sources_from_dicom_rt
 from mupkg.data.preprocessing import Grid, Preparation, Window
 from mupkg.metrics import METRICS
 from mupkg.models import MULTIPLE, VNET_MULTIPLE
@@ -346,8 +346,11 @@ class CohortSettings(SizedSettings):
 
     def listing(self) -> pd.DataFrame | None:
         """What a folder of DICOM holds, see `list_dicom`; `sources` tells what is damaged. None for other sources."""
-        options = {"hash_patients": self.hash_patients, "damaged": []}
-        return list_dicom(self.source_path, **options) if self.source in OF_DICOM else None
+        if self.source not in OF_DICOM:
+            return None
+        from mupkg.scans.dicom_rt import list_dicom  # a wing: cohorts of masks do without it
+
+        return list_dicom(self.source_path, hash_patients=self.hash_patients, damaged=[])
 
     def sources(self) -> list[Source]:
         """The cases to be, from whatever source was chosen."""

@@ -30,10 +30,10 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.lines import Line2D
 from PIL import ImageDraw, ImageFont
 
-from mupkg.data.cases import Point
-from mupkg.data.writing import whole_file
 from mupkg.report.embeddings import EmbeddedVoxels, principal_axes
 from mupkg.samplers import VoxelTuples
+from mupkg.scans.cases import Point
+from mupkg.scans.writing import whole_file
 from mupkg.stages.voxels import KINDS
 
 if TYPE_CHECKING:  # slow to import

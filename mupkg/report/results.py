@@ -13,8 +13,8 @@ import pandas as pd
 
 from mupkg.configurations import TABLE_II
 from mupkg.data.cohort import read_cases
-from mupkg.data.writing import whole_file
 from mupkg.parameters import Stage2Settings, Tag, tagged
+from mupkg.scans.writing import whole_file
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import OUTSIDE, RUN, Shift, metrics_name, read_run
 

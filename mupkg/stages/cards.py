@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from mupkg.data.cases import not_in_hu
 from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort, read_cases
 from mupkg.data.preprocessing import array_spacing
+from mupkg.scans.cases import not_in_hu
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import METRICS, RUN, read_run
 

@@ -23,12 +23,12 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 import mupkg.data
-from mupkg.data.cases import Case
 from mupkg.data.cohort import Cohort
 from mupkg.data.patches import PatchSource
 from mupkg.data.preprocessing import resample
 from mupkg.metrics import segmentation_metrics
 from mupkg.report import results, statistics
+from mupkg.scans.cases import Case
 from mupkg.stages import evaluation, inference, localization, prediction
 from mupkg.stages import regions as regions_module
 from mupkg.stages.regions import Regions
