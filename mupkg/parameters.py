@@ -53,7 +53,8 @@ from mupkg.data.build import (
 )
 from mupkg.data.preprocessing import Grid, Preparation, Window
 from mupkg.metrics import METRICS
-from mupkg.models import MULTIPLE, VNET_MULTIPLE
+from mupkg.models import BACKBONES, MULTIPLE, VNET_MULTIPLE, Backbone
+from mupkg.samplers import SAMPLERS
 from mupkg.stages.runs import MOST, Shift
 
 Size = Literal["smoke", "quick", "paper"]
@@ -265,7 +266,7 @@ class Tag(Enum):
     TRAINING = "reaches the weights, at least their last digits"
     SPEED = "reaches the speed, and at most the weights' last digits"
     METRIC = "reaches networks with samplers only"
-    VNET = "reaches VNet only"
+    BLOCKS = "reaches 3D networks only"
 
 
 def tagged(model: type[BaseModel], *tags: Tag) -> set[str]:
@@ -496,7 +497,7 @@ class Stage2Settings(MetricOptions, TrainingSettings):
     compile: Annotated[bool, Tag.TRAINING, Tag.SPEED] = False
     deterministic: Annotated[bool, Tag.TRAINING, Tag.SPEED] = False
     workers: Annotated[int, Field(ge=0, le=64), Tag.SPEED] = 0
-    depth: Annotated[int, Field(ge=VNET_MULTIPLE, le=1024, multiple_of=VNET_MULTIPLE), Tag.VNET] = OF_SIZE
+    depth: Annotated[int, Field(ge=VNET_MULTIPLE, le=1024, multiple_of=VNET_MULTIPLE), Tag.BLOCKS] = OF_SIZE
     film: Annotated[bool, Tag.SPEED] = False
     test_shifts: Annotated[tuple[Shift, ...], Tag.SPEED] = ()
 
@@ -513,9 +514,16 @@ class Stage2Settings(MetricOptions, TrainingSettings):
 
     @model_validator(mode="after")
     def _blocks_that_can_be_pooled(self) -> Self:
-        if self.configuration == "VNet" and self.patch_size % VNET_MULTIPLE:
-            raise ValueError(f"VNet needs a patch_size that is a multiple of {VNET_MULTIPLE}, not {self.patch_size}")
+        multiple = self._backbone.multiple
+        if self.patch_size % multiple:
+            raise ValueError(
+                f"{self.configuration} needs a patch_size that is a multiple of {multiple}, not {self.patch_size}"
+            )
         return self
+
+    @property
+    def _backbone(self) -> Backbone:
+        return BACKBONES[configuration(self.configuration).backbone]
 
     @property
     def run_path(self) -> Path:
@@ -523,14 +531,14 @@ class Stage2Settings(MetricOptions, TrainingSettings):
 
     @property
     def patches(self) -> dict[str, Any]:
-        """What `PatchSource` is told. VNet's blocks together hold `batch_size` slices, but there are at least two."""
+        """What `PatchSource` is told. 3D blocks together hold `batch_size` slices, but there are at least two."""
         size = {"patch_size": (self.patch_size,) * 2, "batch_size": self.batch_size, "seed": self.seed}
         blocks = {"batch_size": max(2, self.batch_size // self.depth), "depth": self.depth}
-        return size | blocks if self.configuration == "VNet" else size
+        return size | blocks if self._backbone.dimensions == 3 else size
 
     def made_by(self, **data: Any) -> dict[str, Any]:
-        """The same, with the options of the loss, and VNet's depth."""
-        depth = {"depth": self.depth} if self.configuration == "VNet" else {}
+        """The same, with the options of the loss, and the depth of 3D blocks."""
+        depth = {"depth": self.depth} if self._backbone.dimensions == 3 else {}
         return super().made_by(loss=self.loss_options, **depth, **data)
 
 
@@ -644,7 +652,7 @@ class Trial(Settings):
     replicates: Annotated[PositiveInt, Field(le=1000)]
     contrasts: tuple[tuple[str, str], ...] = ()  # (arm, against)
     factors: tuple[str, ...] = ()
-    primary: Literal[*METRICS] = "DSC"
+    primary: Literal[*(name for name, metric in METRICS.items() if metric.of)] = "DSC"
     margin: PositiveFloat = 0.01
     varies: tuple[str, ...] = ()
     by_parameter: bool = False
@@ -688,7 +696,7 @@ class Trial(Settings):
         rows = {}
         for arm, given in self.arms.items():
             chosen = configuration(given["configuration"])
-            letters = {letter: letter in chosen.samplers for letter in "HCR"}
+            letters = {letter: letter in chosen.samplers for letter in SAMPLERS}
             letters |= {"N": chosen.near_negatives, "P": chosen.positive_pair, "Sep": chosen.separate}
             usual = {name: Stage2Settings.model_fields[name].default for name in self.told_by_arms - {"seed_offset"}}
             told = {name: str(value) if isinstance(value, list | dict) else value for name, value in given.items()}

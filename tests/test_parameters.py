@@ -353,7 +353,7 @@ def test_every_setting_reaches_the_weights_or_is_known_not_to():
         told = {*made_by, *made_by["training"], *made_by.get("loss", {})}
         told |= {"metric_weight"} if "weight" in told else set()
         untold = {*settings.model_fields} - told
-        assert untold == tagged(settings, Tag.NAME, Tag.SPEED, Tag.VNET) - told | {"cohort", "size"} | (
+        assert untold == tagged(settings, Tag.NAME, Tag.SPEED, Tag.BLOCKS) - told | {"cohort", "size"} | (
             untold & {"training_cases", "label_noise_mm"}
         )
         assert told >= tagged(settings, Tag.NETWORK, Tag.TRAINING, Tag.METRIC)

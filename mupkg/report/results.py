@@ -13,12 +13,12 @@ import pandas as pd
 
 from mupkg.configurations import TABLE_II
 from mupkg.data.cohort import read_cases
+from mupkg.metrics import headline
+from mupkg.models import BACKBONES
 from mupkg.parameters import Stage2Settings, Tag, tagged
 from mupkg.scans.writing import whole_file
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import OUTSIDE, RUN, Shift, metrics_name, read_run
-
-HEADLINE = ("DSC", "ASD", "SEN", "PPV", "HD95", "aRVD")
 
 
 def finished_runs(
@@ -105,7 +105,8 @@ def check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Iter
     for run, given in parameters.items():
         name_of = str(given.get("configuration", run))  # an arm's name may be anything
         unused = set() if name_of.startswith("Metric") else tagged(Stage2Settings, Tag.METRIC)
-        unused |= set() if name_of == "VNet" else tagged(Stage2Settings, Tag.VNET)
+        in_3d = name_of in BACKBONES and BACKBONES[name_of].dimensions == 3
+        unused |= set() if in_3d else tagged(Stage2Settings, Tag.BLOCKS)
         for name in given.keys() - may_differ - unused:
             values.setdefault(name, {}).setdefault(json.dumps(given[name]), run)
     differ = [
@@ -151,16 +152,19 @@ def worst_first(metrics: pd.DataFrame, regions: Regions) -> pd.DataFrame:
     return scores.reindex([*ranked, *at_hand.difference(ranked, sort=False)])
 
 
-def summary(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
+def summary(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
     """Mean, std, median over cases for each configuration, and how many cases that are: n, and `undefined` (NaN).
 
     `collapsed` counts the runs that find no prostate in most test cases. They stay in the mean.
 
     An infinite distance (one mask empty) makes its mean infinite, visibly. A NaN (PPV without prediction) cannot
     be averaged: it is left out and counted under `undefined`.
+
+    Args:
+        names: of the metrics; None: the headline's.
     """
     rows = {}
-    for name in names:
+    for name in headline() if names is None else names:
         cases = per_case(metrics, name)
         with np.errstate(invalid="ignore"):  # inf - inf in a std is NaN, and shown as such
             rows[name] = pd.DataFrame(
@@ -194,7 +198,7 @@ def as_text(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     return pd.DataFrame(text, index=table.index)
 
 
-def paired_tests(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
+def paired_tests(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
     """Every configuration against the first, on every metric: the rows of `statistics.contrasts`.
 
     With several seeds the seeds are the replicates; with one there is no p but the paper's, in a column that says so.
@@ -202,7 +206,7 @@ def paired_tests(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.D
     first, *others = dict.fromkeys(metrics["configuration"])
     from mupkg.report import statistics
 
-    return statistics.contrasts(metrics, [(other, first) for other in others], names)
+    return statistics.contrasts(metrics, [(other, first) for other in others], headline() if names is None else names)
 
 
 def published(table: int, **options: Any) -> pd.DataFrame:

@@ -433,15 +433,13 @@ TRAPS = {
     "pictures of the last weights": (check_best_shown, in_the_notebook("training.BEST", "training.LAST")),
     "all components in the headline": (
         check_headline,
-        in_the_notebook(
-            "results.summary(metrics)", f"results.summary(metrics.drop(columns=[*results.HEADLINE]){TO_ALL})"
-        ),
+        in_the_notebook("results.summary(metrics)", f"results.summary(metrics.drop(columns=[*headline()]){TO_ALL})"),
     ),
     "the largest component in the second table": (
         check_headline,
         in_the_notebook(
             "results.summary(metrics, [",
-            "results.summary(metrics.assign(**{f'{n}_all': metrics[n] for n in results.HEADLINE}), [",
+            "results.summary(metrics.assign(**{f'{n}_all': metrics[n] for n in headline()}), [",
         ),
     ),
     "coarse labels interpolated": (
