@@ -17,11 +17,11 @@ from jaxtyping import Float
 from scipy.special import nctdtrinc
 from scipy.stats import false_discovery_control, rankdata, t, ttest_1samp, wilcoxon
 
+from mupkg.metrics import METRICS, metric_of
+
 LEVEL = 0.05  # of every test; intervals hold 95 %
 FEW = 5  # with fewer cases or replicates Satterthwaite's approximation is too generous: up to 13 % false alarms
 MARGINS = {"DSC": 0.01, "DSC_all": 0.01}  # a smaller difference does not matter; without a margin, no equivalence
-BETTER = dict.fromkeys(("DSC", "SEN", "PPV", "surface_DSC_2mm", "validation_area"), 1)
-BETTER |= dict.fromkeys(("ASD", "HD95", "HD", "aRVD", "Brier", "ECE"), -1)
 PILOT_SD = {"DSC": 0.010, "DSC_all": 0.010}  # of a difference over replicates: the least of a pilot, quick phantoms
 PAPERS_T_TEST = "paper's t-test over cases, one replicate"
 ONE_REPLICATE = "one seed cannot tell the method from the draw of the seed"
@@ -309,15 +309,15 @@ def contrasts(
         named: (arm, against, metric) of the contrasts that the protocol names.
 
     Raises:
-        ValueError: as `differences`; a named contrast that is not compared; a metric that is not in BETTER.
+        ValueError: as `differences`; a named contrast that is not compared; a metric that is not in METRICS.
     """
     planned, named = [(*pair, name) for name in names for pair in pairs], [tuple(contrast) for contrast in named]
     absent = [f"{arm} against {against} on {metric}" for arm, against, metric in set(named) - set(planned)]
     if absent:
         raise ValueError(f"the protocol names {'; '.join(sorted(absent))}: add this to what is compared")
-    unknown = [name for name in names if name.removesuffix("_all") not in BETTER]
+    unknown = [name for name in names if name.removesuffix("_all") not in METRICS]
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: is more of it better or worse? Say so in statistics.BETTER")
+        raise ValueError(f"{', '.join(unknown)}: is more of it better or worse? Say so in metrics.METRICS")
     if not planned:
         return pd.DataFrame(columns=["configuration", "against", "metric"])
     table = pd.DataFrame([_contrast(metrics, *contrast, margins.get(contrast[2], np.nan)) for contrast in planned])
@@ -392,7 +392,7 @@ def _verdict(row: Any) -> str:
     if row.p_equivalence_adjusted < LEVEL:
         return "equivalent"
     if row.p_adjusted < LEVEL:
-        return "benefit" if row.mean_difference * BETTER[row.metric.removesuffix("_all")] > 0 else "harm"
+        return "benefit" if row.mean_difference * metric_of(row.metric).better > 0 else "harm"
     return "undecided"
 
 
