@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from mupkg import progress
-from mupkg.data.writing import whole_file
+from mupkg.scans.writing import whole_file
 from mupkg.explore.predictions import CasePredictions, Cases, few_threads
 from mupkg.report import embeddings
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, Projection
