@@ -17,11 +17,11 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from mupkg import progress
-from mupkg.scans.writing import whole_file
 from mupkg.explore.predictions import CasePredictions, Cases, few_threads
 from mupkg.report import embeddings
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, Projection
 from mupkg.report.figures import CHOSEN, TRUTH
+from mupkg.scans.writing import whole_file
 from mupkg.stages.voxels import KINDS, draw, sample_voxels
 
 PATCH_MM = 32.0  # edge of a small patch

@@ -567,13 +567,19 @@ def convergence(history: pd.DataFrame, by: str = "step") -> Figure:
 def active_shares(shares: pd.DataFrame) -> Figure:
     """The share of tuples that still teach against the training's steps: a line a column; those near are dashed."""
     figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    colours, places = dict(zip("RHC", LINES, strict=False)), range(len(shares))
+    colours, steps = dict(zip("RHC", LINES, strict=False)), pd.to_numeric(shares.index, errors="coerce")
+    places = range(len(shares)) if steps.isna().any() else steps.to_numpy()  # without a film there is one: "trained"
     for name, column in shares.items():
         near = name.endswith("N")
         style = {"linestyle": "--" if near else "-", "marker": "s" if near else "o", "markersize": 4}
         ax.plot(places, column, color=colours[name[0]], label=name, **style)
     ax.set(xlabel="SGD step", ylabel="share of active tuples", ylim=(-0.02, 1.02))
-    ax.set_xticks(places, shares.index)
+    if steps.isna().any():
+        ax.set_xticks(places, shares.index)
+    else:  # the first steps lie close together
+        ax.set_xscale("symlog", linthresh=10)
+        ticks = [0, *(10**power for power in range(1, len(str(int(steps.max()))))), int(steps.max())]
+        ax.set_xticks(ticks, ticks)
     ax.legend(ncols=2, fontsize=8, title="dashed: negatives near the contour", title_fontsize=8)
     return figure
 
