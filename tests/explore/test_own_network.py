@@ -17,7 +17,7 @@ def test_monais_basic_unet_is_trained_fifty_steps_and_explored(regions):
     torch.manual_seed(0)
     network = BasicUNet(spatial_dims=2, in_channels=3, out_channels=2, features=(8, 8, 16, 16, 16, 8))
     tapped = EmbeddingTap(network, layer="upcat_1")
-    loss = SegmentationMetricLoss({"R": RandomSampler(anchors=4)}, VoxelMetricLoss())
+    loss = SegmentationMetricLoss([RandomSampler(anchors=4)], VoxelMetricLoss())
     optimizer = torch.optim.Adam(tapped.parameters(), 0.01)
     patches = iter(PatchSource(*regions.volumes("train"), patch_size=(16, 16), batch_size=8))
     first = last = None
