@@ -25,6 +25,7 @@ BEST, LAST, CHECKPOINT = "weights.safetensors", "last.safetensors", "checkpoint.
 HISTORY, RUN, METRICS, REGIONS, CARD = "history.csv", "run.json", "metrics.csv", "regions.csv", "card.md"
 FILM, PREDICTIONS = "film", "predictions"
 OUTSIDE = ("nnUNet", "nnUNet-HCP")  # runs of nnU-Net (notebook 11): metrics, but no weights of ours
+PLATEAU_DSC = 0.75  # a training with a better validation has left the plateau
 Shift = Literal["noise", "contrast", "thick"]  # test scans made harder, see mupkg.stages.shifts
 
 
