@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,7 @@ from mupkg import repository
 from mupkg.metrics import METRICS, metric_of
 from mupkg.report import results
 from mupkg.scans.writing import write_text
-from mupkg.stages.runs import METRICS as METRICS_FILE
-from mupkg.stages.runs import RUN, read_run
-from mupkg.stages.runs import PLATEAU_DSC
+from mupkg.stages.runs import PLATEAU_DSC, RUN, read_run
 from mupkg.trials import statistics, tables
 from mupkg.trials.kept import kept_folder, kept_runs
 from mupkg.trials.protocol import Study
@@ -31,7 +28,7 @@ PROTOCOLS = repository() / "notebooks" / "studies"
 COST = repository() / "tests" / "benchmarks" / "results" / "cpu-x86_64-1thread-2026-11-26-cost.csv"
 PAGE, RESULTS = REFERENCE / "README.md", repository() / "RESULTS.md"
 COLUMNS = ("DSC", "DSC_all", "SEN", "PPV", "ASD", "HD95", "surface_DSC_2mm", "Brier", "ECE")
-NUMBERS = "none one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 NNUNET_COLUMNS = ("DSC", "DSC_all", "ASD", "HD95")
 
 ABOUT = """# What the trials measured, in full
@@ -101,8 +98,8 @@ def single_seeds(name: str) -> Iterator[str]:
     for row in tables.single_seeds(study(name).trial, cases(name)).to_dict("records"):
         better, worse = row["says better"], row["says worse"]
         yield (
-            f"{row['contrast']}: p < .05 in {better + worse} of {row['replicates']} replicates, {better} times better "
-            f"and {worse} times worse; differences from {row['lowest']:+.3f} to {row['highest']:+.3f}, standard "
+            f"{row['contrast']}: p < .05 in {better + worse} of {row['replicates']} replicates, {better} times "
+            f"better and {worse} times worse; differences from {row['lowest']:+.3f} to {row['highest']:+.3f}, standard "
             f"deviation {row['sd over replicates']:.3f}"
         )
 
@@ -199,7 +196,11 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
         ValueError: if the tables give another verdict than the one that the sentence rests on.
     """
     name, outcome, shift = spec["trial"], spec.get("outcome", "DSC"), spec.get("shift", "")
-    command = f"`make trial TRIAL={name}`" if (PROTOCOLS / "trials" / f"{name}.yaml").is_file() else f"`make study STUDY={name}`"
+    command = (
+        f"`make trial TRIAL={name}`"
+        if (PROTOCOLS / "trials" / f"{name}.yaml").is_file()
+        else f"`make study STUDY={name}`"
+    )
     contrast = f"{spec['arm']} against {spec['against']}, {outcome}{f', {shift} scans' if shift else ''}"
     if name not in finished_trials():
         return [contrast, "", progress_of(name), "", command]
@@ -211,7 +212,9 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
         row = table[is_row & (table["metric"] == outcome)].iloc[0]
     if row["verdict"] != spec.get("verdict"):
         expected = spec.get("verdict", "an answer that the sentence knows of")
-        raise ValueError(f"questions.yaml: {contrast} is {row['verdict']}, not {expected}; change sentence and verdict")
+        raise ValueError(
+            f"questions.yaml: {contrast} is {row['verdict']}, not {expected}; change sentence and verdict"
+        )
     equal = row["verdict"] == "equivalent"
     low, high = row[["low_90", "high_90"] if equal else ["low", "high"]]
     effect = f"{row['mean_difference']:+.4f} [{low:+.4f}, {high:+.4f}]{' (90 %)' if equal else ''}"
@@ -240,7 +243,9 @@ def pooled_after_the_fact(spec: Mapping[str, Any]) -> pd.DataFrame:
 def figures_in_sentences() -> dict[str, Any]:
     """The numbers that the sentences of questions.yaml name, from the tables."""
     first = answers("e1").iloc[0]
-    family = pd.concat([answers("e1"), answers("e1n")]).query("metric == 'DSC' and against == 'UNet'")["p_equivalence"]
+    family = pd.concat([answers("e1"), answers("e1n")]).query("metric == 'DSC' and against == 'UNet'")[
+        "p_equivalence"
+    ]
     near = answers("e1n").query("against == 'HCP' and metric == 'DSC'")["mean_difference"].iloc[0]
     shuffled = {row[0]: row[1] for row in left_plateau("e4")}["shuffled"]
     seeds = {name: tables.single_seeds(study(name).trial, cases(name)).iloc[0] for name in ("e0", "e1")}
@@ -278,7 +283,11 @@ def results_page() -> str:
             parts.append(markdown_table(columns, rows))
         if extra := question.get("table"):
             parts.append(EXTRA[extra]())
-        claims += [[question["claim"], *(rows[0][1:3] if rows else ["", question["short"].format(**figures)])]] if "claim" in question else []
+        claims += (
+            [[question["claim"], *(rows[0][1:3] if rows else ["", question["short"].format(**figures)])]]
+            if "claim" in question
+            else []
+        )
     table = markdown_table(["the paper's claim", "ours: effect [interval]", "what follows"], claims)
     parts.insert(1, f"## The paper's claims, one by one\n\n{said['claims'].strip()}\n\n{table}")
     hours = [[name, core_hours(name)] for name in protocols()]

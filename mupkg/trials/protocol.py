@@ -120,9 +120,11 @@ class Trial(Settings):
 
     @property
     def as_in_the_paper(self) -> dict[str, str]:
-        """The arms that are nothing but a configuration, perhaps trained otherwise or with Table III's margin: which."""
+        """Of each arm that is nothing but a configuration, perhaps with Table III's margin: which one."""
         alone = {"configuration", "seed_offset", "learning_rate", "steps"}
-        plain = {arm: {*given} - ({"margin"} if given.get("margin") == 1.0 else {*()}) for arm, given in self.arms.items()}
+        plain = {
+            arm: {*given} - ({"margin"} if given.get("margin") == 1.0 else {*()}) for arm, given in self.arms.items()
+        }
         return {arm: self.arms[arm]["configuration"] for arm, names in plain.items() if names <= alone}
 
     @property

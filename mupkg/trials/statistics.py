@@ -156,8 +156,8 @@ def promised(estimate: Estimate, margin: float, effects: Sequence[float] = (0.01
     """What a trial with an estimate of this variance and df can say, whatever its mean turns out to be.
 
     Returns:
-        `half_width` of the 95 % interval; `power_at_0.01`, ...: the chance to see such a difference; `equivalent`: the
-        chance of this verdict where nothing differs. Before Holm's correction.
+        `half_width` of the 95 % interval; `power_at_0.01`, ...: the chance to see such a difference; `equivalent`:
+        about the chance of this verdict where nothing differs. Before Holm's correction.
     """
     error = np.sqrt(estimate.variance)
     seen = t.ppf(1 - LEVEL / 2, estimate.df)

@@ -173,9 +173,7 @@ def answers(trial: Trial, metrics: pd.DataFrame, names: Sequence[str], *, shifte
     """
     named = [] if shifted else [(*pair, trial.primary) for pair in trial.pairs if trial.primary in names]
     options = {"margins": {trial.primary: trial.margin, f"{trial.primary}_all": trial.margin}, "means": trial.means}
-    return statistics.contrasts(
-        metrics, trial.pairs, names, named=named, descriptive=trial.descriptive, **options
-    )
+    return statistics.contrasts(metrics, trial.pairs, names, named=named, descriptive=trial.descriptive, **options)
 
 
 def arm_means(metrics: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -217,7 +215,9 @@ def rankings(trial: Trial, table: pd.DataFrame) -> pd.DataFrame:
     chances = {c: f"paper: {c}" for c in paper if c.startswith("r = ")}
     ours = ours.join(paper.rename(columns=chances).set_index(ours.index))
     sure, alike = ours["ranking false"] < 0.025, ours["mean_difference"] * ours["paper: difference"] > 0
-    ours["the paper's ranking"] = np.where(sure & alike, "supported", np.where(sure, "contradicted", "cannot be told"))
+    ours["the paper's ranking"] = np.where(
+        sure & alike, "supported", np.where(sure, "contradicted", "cannot be told")
+    )
     ours.loc[ours["paper: difference"].isna(), "the paper's ranking"] = ""
     return ours
 

@@ -503,7 +503,10 @@ def test_a_collapsed_run_is_counted_and_stays_in_the_mean():
     assert mostly_empty_on_test(metrics).to_dict("records") == [{"configuration": "B", "seed": 3}]
     row = contrasts(metrics, [("B", "A")], ["DSC"]).iloc[0]
     assert row["mean_difference"] == pytest.approx((b - a).mean())
-    assert (row["collapsed"], row["collapsed_against"]) == (1, 0) and "collapsed: 1 of 5 [1 to 72 %] against 0 of 5 [0 to 52 %]" in row["answer"]
+    assert (row["collapsed"], row["collapsed_against"]) == (
+        1,
+        0,
+    ) and "collapsed: 1 of 5 [1 to 72 %] against 0 of 5 [0 to 52 %]" in row["answer"]
     metrics.loc[metrics["DSC"].eq(0).idxmax(), "DSC"] = 0.01
     assert mostly_empty_on_test(metrics).empty  # 5 of 10 is not more than half
 
@@ -694,7 +697,9 @@ def test_with_a_collapse_the_signs_decide():
     row = contrasts(metrics, [("HCP", "UNet")], ["DSC"], named=NAMED).iloc[0]
     assert row["p"] > 0.05 and row["verdict"] == "harm"
     assert row["p_adjusted"] == row["p_sign_flip"] == sign_flip(differences(metrics, "HCP", "UNet", "DSC").mean())
-    assert "sign flip" in row["answer"] and "collapsed: 1 of 20 [0 to 25 %] against 0 of 20 [0 to 17 %]" in row["answer"]
+    assert (
+        "sign flip" in row["answer"] and "collapsed: 1 of 20 [0 to 25 %] against 0 of 20 [0 to 17 %]" in row["answer"]
+    )
 
 
 def test_with_a_collapse_nothing_is_equivalent():
@@ -776,7 +781,9 @@ def test_the_half_width_is_that_of_the_method(replicates, half):
     assert promised(balanced(COMPONENTS, 100, replicates), 0.01)["half_width"] == pytest.approx(half, abs=6e-4)
 
 
-@pytest.mark.parametrize(("cases", "replicates", "arms", "against"), [(100, 10, 1, 1), (40, 20, 1, 2), (100, 5, 8, 8)])
+@pytest.mark.parametrize(
+    ("cases", "replicates", "arms", "against"), [(100, 10, 1, 1), (40, 20, 1, 2), (100, 5, 8, 8)]
+)
 def test_promises_are_kept_by_simulated_trials(cases, replicates, arms, against):
     """Arms of their own replicate and rest effects, and means of them; 4000 trials, standard error below .8 %."""
     rng, half = np.random.default_rng(5), 4000
