@@ -15,7 +15,7 @@ Point = tuple[float, float, float]  # physical (x, y, z) in mm, as SimpleITK giv
 
 MIN_SLICES = 3
 SAME_GRID = 0.1  # grids are the same if their corners agree to this share of a voxel
-RIGHT_ANGLE = 1e-3  # how far from 0 the cosine between two axes may be; NIfTI cannot hold more
+RIGHT_ANGLE = 1e-3  # the largest cosine between two axes, as NIfTI holds them; the least volume that three span
 SPACING_MM = (0.01, 100.0)  # what a scan's voxels may measure
 FARTHEST_MM = 1e6  # from the scanner's origin; beyond, rounding moves voxels
 LOWEST_HU = -1150.0  # of air, with its noise; what is below is padding
