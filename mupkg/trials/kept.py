@@ -21,8 +21,8 @@ from mupkg.stages.runs import (
     HISTORY,
     METRICS,
     METRICS_LAST,
-    OF_SHIFTS,
     RUN,
+    SHIFT_FILES,
     load_tensors,
     processor_name,
     read_run,
@@ -30,7 +30,7 @@ from mupkg.stages.runs import (
 )
 
 KEPT = Path("outputs") / "reference" / "runs"  # in the repository; below it <study>/<run>
-TABLES = (HISTORY, METRICS_LAST, *OF_SHIFTS, METRICS)  # the last one tells that a run is kept whole
+TABLES = (HISTORY, METRICS_LAST, *SHIFT_FILES, METRICS)  # the last one tells that a run is kept whole
 PRECISION = "%.6g"
 
 

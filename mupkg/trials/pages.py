@@ -97,10 +97,10 @@ def single_seeds(name: str) -> Iterator[str]:
     """What a study with one seed would have reported of each contrast."""
     for row in tables.single_seeds(study(name).trial, cases(name)).to_dict("records"):
         better, worse = row["says better"], row["says worse"]
+        times = f"{better} times better and {worse} times worse"
         yield (
-            f"{row['contrast']}: p < .05 in {better + worse} of {row['replicates']} replicates, {better} times "
-            f"better and {worse} times worse; differences from {row['lowest']:+.3f} to {row['highest']:+.3f}, standard "
-            f"deviation {row['sd over replicates']:.3f}"
+            f"{row['contrast']}: p < .05 in {better + worse} of {row['replicates']} replicates, {times}; differences "
+            f"from {row['lowest']:+.3f} to {row['highest']:+.3f}, standard deviation {row['sd over replicates']:.3f}"
         )
 
 
@@ -235,9 +235,7 @@ def _pooled(first: str, second: str) -> pd.DataFrame:
 def pooled_after_the_fact(spec: Mapping[str, Any]) -> pd.DataFrame:
     """A contrast that no protocol named: against the mean of controls of two trials."""
     metrics, means = _pooled(spec["trial"], spec["post_hoc"]), {spec["against"]: spec["against"].split(" and ")}
-    return statistics.contrasts(
-        metrics, [(spec["arm"], spec["against"])], [spec.get("outcome", "DSC")], means=means, margins={"DSC": 0.01}
-    )
+    return statistics.contrasts(metrics, [(spec["arm"], spec["against"])], [spec.get("outcome", "DSC")], means=means)
 
 
 def figures_in_sentences() -> dict[str, Any]:

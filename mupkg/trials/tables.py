@@ -16,7 +16,7 @@ from mupkg.metrics import with_unit
 from mupkg.report import results
 from mupkg.report.figures import BLUE
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import HISTORY, METRICS, RUN, Shift, metrics_name, read_run
+from mupkg.stages.runs import HISTORY, METRICS, RUN, STAGE1, Shift, metrics_name, read_run
 from mupkg.trials import statistics
 from mupkg.trials.kept import told_otherwise
 from mupkg.trials.protocol import Study, Trial
@@ -52,7 +52,7 @@ def trial_runs(study: str | Path, told: Mapping[str, Mapping[str, Any]], kept: P
     rows = []
     for name, own in told.items():
         rows.append({"configuration": own["arm"], "seed": own["seed"], "replicate": own["replicate"]})
-        rows[-1] |= {"stage1": study / own.get("stage1", "stage1"), "folder": folders[name]}
+        rows[-1] |= {"stage1": study / own.get("stage1", STAGE1), "folder": folders[name]}
         rows[-1] |= {"kept": folders[name].parent != study}
     return pd.DataFrame(rows)
 
@@ -172,7 +172,7 @@ def answers(trial: Trial, metrics: pd.DataFrame, names: Sequence[str], *, shifte
         shifted: on harder scans, of which no protocol names a contrast.
     """
     named = [] if shifted else [(*pair, trial.primary) for pair in trial.pairs if trial.primary in names]
-    options = {"margins": {trial.primary: trial.margin, f"{trial.primary}_all": trial.margin}, "means": trial.means}
+    options = {"margins": trial.margins, "means": trial.means}
     return statistics.contrasts(metrics, trial.pairs, names, named=named, descriptive=trial.descriptive, **options)
 
 
