@@ -47,6 +47,7 @@ PATIENT_AND_STUDY = {  # what a structure set repeats from its slices, and the m
     **{"PatientName": 64, "PatientID": 64, "PatientBirthDate": 8, "PatientSex": 16, "ReferringPhysicianName": 64},
     **{"StudyInstanceUID": 64, "StudyDate": 8, "StudyTime": 16, "StudyID": 16, "AccessionNumber": 16},
 }
+VERSION = {"date": "StructureSetDate", "label": "StructureSetLabel", "approval": "ApprovalStatus"}
 STUDY = "1.2.840.10008.3.1.2.3.1"  # SOP class of a detached study; retired, but the standard still asks for it here
 
 
@@ -212,25 +213,17 @@ def _rois(path: Path) -> list[Roi]:
         items = structures.StructureSetROISequence if contours else structures.get("StructureSetROISequence") or []
         numbers = Counter(int(item.ROINumber) for item in items)
         patient = str(structures.get("PatientID") or "").strip()
-        date, label, approval = (
-            str(structures.get(name) or "unknown")
-            for name in ("StructureSetDate", "StructureSetLabel", "ApprovalStatus")
-        )
-        structure_set = (
-            str(structures.get("SOPInstanceUID") or ""),
-            f"date {date}, label {label}, approval {approval}",
-        )
+        version = ", ".join(f"{word} {structures.get(name) or 'unknown'}" for word, name in VERSION.items())
+        structure_set = _owner(patient), str(structures.get("SOPInstanceUID") or ""), version
         rois = []
         for item in items or [Dataset()]:  # so that an empty set is listed, too
             frame = str(item.get("ReferencedFrameOfReferenceUID") or structures.get("FrameOfReferenceUID") or "")
             number, name = int(item.get("ROINumber") or 0), str(item.get("ROIName") or "").strip()
             own = [contour for sequence in contours[number] for contour in sequence]
-            of_several = numbers[number] > 1 or len(contours[number]) > 1
-            fault = (
-                f"its number {number} is used twice, so nobody can tell which contours it has" if of_several else ""
-            )
+            fault = f"its number {number} is used twice, so nobody can tell which contours it has"
+            fault *= numbers[number] > 1 or len(contours[number]) > 1
             of_roi = name, frame, series[frame], kinds[frame], own, len(own)
-            rois.append(Roi(path, patient, *of_roi, _owner(patient), *structure_set, fault))
+            rois.append(Roi(path, patient, *of_roi, *structure_set, fault))
     return rois
 
 
@@ -284,28 +277,22 @@ def _one(rois: Sequence[Roi], names: Sequence[str], where: str) -> Roi:
 def _series_of(roi: Roi, found: dict[Key, Found]) -> Key:
     """The series it was drawn on; ValueError if that is not there, or if it may be one of several."""
     keys, here = roi.drawn_on(found), [key for key in found if key.series in roi.series]
-    if here and not keys:
-        frames = f"in frame of reference {roi.frame}, but the series in {', '.join(key.frame for key in here)}"
-        raise ValueError(f"{roi}: was drawn on series {here[0].series} {frames}; export both again from one system")
+    uids = ", ".join(dict.fromkeys(key.series for key in keys or here))
+    if len({key.series for key in keys}) > 1:
+        raise ValueError(f"{roi}: may be of {len(keys)} series, {uids}; keep one of them in the folder")
+    if len(keys) != 1 and here:
+        frames = " and ".join(f"{found[key].slices} slices in {key.frame or 'none'}" for key in here)
+        fault = f"was drawn on series {uids} in frame of reference {roi.frame}, which has {frames}"
+        raise ValueError(f"{roi}: {fault}; export both again from one system")
     if not keys:
         others = [key for key in found if key.frame == roi.frame != "" and _owner(found[key].patient) != roi.owner]
         there = ", ".join(key.series + " of another patient" * (key in others) for key in found) or "none"
-        told = f"{', '.join(sorted(roi.series)) or 'unknown'} of frame of reference {roi.frame or 'unknown'}"
-        raise ValueError(f"{roi}: was drawn on series {told}, but here is {there}; choose the folder of that series")
-    there = ", ".join(dict.fromkeys(key.series for key in keys))
-    if len({key.series for key in keys}) > 1:
-        raise ValueError(f"{roi}: may be of {len(keys)} series, {there}; keep one of them in the folder")
-    if len(keys) > 1:
-        frames = " and ".join(f"{found[key].slices} in {key.frame or 'none'}" for key in keys)
-        raise ValueError(
-            f"{roi}: slices of its series {there} differ in frame of reference ({frames}); export it again"
-        )
+        named = f"{', '.join(sorted(roi.series)) or 'unknown'} of frame of reference {roi.frame or 'unknown'}"
+        raise ValueError(f"{roi}: was drawn on series {named}, but here is {there}; choose the folder of that series")
     if keys[0].series not in roi.series:
-        warnings.warn(
-            f"{roi}: was drawn on a series that is not there; taken for {there}, of its frame", stacklevel=3
-        )
+        warnings.warn(f"{roi}: was drawn on a series that is not there; taken for {uids}, of its frame", stacklevel=3)
     if _owner(found[keys[0]].patient) != roi.owner:
-        warnings.warn(f"{roi}: was drawn on series {there}, which has another patient ID", stacklevel=3)
+        warnings.warn(f"{roi}: was drawn on series {uids}, which has another patient ID", stacklevel=3)
     return keys[0]
 
 
@@ -347,9 +334,7 @@ def _points(contour: Dataset) -> tuple[np.ndarray, float]:
     return points, float(count.value) if count is not None and count.value else len(points)
 
 
-def _outlines(
-    roi: Roi, series: Series, faults: dict[str, set[float]], notes: Counter[str]
-) -> dict[int, list[Outline]]:
+def _outlines(roi: Roi, series: Series, faults: dict[str, set], notes: Counter[str]) -> dict[int, list[Outline]]:
     """The ROI's closed contours by slice; what is wrong with others becomes faults, by where they lie in mm."""
     heights = series.positions @ series.axes[:, 2]
     step, outlines, marks = np.diff(heights).min(), defaultdict(list), []
@@ -389,16 +374,14 @@ def _outlines(
 def _on_edge(outline: Outline, shape: tuple[int, int]) -> np.ndarray:
     """Which voxels' centres (rows, columns) a closed polygon leads through, within its tolerance."""
     edge, start, run = np.zeros(shape, bool), outline.xy, np.roll(outline.xy, -1, 0) - outline.xy
-    for axis in (0, 1):  # from column to column where it is flat, from row to row where it is steep
-        flat = np.abs(run[:, axis]) >= np.abs(run[:, 1 - axis])
-        begin, way = start[flat], run[flat]
-        low = np.ceil(np.minimum(0, way[:, axis]) + begin[:, axis] - outline.tolerance[axis])
-        high = np.floor(np.maximum(0, way[:, axis]) + begin[:, axis] + outline.tolerance[axis])
+    for axis in (0, 1):  # where each of its lines crosses columns, then rows
+        low = np.ceil(start[:, axis] + np.minimum(0, run[:, axis]) - outline.tolerance[axis])
+        high = np.floor(start[:, axis] + np.maximum(0, run[:, axis]) + outline.tolerance[axis])
         n = np.maximum(high - low + 1, 0).astype(int)
         line = np.repeat(np.arange(len(n)), n)
         at = low[line] + np.arange(len(line)) - np.repeat(np.cumsum(n) - n, n)
-        share = np.clip((at - begin[line, axis]) / np.where(way[:, axis], way[:, axis], 1)[line], 0, 1)
-        across = begin[line, 1 - axis] + share * way[line, 1 - axis]
+        share = np.clip((at - start[line, axis]) / np.where(run[:, axis], run[:, axis], 1)[line], 0, 1)
+        across = start[line, 1 - axis] + share * run[line, 1 - axis]
         hit = np.abs(across - across.round()) <= outline.tolerance[1 - axis]
         places = np.c_[at, across.round()][hit].astype(int)[:, :: 1 if axis else -1]  # row, column
         edge[tuple(places[((places >= 0) & (places < shape)).all(1)].T)] = True
@@ -406,12 +389,7 @@ def _on_edge(outline: Outline, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _meeting(first: Outline, inner: np.ndarray, second: Outline, other: np.ndarray) -> str:
-    """How two contours of a slice meet: "same", "crossing", or "" if they nest or lie beside one another.
-
-    Args:
-        inner: which voxels' centres lie in the first, so that what is smaller than a voxel does not count.
-        other: and which in the second.
-    """
+    """How two contours of a slice, and the voxels in them, meet: "same", "crossing", or "": nested, or apart."""
     if (first.xy.max(0) < second.xy.min(0)).any() or (second.xy.max(0) < first.xy.min(0)).any():
         return ""
     courses = []
@@ -432,21 +410,23 @@ def _plane(outlines: list[Outline], shape: tuple[int, int]) -> tuple[np.ndarray,
     """Which voxels' centres lie inside an odd number of a slice's contours, or on one; and why that is in doubt."""
     plane, edges, before = np.zeros(shape, bool), np.zeros(shape, bool), []
     for outline in outlines:
+        xy, run = outline.xy, np.roll(outline.xy, -1, 0) - outline.xy
+        low, high = np.floor(xy.min(0)).clip(0), np.ceil(xy.max(0) + 1).clip(max=shape[::-1])
+        columns, rows = np.mgrid[low[0] : high[0], low[1] : high[1]].reshape(2, -1).astype(int)
         inner, edge = np.zeros(shape, bool), _on_edge(outline, shape)
-        low, high = np.maximum(np.floor(outline.xy.min(0)), 0).astype(int), np.ceil(outline.xy.max(0)).astype(int) + 1
-        part = inner[low[1] : high[1], low[0] : high[0]]
-        rows, columns = np.indices(part.shape)
-        centres = np.c_[columns.ravel() + low[0], rows.ravel() + low[1]]
-        part |= Polygon(outline.xy).contains_points(centres).reshape(part.shape)
-        (x, y), run = outline.xy.T, np.roll(outline.xy, -1, 0) - outline.xy
-        if not inner.any() and abs(x @ run[:, 1] - y @ run[:, 0]) / 2 > np.linalg.norm(run, axis=1).sum():
+        inner[rows, columns] = Polygon(xy).contains_points(np.c_[columns, rows])
+        inner &= ~edge
+        if (
+            not inner.any()
+            and abs(xy[:, 0] @ run[:, 1] - xy[:, 1] @ run[:, 0]) / 2 > np.linalg.norm(run, axis=1).sum()
+        ):
             return plane, "runs round twice; export it again"
-        met = {_meeting(outline, inner & ~edge, *other) for other in before if not outline.xor}
+        met = {_meeting(outline, inner, *other) for other in before if not outline.xor}
         if "crossing" in met:
             return plane, "crosses another one, or nearly follows it; keep the right one in the planning system"
         if "same" not in met:
             plane, edges = plane ^ inner, edges | edge
-            before.append((outline, inner & ~edge))
+            before.append((outline, inner))
     return plane | edges, ""
 
 
@@ -489,18 +469,16 @@ def _mask(roi: Roi, series: Series, fill_gaps: bool) -> sitk.Image:
 
 
 def _fill(mask: np.ndarray, gaps: Iterable[int], heights: np.ndarray, spacing: Sequence[float]) -> list[int]:
-    """Shapes on these slices, half-way between those below and above by signed distance; those that stay empty."""
-    drawn, empty = np.flatnonzero(mask.any((1, 2))), []
+    """Shapes on these slices, by the signed distances to those below and above; gives those that stay empty."""
+    filled, empty = np.flatnonzero(mask.any((1, 2))), []
     for z in gaps:
-        below, above = drawn[drawn < z][-1:], drawn[drawn > z][:1]
-        if below.size and above.size:
-            share = (heights[z] - heights[below]) / (heights[above] - heights[below])
-            low, high = (
-                distance_transform_edt(mask[k].squeeze(0), spacing[::-1])
-                - distance_transform_edt(~mask[k].squeeze(0), spacing[::-1])
-                for k in (below, above)
+        beside = [*filled[filled < z][-1:], *filled[filled > z][:1]]
+        if len(beside) == 2:
+            inside, outside = (
+                distance_transform_edt(m, (1e9, *spacing[::-1])) for m in (mask[beside], ~mask[beside])
             )
-            mask[z] = (1 - share) * low + share * high > 0
+            share = np.interp(heights[z], heights[beside], [0, 1])
+            mask[z] = np.average(inside - outside, axis=0, weights=[1 - share, share]) > 0
             empty += [] if mask[z].any() else [z]
     return empty
 
@@ -552,7 +530,12 @@ def write_rtstruct(
     date, time = datetime.now().strftime("%Y%m%d %H%M%S").split()
     structures = _item(
         SpecificCharacterSet="ISO_IR 192",
-        **{keyword: _cut(str(first.get(keyword) or ""), most) for keyword, most in PATIENT_AND_STUDY.items()},
+        **{
+            keyword: "=".join(
+                group[:most] for group in str(first.get(keyword) or "").split("=")
+            )  # of a name's groups
+            for keyword, most in PATIENT_AND_STUDY.items()
+        },
         SOPClassUID=RTStructureSetStorage,
         **{"SOPInstanceUID": generate_uid(), "SeriesInstanceUID": generate_uid(), "SeriesNumber": 1},
         **{"SeriesDescription": RESEARCH, "Modality": "RTSTRUCT", "OperatorsName": ""},
@@ -622,11 +605,6 @@ def contourable(folder: str | Path) -> Series:
     return series
 
 
-def _cut(text: str, most: int) -> str:
-    """No more characters than DICOM allows: of a name, in each of its groups."""
-    return "=".join(group[:most] for group in text.split("="))
-
-
 def _series_for(mask: sitk.Image, folder: str | Path, path: str | Path) -> Series:
     """The series in a folder; ValueError if it cannot be contoured, or the mask is empty or not on its grid."""
     series = contourable(folder)
@@ -668,20 +646,20 @@ def contoured_cases(
     """
     folder, names = Path(folder), [roi] if isinstance(roi, str) else list(roi)
     found, paths, faults = _found(folder)
-    rois_of, empty, scans, cases = defaultdict(list), {}, defaultdict(list), []
+    rois_of, scans, cases = defaultdict(list), defaultdict(list), []
     shown = pseudonym if hash_patients else str
     for rois in _structures(paths, faults):
         rois = [one._replace(patient=shown(one.patient)) for one in rois]
         keys_of = [one.drawn_on(found) for one in rois]
-        contoured = any(one.contour_count for one in rois)
-        if not contoured:
+        if not any(one.contour_count for one in rois):
             warnings.warn(f"{rois[0].path}: has no contours, so it is passed over", stacklevel=3)
-        elif not any(keys_of):
-            with _kept(faults):
-                _series_of(rois[0], found)
+            continue
         for one, keys in zip(rois, keys_of, strict=True):
             for key in keys:
-                rois_of[key].append(one) if contoured else empty.setdefault(key, one.path)
+                rois_of[key].append(one)
+        if not any(keys_of):
+            with _kept(faults):
+                _series_of(rois[0], found)
     for key, scan in sorted(found.items(), key=lambda item: (item[1].patient, item[1].date, item[0])):
         scans[pseudonym(scan.patient)].append(key)
     for name, keys in scans.items():
@@ -694,9 +672,7 @@ def contoured_cases(
         if not patient:
             faults.append(f"{place}: has no Patient ID (0010,0020); fill it in")
         elif not contoured:
-            but = [f"{empty[key]} is empty" for key in keys if key in empty]
-            but += [f"one was drawn on {found[key].modality} series {key.series}" for key in others]
-            but = f", but {' and '.join(but)}" if but else ""
+            but = "".join(f", but one was drawn on {found[key].modality} series {key.series}" for key in others)
             faults.append(f"{place}: patient {shown(patient)} has no RTSTRUCT{but}; add it, or take it away")
         for number, key in enumerate(contoured if patient else [], start=1):
             patient, files = shown(found[key].patient), found[key].files
