@@ -168,7 +168,7 @@ def trained_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     train = classroom.train
 
     def once(network, loss, volumes, **options):
-        start = float(sum(weights.double().sum() for weights in network.parameters()))
+        start = sum(weights.detach().double().sum().item() for weights in network.parameters())
         key = start, len(loss.samplers), options.get("seed"), options.get("steps"), "measure" in options
         if key not in kept:
             history = train(network, loss, volumes, **options)

@@ -177,7 +177,7 @@ for name, parts in vectors.items():
     x_fit, x_judge = (np.concatenate(some) for some in (parts[:2], parts[2:]))
     y_fit, y_judge = (np.concatenate(some) for some in (is_prostate[:2], is_prostate[2:]))
     aucs[name] = probe_auc(x_fit, y_fit, x_judge, y_judge)
-    print(f"{name:13}: AUC at the rim {aucs[name]:.3f} (your guess: {guess_auc[name]})")
+    print(f"{name:13}: AUC at the rim {aucs[name]:.3f}, where 0.5 is chance (your guess: {guess_auc[name]})")
 by_auc, by_ratio = (sorted(values, key=values.get, reverse=True) for values in (aucs, ratios))
 print("best first, by AUC:", ", ".join(by_auc), "and by Fisher ratio:", ", ".join(by_ratio), end=" ")
 print("(the same order)" if by_auc == by_ratio else "(another order)")
