@@ -38,9 +38,11 @@ STUMBLES = {  # part of an error's message -> what it means to a student
     r"should be a 1d array": "One score for each voxel is wanted; predict_proba has two columns.",
     r"with size 0|zero-size|empty": "Nothing is selected: no value is exactly that.",
     r"out of bounds|out of range": "An index is too large for the axis that it counts along.",
+    r"'numpy.ndarray' and 'Tensor'|'Tensor' and 'numpy": "An array and a tensor do not mix: .numpy() makes arrays.",
+    r"arrays used as indices": "Only whole numbers and truth values can index an array.",
     r"\.view|view size": "`reshape` or `flatten` copies where `view` cannot.",
     r"subtract|negative, the `-`|Negation|negative operator": "Of truth values, ~ is the opposite; & ~ takes away.",
-    r"Bool|'dtype' must be|not implemented for 'Bool'": "Truth values need `.float()` before a mean or a pooling.",
+    r"Got: Bool|for 'Bool'": "Truth values need `.float()` before a mean or a pooling.",
     r"is not defined": "That name does not exist here: is it misspelt, or its import missing?",
     r"referenced before|not associated": "That name is used before it has a value.",
     r"missing \d+ required|takes .*positional|unexpected keyword": "Compare the arguments of the call.",
@@ -140,9 +142,12 @@ def _difference(answer: np.ndarray, right: np.ndarray, tolerance: float) -> str:
         return f"of {right.size} voxels {extra} are wrongly in your mask and {missing} are missing."
     with np.errstate(all="ignore"):
         ratio = np.unique(np.round(answer[right != 0] / right[right != 0], 4)) if right.ndim else answer / right
-    if right.ndim and ratio.size == 1 and np.isfinite(ratio[0]) and ratio[0]:
+    if right.ndim and ratio.size == 1 and np.isfinite(ratio[0]) and ratio[0] and not answer[right == 0].any():
         return f"all your numbers are {ratio[0]:.4g} times ours."
-    return f"you get {answer:.4g}, we get {right:.4g}." if right.ndim == 0 else "some of your numbers are wrong."
+    if right.size > 4:
+        return "some of your numbers are wrong."
+    yours, ours = (", ".join(f"{number:.4g}" for number in np.ravel(numbers)) for numbers in (answer, right))
+    return f"you get {yours}, we get {ours}."
 
 
 def _array(values: object) -> np.ndarray:
@@ -185,8 +190,8 @@ def _explained(error: Exception, begin: str) -> str:
     seen = {name: frame.f_locals[name] for name in names if name in frame.f_locals}
     kinds = (np.ndarray, torch.Tensor, int, float, tuple, list)
     shapes = [f"{name} is {described(value)}" for name, value in seen.items() if isinstance(value, kinds)]
-    there = f" There {', '.join(shapes)}." if shapes else ""
-    return f": line {number}, `{line}`, stops with {said}.{there} {meaning}"
+    there = [f"There {', '.join(shapes)}."] if shapes else []
+    return "\n  ".join([f": line {number} stops:", f"  {line}", f"{said}.", *there, meaning])
 
 
 def _in_notebook(trace: TracebackType | None) -> tuple[FrameType, int] | None:

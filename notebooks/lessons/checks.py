@@ -94,7 +94,7 @@ def _mask_with(truth: np.ndarray, mask: object, count: int, which: str) -> np.nd
     )
     expect(not gone, f"{gone} prostate voxels are missing. Wrong voxels are background that is called prostate.")
     expect(added, f"the {which} mask is the truth. Do you write into it? `flatten` makes a copy, `ravel` does not.")
-    expect(added >= count, f"there are {added} wrong voxels, not {count}. Were some drawn twice?")
+    expect(added >= count, f"there are {added} wrong voxels, not {count}. Were some drawn twice, or inside?")
     fixed = added in (60, 120, 150)
     expect(added == count or not fixed, f"there are {added} wrong voxels, where `count` is {count}. Use `count`.")
     expect(added == count, f"there are {added} wrong voxels, not {count}. Take only as many as you need.")
@@ -103,12 +103,15 @@ def _mask_with(truth: np.ndarray, mask: object, count: int, which: str) -> np.nd
 
 @exercise("1.3", "One distance transform for voxels inside, one for those outside.")
 def _(share_near) -> None:
-    ball, spacing = np.hypot(*np.mgrid[-30:31, -30:31]) < 17.5, (3.0, 2.0)
+    ball, spacing = np.hypot(*(np.mgrid[-60:61, -60:61] * [[[1.5]], [[0.9]]])) < 35, (3.0, 2.0)
     noise = np.random.default_rng(2).random(ball.shape) < 0.03
     depth, away = (ndimage.distance_transform_edt(mask, sampling=spacing) for mask in (ball, ~ball))
     distance = depth + away
     in_voxels = ndimage.distance_transform_edt(ball) + ndimage.distance_transform_edt(~ball)
     from_noise = ndimage.distance_transform_edt(~noise, sampling=spacing)
+    square, swapped = (
+        sum(ndimage.distance_transform_edt(mask, sampling=steps) for mask in (ball, ~ball)) for steps in (3, (2, 3))
+    )
     right = np.mean(distance[noise] <= 5)
     mistakes = {
         "you measure in voxels; `sampling` makes it mm.": np.mean(in_voxels[noise] <= 5),
@@ -127,6 +130,8 @@ def _(share_near) -> None:
         "a voxel at 5 mm is within 5 mm: <=, not <.": np.mean(distance[noise] < 5),
         "that is the share of the far ones.": 1 - right,
         "that is a percentage; a share lies between 0 and 1.": 100 * right,
+        "you take one spacing for both axes; give `sampling` all of them.": np.mean(square[noise] <= 5),
+        "your spacings are in the wrong order: one for each axis, as they come.": np.mean(swapped[noise] <= 5),
         "you measure distances from the wrong voxels; measure them from the contour.": np.mean(from_noise[ball] <= 5),
         "that is the mean distance. How many are 5 mm or less?": np.mean(distance[noise]),
     }

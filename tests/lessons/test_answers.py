@@ -39,9 +39,9 @@ def test_each_mistake_has_a_hint_of_its_own(exercise: str) -> None:
 def test_a_blank_is_told_from_what_fails(exercise: str) -> None:
     blank = module("make_lessons").blank(solution(exercise))
     assert said(exercise, solution(exercise)) == PASSED
-    assert said(exercise, blank).startswith(" is not written yet. ")
+    assert said(exercise, blank).startswith("is not written yet. ")
     described = blank.replace("# YOUR CODE HERE", '"""What it does."""')
-    assert said(exercise, described).startswith(" is not written yet. ")
+    assert said(exercise, described).startswith("is not written yet. ")
     started = blank.replace("# YOUR CODE HERE", "something = 1")
     assert said(exercise, started).startswith("delete the line")
     other = blank.replace("NotImplementedError()", 'NotImplementedError("max_pool2d for Bool")')

@@ -210,5 +210,18 @@ def test_in_a_kernel_an_error_in_a_student_s_code_becomes_a_hint_with_line_and_s
     missing, unwritten, broken = said
     assert missing.startswith("✗ Exercise 4.2: there is no `hard_anchors` here.")
     assert unwritten.startswith("✗ Exercise 4.2 is not written yet.")
-    assert broken.startswith("✗ Exercise 4.2: line 2, `return probability > threshold & labels == 1`, stops with")
+    assert broken.startswith("✗ Exercise 4.2: line 2 stops:\n    return probability > threshold & labels == 1\n")
     assert "labels is a tensor (4, 12, 10) of int64" in broken and "brackets" in broken
+
+
+def test_every_slide_shows_what_one_cell_of_a_solved_lesson_puts_out() -> None:
+    slides = nbformat.reads(make_lessons.slides()[1], 4)
+    assert sum(cell.metadata.slideshow.slide_type == "slide" for cell in slides.cells) == 10
+    calls = re.findall(
+        r'^(picture|printed)\("(\w+)", "(.*?)"', "\n".join(c.source for c in slides.cells), re.MULTILINE
+    )
+    for kind, lesson, text in calls:
+        solved = nbformat.read(LESSONS / "solutions" / f"{lesson}.ipynb", 4)
+        (cell,) = (cell for cell in solved.cells if cell.cell_type == "code" and text in cell.source)
+        assert ("plt.show()" if kind == "picture" else "print(") in cell.source, text
+    assert {lesson for _, lesson, _ in calls} == {source.stem for source in make_lessons.sources()}

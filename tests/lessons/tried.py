@@ -108,7 +108,7 @@ def said(exercise: str, cell: str) -> str:
             module("checks")
             module("checking").check(exercise, names)
     except module("checking").Hint as hint:
-        return str(hint).removeprefix(f"Exercise {exercise}").removeprefix(": ")
+        return " ".join(str(hint).removeprefix(f"Exercise {exercise}").removeprefix(": ").split())
     return PASSED
 
 

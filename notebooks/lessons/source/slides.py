@@ -66,7 +66,7 @@ picture("2_embeddings", "what PCA shows")
 picture("3_triplets", "ending = f")
 
 # %% slideshow={"slide_type": "-"}
-printed("3_triplets", "guess_120")
+printed("3_triplets", "for name, loss in losses.items()")
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 4 · Hard negative sampling
