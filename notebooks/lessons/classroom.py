@@ -139,7 +139,9 @@ def show_slice(ax: Axes, image: np.ndarray, masks: Mapping[str, np.ndarray], tit
 def solved(lesson: str) -> nbformat.NotebookNode:
     """A solved lesson, run; this takes as long as the lesson computes, the first time."""
     path = repository() / f"notebooks/lessons/solutions/{lesson}.ipynb"
-    return NotebookClient(nbformat.read(path, 4), kernel_name="python3").execute(cwd=str(path.parent))
+    return NotebookClient(nbformat.read(path, 4), kernel_name="python3", startup_timeout=300).execute(
+        cwd=str(path.parent)
+    )
 
 
 def shown(lesson: str, text: str) -> list[nbformat.NotebookNode]:

@@ -152,7 +152,9 @@ def test_a_name_that_one_cell_takes_from_another_has_one_meaning(source: Path) -
 @each_lesson
 def test_the_solution_runs_to_its_end(source: Path, tmp_path: Path) -> None:
     solution = LESSONS / "solutions" / f"{source.stem}.ipynb"
-    done = papermill.execute_notebook(solution, tmp_path / "done.ipynb", cwd=solution.parent, progress_bar=False)
+    done = papermill.execute_notebook(
+        solution, tmp_path / "done.ipynb", cwd=solution.parent, progress_bar=False, start_timeout=300
+    )
     outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
     passed = [line for output in outputs if "text" in output for line in re.findall("✓.*", output.text)]
     assert len(passed) == sum(tagged(cell, "check") for cell in done.cells)
@@ -205,7 +207,7 @@ def test_in_a_kernel_an_error_in_a_student_s_code_becomes_a_hint_with_line_and_s
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(code) for code in ("\n".join(start), check, blank, check, wrong, check)]
     )
-    NotebookClient(notebook, allow_errors=True, kernel_name="python3").execute(cwd=str(LESSONS))
+    NotebookClient(notebook, allow_errors=True, kernel_name="python3", startup_timeout=300).execute(cwd=str(LESSONS))
     said = ["\n".join(output["traceback"]) for cell in notebook.cells for output in cell.outputs]
     missing, unwritten, broken = said
     assert missing.startswith("✗ Exercise 4.2: there is no `hard_anchors` here.")
