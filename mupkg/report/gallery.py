@@ -14,7 +14,7 @@ import nbformat
 from matplotlib.mathtext import math_to_image
 from nbconvert import HTMLExporter
 
-from mupkg.data.writing import write_text
+from mupkg.scans.writing import write_text
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font-family: sans-serif; max-width: 50em; margin: 3em auto; line-height: 1.6 }}</style>

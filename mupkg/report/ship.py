@@ -14,8 +14,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from mupkg.data.writing import whole_file, write_text
 from mupkg.report import results
+from mupkg.scans.writing import whole_file, write_text
 from mupkg.stages.cards import card
 from mupkg.stages.film import read_film
 from mupkg.stages.inference import LOCALIZER

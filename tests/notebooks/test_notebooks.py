@@ -16,8 +16,8 @@ import SimpleITK as sitk
 from written_numbers import unfounded
 
 from mupkg.batch import run_notebook
-from mupkg.data.cases import grid_difference
 from mupkg.report.gallery import executed_notebooks, make_gallery
+from mupkg.scans.cases import grid_difference
 from mupkg.stages import card, segment
 
 ROOT = Path(__file__).parents[2]
