@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from mupkg.losses import VoxelMetricLoss, gather_embeddings, squared_distance
 from mupkg.metrics import segmentation_metrics
-from mupkg.report import statistics
 from mupkg.report.embeddings import EmbeddedVoxels, separation
 from mupkg.samplers import HardNegativeSampler, RandomSampler, VoxelTuples, contour
+from mupkg.trials import statistics
 
 __all__ = ["check"]  # the notebooks import this, and with it the checks
 
