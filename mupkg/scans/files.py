@@ -21,7 +21,16 @@ from mupkg.scans.geometry import (
     series_geometry,
     series_image,
 )
-from mupkg.scans.headers import AGAIN, Fault, meta_voxels, named, nifti_affines, nrrd_voxels, unpacked_size
+from mupkg.scans.headers import (
+    AGAIN,
+    Fault,
+    meta_voxels,
+    named,
+    nifti_affines,
+    nifti_not_finite,
+    nrrd_voxels,
+    unpacked_size,
+)
 from mupkg.scans.writing import whole_file
 
 TWO_FILES = (".mhd", ".nhdr", ".hdr", ".img")  # a header and its voxels apart: never whole at one stroke
@@ -65,7 +74,10 @@ def read_scan(path: str | Path, *, channel: int | None = None) -> sitk.Image:
             if path.is_dir() or _start(path)[128:132] == b"DICM":
                 image = read_series(path)
             else:
-                image = _checked(path).Execute()
+                reader = _checked(path)
+                image = one_volume(reader.Execute(), channel, path)
+                if reader.GetImageIO() == "NiftiImageIO" and (count := nifti_not_finite(path, channel or 0)):
+                    raise ValueError(f"{path}: {count} voxel(s) in it are NaN or infinite; export the scan again")
         except RuntimeError as error:
             cure = RESAMPLE if "orthonormal" in str(error) else AGAIN
             raise ValueError(f"{path}: cannot be read as an image ({_reason(error)}); {cure}") from error

@@ -5,6 +5,7 @@ A malformed header can crash ITK, and what is missing ITK replaces without a wor
 
 from __future__ import annotations
 
+import gzip
 import math
 import re
 import struct
@@ -33,8 +34,10 @@ META_WORDS = {"BinaryData": ("True",), "CompressedData": ("False", "True"), "Hea
 META_WORDS |= {"DistanceUnits": ("mm",)}  # ITK takes all numbers for mm
 NRRD_SPACES = ("left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las")
 META_LINE, NRRD_LINE = r"([^=:]+)[=:](.*)", r"#.*|[^:]*:=.*|([^:]{,99}): (.{,999})"  # a longer one crashes ITK
-NIFTI = {"dim": (40, "8h"), "bitpix": (72, "h"), "pixdim": (76, "8f"), "vox_offset": (108, "f"), "units": (123, "B")}
-NIFTI |= {"codes": (252, "2h"), "qform": (256, "6f"), "sform": (280, "12f")}  # from which byte, and of what kind
+NIFTI_FLOATS = {16: "f4", 64: "f8"}  # by the code of its type
+NIFTI = {"dim": (40, "8h"), "type": (70, "h"), "bitpix": (72, "h"), "pixdim": (76, "8f")}
+NIFTI |= {"vox_offset": (108, "f"), "units": (123, "B"), "codes": (252, "2h"), "qform": (256, "6f")}
+NIFTI |= {"sform": (280, "12f")}  # from which byte, and of what kind
 NIFTI_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by the code of its units; most programs write 0, unknown
 
 
@@ -120,13 +123,33 @@ def nrrd_voxels(start: bytes) -> tuple[int, bool]:
     return end.end(), fields["encoding"] != "raw"
 
 
-def nifti_affines(start: bytes) -> tuple[list[int], int, dict[str, np.ndarray]]:
-    """A NIfTI's size, its bytes when unpacked, and all that places its voxels: affines (see `geometry`) by name."""
-    header = zlib.decompressobj(47).decompress(start, 1024) if start.startswith(b"\x1f\x8b") else start
+def _nifti_fields(header: bytes) -> tuple[str, dict[str, np.ndarray]]:
+    """A NIfTI's byte order, and its fields; Fault if it is none."""
     if header[344:347] != b"n+1":
         raise Fault("cannot be read as an image: it lacks the mark of NIfTI-1", f"{AGAIN}, in this format")
     order = "<" if header[:4] == struct.pack("<i", 348) else ">"
-    told = {key: np.array(struct.unpack_from(order + kind, header, at)) for key, (at, kind) in NIFTI.items()}
+    fields = {key: np.array(struct.unpack_from(order + kind, header, at)) for key, (at, kind) in NIFTI.items()}
+    return order, fields
+
+
+def nifti_not_finite(path: Path, channel: int = 0) -> int:
+    """How many voxels of one of a NIfTI's volumes are NaN or infinite in the file; ITK would read them as 0."""
+    with path.open("rb") as file, gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file as voxels:
+        order, fields = _nifti_fields(voxels.read(352))
+        kind = NIFTI_FLOATS.get(int(fields["type"][0]))
+        if kind is None:
+            return 0
+        columns, rows, slices = fields["dim"][1:4].tolist()
+        plane = columns * rows * int(kind[1])
+        voxels.seek(int(fields["vox_offset"][0]) + channel * plane * slices)
+        planes = (np.frombuffer(voxels.read(plane), order + kind) for _ in range(slices))
+        return sum(np.count_nonzero(~np.isfinite(values)) for values in planes)
+
+
+def nifti_affines(start: bytes) -> tuple[list[int], int, dict[str, np.ndarray]]:
+    """A NIfTI's size, its bytes when unpacked, and all that places its voxels: affines (see `geometry`) by name."""
+    header = zlib.decompressobj(47).decompress(start, 1024) if start.startswith(b"\x1f\x8b") else start
+    _, told = _nifti_fields(header)
     spacing, (qcode, scode), unit, affines = told["pixdim"][1:4], told["codes"], told["units"][0] % 8, {}
     if scode > 0:
         affines["sform"] = told["sform"].reshape(3, 4)
