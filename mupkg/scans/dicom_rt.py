@@ -27,7 +27,7 @@ from pydicom import Dataset, FileMetaDataset, dcmread
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from mupkg import __version__
-from mupkg.scans.cases import Case, CohortError, checked_case, essence, grid_difference, spelt_alike
+from mupkg.scans.cases import Case, CohortError, checked_case, essence, grid_difference, patient_key, spelt_alike
 from mupkg.scans.files import access_named, files_below, read_series
 from mupkg.scans.geometry import HEADER, Series, dicom_header, series_geometry, series_image
 from mupkg.scans.headers import Fault, named
@@ -348,40 +348,6 @@ def write_rtstruct(
         structures.save_as(temporary, enforce_file_format=True)
 
 
-def write_dicom_seg(
-    mask: sitk.Image,
-    series_folder: str | Path,
-    path: str | Path,
-    *,
-    name: str = "Prostate",
-    description: str = "mupkg",
-) -> None:
-    """The same as DICOM SEG, which holds voxels instead of contours; by highdicom, the extra `dicomseg`."""
-    from highdicom import AlgorithmIdentificationSequence
-    from highdicom.seg import Segmentation, SegmentDescription
-    from pydicom.sr.codedict import codes
-
-    series = _series_for(mask, series_folder, path)
-    slices = [dcmread(file, stop_before_pixels=True, force=True) for file in dict.fromkeys(series.files)]
-    for keyword in PATIENT_AND_STUDY:
-        for slice_ in slices:
-            slice_.setdefault(keyword, "")
-    model = AlgorithmIdentificationSequence(description[:64], codes.DCM.ArtificialIntelligence, __version__)
-    organ = codes.SCT.Organ, codes.SCT.Prostate
-    segmentation = Segmentation(
-        source_images=slices,
-        pixel_array=np.stack(list(_planes(mask, series))),
-        segmentation_type="BINARY",
-        segment_descriptions=[SegmentDescription(1, name, *organ, "AUTOMATIC", algorithm_identification=model)],
-        **{"series_instance_uid": generate_uid(), "series_number": 1, "series_description": RESEARCH},
-        **{"sop_instance_uid": generate_uid(), "instance_number": 1, "content_description": RESEARCH},
-        **{"manufacturer": "mupkg", "manufacturer_model_name": "mupkg", "device_serial_number": "none"},
-        software_versions=__version__,
-    )
-    with whole_file(path) as temporary:
-        segmentation.save_as(temporary)
-
-
 def _series_for(mask: sitk.Image, folder: str | Path, path: str | Path) -> Series:
     """The series in a folder; ValueError if it is not one, or the mask is empty or not on its grid."""
     series = series_geometry(folder)
@@ -424,7 +390,7 @@ def contoured_cases(
     folder, names = Path(folder), [roi] if isinstance(roi, str) else list(roi)
     found, paths, faults = _found(folder)
     drawn, scans, cases = defaultdict(list), defaultdict(list), []
-    told = pseudonym if hash_patients else str
+    told = (lambda patient: pseudonym(patient_key(patient))) if hash_patients else str
     for rois in _structures(paths, faults):
         rois = [one._replace(patient=told(one.patient)) for one in rois]
         keys_of = [one.drawn_on(found) for one in rois]
