@@ -9,7 +9,14 @@ from typing import Literal
 
 from torch import nn
 
-from mupkg.losses import BoundaryTaskLoss, DrawnCrossEntropy, InfoNCELoss, SegmentationMetricLoss, VoxelMetricLoss
+from mupkg.losses import (
+    MARGIN,
+    BoundaryTaskLoss,
+    DrawnCrossEntropy,
+    InfoNCELoss,
+    SegmentationMetricLoss,
+    VoxelMetricLoss,
+)
 from mupkg.models import BACKBONES
 from mupkg.samplers import SAMPLERS, whole_number
 
@@ -77,7 +84,7 @@ def build(
     anchors: int = 20,
     pairs: int = 1,
     threshold: float = 0.1,
-    margin: float = 0.7,
+    margin: float = MARGIN,
     weight: float = 0.01,
     pair_weight: float = 0.1,
     pair_distance: float = 0.01,

@@ -30,6 +30,7 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.lines import Line2D
 from PIL import ImageDraw, ImageFont
 
+from mupkg.data.preprocessing import CT_WINDOW
 from mupkg.metrics import with_unit
 from mupkg.report.embeddings import EmbeddedVoxels, principal_axes
 from mupkg.samplers import VoxelTuples
@@ -49,7 +50,6 @@ ROLES = {"anchor": ("x", YELLOW), "positive": (".", SKY), "negative": ("o", VERM
 TEACHES = {"active": VERMILLION, "satisfied": "silver"}  # tuples
 HEAT = "inferno"  # of probabilities
 PLANES = {"axial": "RL", "coronal": "RL", "sagittal": "AP"}  # and which sides of the patient lie left and right
-CT_WINDOW = (-160, 240)
 # The axes stay where they were put, whatever rcParams say; layout="none" is forgotten when the figure is saved.
 FIXED = PlaceHolderLayoutEngine(adjust_compatible=True, colorbar_gridspec=True)
 BAR_MM = 20

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort, read_cases
+from mupkg.data.cohort import FINGERPRINT, PHANTOMS, SPLITS, Cohort, read_cases
 from mupkg.data.preprocessing import array_spacing
 from mupkg.metrics import headline, with_unit
 from mupkg.scans.cases import not_in_hu, patient_key
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import METRICS, RUN, read_run
+from mupkg.stages.runs import METRICS, PLATEAU_DSC, RUN, read_run
 
 ALIKE = 0.1  # spacing and field of view may leave the range of the training scans by this share of it
 UNKNOWN = "not recorded in run.json"
@@ -43,8 +43,9 @@ def trained_on(cohort: Cohort, regions: Regions, training_cases: int | None = No
         np.array([json.loads(text) for text in cohort.table.loc[ids["train"], column]])
         for column in ("spacing_zyx_mm", "size_zyx")
     )
+    recorded = json.loads((cohort.folder / FINGERPRINT).read_bytes())
     data = {
-        "source": json.loads((cohort.folder / FINGERPRINT).read_bytes()).get("source"),
+        "source": PHANTOMS if cohort.of_phantoms else recorded.get("source"),
         "modality": cohort.preparation.modality,
         "cases": {split: len(names) for split, names in ids.items()},
         "spacing_mm": _range(spacing),
@@ -124,7 +125,7 @@ def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:
 
 
 def _source(source: str | None) -> str:
-    return {None: UNKNOWN, "phantoms": "phantoms: made-up CT, no patients"}.get(source, source)
+    return {None: UNKNOWN, PHANTOMS: "phantoms: made-up CT, no patients"}.get(source, source)
 
 
 def _split(data: dict[str, Any]) -> str:
@@ -149,8 +150,8 @@ def _table(header: list[str], rows: Any) -> str:
 
 def _results(run_folder: Path, record: dict[str, Any]) -> list[str]:
     said = []
-    if record.get("collapsed"):
-        said.append("**Collapsed: this run found no prostate in any validation case. Do not use it.**")
+    if record.get("never_left_plateau", record.get("collapsed")):  # as older runs call it
+        said.append(f"**Its validation DSC never was above {PLATEAU_DSC:g}: this run never left the plateau.**")
     if not (run_folder / METRICS).is_file():
         return [*said, f"**Not tested: {METRICS} is missing, so nothing is known of how well this run does.**"]
     metrics = read_cases(run_folder / METRICS, "test the run again with notebook 03")
@@ -173,7 +174,7 @@ def _results(run_folder: Path, record: dict[str, Any]) -> list[str]:
 
 def _limits(data: dict[str, Any]) -> str:
     limits = ["It knows nothing of scans unlike those above, and gives no warning when it is wrong."]
-    if data.get("source") == "phantoms":
+    if data.get("source") == PHANTOMS:
         limits.append("It was trained and tested on made-up scans: it must not be applied to patients at all.")
     elif "source" not in data or data["source"] is None:
         limits.append("What it was trained on is not recorded: take it for unfit for patients.")
