@@ -183,18 +183,7 @@ def checked_case(
             )
         try:
             label = binary_label(label, label_values)
-            mask = sitk.GetArrayFromImage(label)
-            volume = label_volume_ml(label)
-            if mask.all() or not mask.any():
-                wanted = "" if label_values is None else f" of value {tuple(label_values)}"
-                found = "is foreground everywhere" if mask.all() else f"has no foreground{wanted}"
-                faults.append(f"{label_name}: {found}; correct the contour or leave the case out")
-            elif not PROSTATE_ML[0] <= volume <= PROSTATE_ML[1]:
-                least, most = PROSTATE_ML
-                faults.append(
-                    f"{label_name}: its foreground measures {volume:.3g} ml, a prostate {least:g} to {most:g}; "
-                    "correct the contour, label_values or the spacing, or leave the case out"
-                )
+            _check_foreground(label, label_values)
         except ValueError as error:
             faults.append(f"{label_name}: {error}")
     if faults:
@@ -202,6 +191,20 @@ def checked_case(
     if label is not None:
         label.CopyInformation(image)  # the same up to rounding; SimpleITK wants it to the last digit
     return Case(case_id, image, label, **known)
+
+
+def _check_foreground(label: sitk.Image, values: Sequence[int] | None) -> None:
+    """ValueError if a binary label cannot be that of a prostate."""
+    mask, volume, (least, most) = sitk.GetArrayViewFromImage(label), label_volume_ml(label), PROSTATE_ML
+    if mask.all() or not mask.any():
+        wanted = "" if values is None else f" of value {tuple(values)}"
+        fault = "is foreground everywhere" if mask.all() else f"has no foreground{wanted}"
+        raise ValueError(f"{fault}; correct the contour or leave the case out")
+    if not least <= volume <= most:
+        raise ValueError(
+            f"its foreground measures {volume:.3g} ml, a prostate {least:g} to {most:g}; correct the contour, "
+            "label_values or the spacing, or leave the case out"
+        )
 
 
 def label_volume_ml(label: sitk.Image) -> float:

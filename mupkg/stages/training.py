@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mupkg import progress
 from mupkg.data.patches import PatchSource
-from mupkg.losses import SegmentationMetricLoss
+from mupkg.losses import LossTerms, SegmentationMetricLoss
 from mupkg.models import SegmentationOutput, layout_of
 from mupkg.scans.writing import machine_lock, whole_file
 from mupkg.stages.hardware import AUTOCAST, batches, check_speed, join_processes, machine_name, nearest
@@ -140,6 +140,14 @@ def _forward(model: nn.Module, images: Tensor, precision: str) -> SegmentationOu
     return SegmentationOutput(*(tensor.float() for tensor in output))
 
 
+def _to_record(terms: LossTerms, active_shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What history.csv says of a step, by column, without its graph."""
+    values = {"loss": terms.total, "cross_entropy": terms.cross_entropy}
+    values |= {f"metric_{letter}": value for letter, value in terms.metric.items()}
+    values |= {f"active_{letter}": share for letter, share in active_shares.items()}
+    return {name: value.detach() for name, value in values.items()}
+
+
 def _loop(
     run: _Run,
     model: nn.Module,
@@ -175,11 +183,7 @@ def _loop(
         scaler.update()
 
         # Values stay on the device until a row is written, so that a GPU need not wait for the CPU.
-        values = {"loss": terms.total, "cross_entropy": terms.cross_entropy}
-        values |= {f"metric_{letter}": value for letter, value in terms.metric.items()}
-        shares = getattr(loss, "active_shares", {})  # a loss of somebody's own may have none
-        values |= {f"active_{letter}": share for letter, share in shares.items()}
-        window.append({name: value.detach() for name, value in values.items()})
+        window.append(_to_record(terms, getattr(loss, "active_shares", {})))  # a loss of somebody's own may have none
         done = step + 1
         if on_step and main:
             on_step(network, done)
