@@ -303,6 +303,7 @@ class CohortSettings(SizedSettings):
     channel: Annotated[int, Field(ge=0)] | None = None
     roi: RoiName | Annotated[tuple[RoiName, ...], Field(min_length=1)] = "Prostate"
     hash_patients: bool = False
+    fill_gaps: bool = False
     phantoms: Annotated[int, Field(ge=3, le=100_000)] = OF_SIZE
     replicates: Annotated[int, Field(ge=1, le=1000)] | None = None
     test_phantoms: Annotated[int, Field(ge=1, le=100_000)] = 100
@@ -324,6 +325,8 @@ class CohortSettings(SizedSettings):
         if self.hash_patients and self.source != "dicom_rt":
             others = f"of source {self.source!r} the names of files and patients stay"
             raise ValueError(f"hash_patients is for source 'dicom_rt'; {others}")
+        if self.fill_gaps and self.source != "dicom_rt":
+            raise ValueError(f"fill_gaps is for contours, source 'dicom_rt'; source {self.source!r} has none")
         modality = {"phantoms": "CT", "promise12": "MR", "decathlon": "MR"}.get(self.source, self.modality)
         if self.modality != modality:
             raise ValueError(f"source {self.source!r} is {modality}; set modality to {modality!r}")
@@ -364,8 +367,8 @@ class CohortSettings(SizedSettings):
             case "decathlon":
                 return sources_from_decathlon(folder, **{k: v for k, v in options.items() if v is not None})
             case _:
-                options = {"modality": self.modality, "hash_patients": self.hash_patients}
-                return sources_from_dicom_rt(folder, self.roi, **options)
+                options = {"hash_patients": self.hash_patients, "fill_gaps": self.fill_gaps}
+                return sources_from_dicom_rt(folder, self.roi, modality=self.modality, **options)
 
     @property
     def preparation(self) -> Preparation:

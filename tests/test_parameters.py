@@ -467,8 +467,8 @@ def test_the_chosen_source_is_asked(monkeypatch, tmp_path):
     assert asked["sources_from_decathlon"] == ((tmp_path,), {})
     CohortSettings(source="decathlon", label_values=[2], channel=1, **common).sources()
     assert asked["sources_from_decathlon"] == ((tmp_path,), {"label_values": (2,), "channel": 1})
-    CohortSettings(source="dicom_rt", roi=[" CTV "], hash_patients=True, **common).sources()
-    options = {"modality": "MR", "hash_patients": True}
+    CohortSettings(source="dicom_rt", roi=[" CTV "], hash_patients=True, fill_gaps=True, **common).sources()
+    options = {"modality": "MR", "hash_patients": True, "fill_gaps": True}
     assert asked["sources_from_dicom_rt"] == ((tmp_path, ("CTV",)), options)
 
 

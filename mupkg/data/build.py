@@ -383,7 +383,12 @@ def sources_from_decathlon(
 
 
 def sources_from_dicom_rt(
-    folder: str | Path, roi: str | Sequence[str] = "Prostate", *, modality: str = "CT", hash_patients: bool = False
+    folder: str | Path,
+    roi: str | Sequence[str] = "Prostate",
+    *,
+    modality: str = "CT",
+    hash_patients: bool = False,
+    fill_gaps: bool = False,
 ) -> list[Source]:
     """Every series of a modality below a folder that an ROI was drawn on, with that ROI as its label.
 
@@ -394,6 +399,7 @@ def sources_from_dicom_rt(
         roi: the ROI's name; or several names or patterns such as "prostate_*", of which the first that fits counts.
             As in TG-263, case does not matter.
         hash_patients: give pseudonyms instead of IDs in the table, too.
+        fill_gaps: interpolate contours on slices that were left out; the table then says so, under `roi_notes`.
 
     Raises:
         CohortError: with every damaged file, every patient without contours, every series without exactly one such
@@ -401,5 +407,5 @@ def sources_from_dicom_rt(
     """
     from mupkg.scans.dicom_rt import contoured_cases  # a wing: cohorts of masks do without it
 
-    cases = contoured_cases(folder, roi, modality=modality, hash_patients=hash_patients)
+    cases = contoured_cases(folder, roi, modality=modality, hash_patients=hash_patients, fill_gaps=fill_gaps)
     return [Source(*case) for case in cases]

@@ -250,7 +250,8 @@ def _in_order(slices: list[dict[str, Any]]) -> Series:
         raise Fault("its slices lie beside one another", "give a folder with a stack of slices")
     gaps = np.diff(distances)
     if gaps.min() <= SAME_PLACE * gaps.mean():
-        first, second = (slices[gaps.argmin() + k]["name"] for k in (0, 1))
+        near = slices[gaps.argmin() : gaps.argmin() + 2]
+        first, second = (one["file" if near[0]["name"] == near[1]["name"] else "name"] for one in near)
         fault = f"{first} and {second} are only {gaps.min():.2f} mm apart: slices copied twice, or two acquisitions"
         raise Fault(fault, "keep one copy or acquisition in the folder")
     if gaps.max() > WIDE_GAP * max(np.median(gaps), *(one["thickness"] for one in slices)):
