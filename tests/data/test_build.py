@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 from dicom_series import ROOT, write_series
+from pydicom import dcmread
 
 from mupkg.data.build import (
     sources_from_decathlon,
@@ -364,6 +365,19 @@ def test_a_planned_patient_of_two_spellings_is_one(tmp_path, ids):
         sources = sources_from_dicom_rt(scans, hash_patients=hash_patients)
         table = pd.DataFrame([{"case_id": source.case_id, **source.columns} for source in sources])
         assert len(set(table["case_id"])) == 4 and len(set(patients(table))) == 3
+
+
+def test_slices_in_another_frame_of_reference_are_told_when_they_are_left_out(tmp_path):
+    """Regression: half of a scan went without a word."""
+    scans = planned(tmp_path, ["A"])
+    paths = sorted((tmp_path / "0").iterdir())  # from the top down
+    for path in paths[:3]:
+        header = dcmread(path)
+        header.FrameOfReferenceUID = f"{ROOT}8"
+        header.save_as(path)
+    with pytest.warns(UserWarning, match=r"ROI 'Prostate': 3 slices of series .* are in another frame of reference"):
+        (source,) = sources_from_dicom_rt(scans)
+    assert source.read().image.GetSize()[2] == len(paths) - 3
 
 
 def test_with_hash_patients_nothing_of_a_path_or_a_person_enters_a_cohort(tmp_path):
