@@ -86,6 +86,7 @@ METRICS: dict[str, Metric] = {  # in the order of the columns of metrics.csv
     "Brier": Metric(None, -1, digits=4),
     "ECE": Metric(None, -1, digits=4),
     "validation_area": Metric(None, 1),
+    "log_sd": Metric(None, -1, title="log of the sd over cases"),
 }
 
 

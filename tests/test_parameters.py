@@ -38,7 +38,7 @@ from mupkg.parameters import (
 )
 from mupkg.stages.runs import MAX_CHANNELS, load_tensors, require
 from mupkg.trials.protocol import ParameterStudySettings, Study, TrialSettings
-from mupkg.trials.statistics import contrasts, with_main_effects
+from mupkg.trials.statistics import contrasts
 
 PARAMETERS = """configuration: str = "MetricUNet-HCP"  # a row of Table II
 seed: int = 0  # of weights
@@ -733,7 +733,7 @@ def test_a_factor_is_a_letter_of_the_configuration_or_a_setting_of_two_values():
     runs = [
         {"configuration": arm, "seed": s, "case_id": c, "DSC": dsc[arm]} for arm in dsc for s in (0, 1) for c in "xy"
     ]
-    judged = contrasts(with_main_effects(pd.DataFrame(runs), trial.levels), trial.pairs, ["DSC"])
+    judged = contrasts(pd.DataFrame(runs), trial.pairs, ["DSC"], means=trial.means)
     assert judged["mean_difference"].tolist() == pytest.approx([0.05, -0.03, -0.02])
     heavy = {"metric_weight": 0.1}
     arms = {"A": R, "B": R | {"margin": 1.0}, "C": R | heavy, "D": R | heavy | {"margin": 1.0}}
