@@ -38,7 +38,6 @@ from mupkg.data.build import (
     DECATHLON_T2,
     Source,
     check_pattern,
-    source_from_dicom,
     sources_from_decathlon,
     sources_from_dicom_rt,
     sources_from_pattern,
@@ -80,7 +79,6 @@ AnyPath = Annotated[
 Pattern = Annotated[str, AfterValidator(check_pattern)]
 RoiName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
-OF_DICOM = ("dicom", "dicom_rt")  # sources
 ALIKE = 0.75  # from this similarity on (difflib's), a name is taken for a misspelt parameter
 LONGEST_SHOWN = 100  # characters of a wrong value
 
@@ -294,7 +292,7 @@ class CohortSettings(SizedSettings):
 
     stage: ClassVar[str] = "cohort"
     cohort: FolderName = "phantoms-quick"
-    source: Literal["phantoms", "pattern", "table", "promise12", "decathlon", "dicom", "dicom_rt"] = "phantoms"
+    source: Literal["phantoms", "pattern", "table", "promise12", "decathlon", "dicom_rt"] = "phantoms"
     source_folder: AnyPath | None = None
     modality: Literal["CT", "MR"] = "CT"
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = OF_SIZE
@@ -324,10 +322,9 @@ class CohortSettings(SizedSettings):
             raise ValueError(f"replicates are made of phantoms; for source {self.source!r} set folds (and repeats)")
         if self.replicates and self.folds:
             raise ValueError("replicates and folds are two ways to make training sets; leave one of them out")
-        if self.hash_patients and self.source not in OF_DICOM:
-            raise ValueError(
-                f"hash_patients is for DICOM; of source {self.source!r} the names of files and patients stay"
-            )
+        if self.hash_patients and self.source != "dicom_rt":
+            others = f"of source {self.source!r} the names of files and patients stay"
+            raise ValueError(f"hash_patients is for source 'dicom_rt'; {others}")
         if self.fill_gaps and self.source != "dicom_rt":
             raise ValueError(f"fill_gaps is for contours, source 'dicom_rt'; source {self.source!r} has none")
         modality = {"phantoms": "CT", "promise12": "MR", "decathlon": "MR"}.get(self.source, self.modality)
@@ -345,7 +342,7 @@ class CohortSettings(SizedSettings):
 
     def listing(self) -> pd.DataFrame | None:
         """What a folder of DICOM holds, see `list_dicom`; `sources` tells what is damaged. None for other sources."""
-        if self.source not in OF_DICOM:
+        if self.source != "dicom_rt":
             return None
         from mupkg.scans.dicom_rt import list_dicom  # a wing: cohorts of masks do without it
 
@@ -369,10 +366,9 @@ class CohortSettings(SizedSettings):
                 return sources_from_promise12(folder)
             case "decathlon":
                 return sources_from_decathlon(folder, **{k: v for k, v in options.items() if v is not None})
-            case "dicom_rt":
+            case _:
                 options = {"hash_patients": self.hash_patients, "fill_gaps": self.fill_gaps}
                 return sources_from_dicom_rt(folder, self.roi, modality=self.modality, **options)
-        return source_from_dicom(folder, modality=self.modality)
 
     @property
     def preparation(self) -> Preparation:

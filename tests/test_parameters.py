@@ -454,8 +454,7 @@ def test_a_source_of_the_other_modality_is_seen_at_once(tmp_path):
 
 def test_the_chosen_source_is_asked(monkeypatch, tmp_path):
     asked = {}
-    names = ("pattern", "table", "decathlon", "dicom_rt")
-    for name in (*(f"sources_from_{name}" for name in names), "source_from_dicom"):
+    for name in (f"sources_from_{name}" for name in ("pattern", "table", "decathlon", "dicom_rt")):
         monkeypatch.setattr(f"mupkg.parameters.{name}", lambda *a, name=name, **k: asked.update({name: (a, k)}) or [])
     common = {"source_folder": str(tmp_path), "modality": "MR"}
     CohortSettings(source="pattern", label_values=[1, 2], channel=0, **common).sources()
@@ -468,8 +467,6 @@ def test_the_chosen_source_is_asked(monkeypatch, tmp_path):
     assert asked["sources_from_decathlon"] == ((tmp_path,), {})
     CohortSettings(source="decathlon", label_values=[2], channel=1, **common).sources()
     assert asked["sources_from_decathlon"] == ((tmp_path,), {"label_values": (2,), "channel": 1})
-    CohortSettings(source="dicom", source_folder=str(tmp_path)).sources()
-    assert asked["source_from_dicom"] == ((tmp_path,), {"modality": "CT"})
     CohortSettings(source="dicom_rt", roi=[" CTV "], hash_patients=True, fill_gaps=True, **common).sources()
     options = {"modality": "MR", "hash_patients": True, "fill_gaps": True}
     assert asked["sources_from_dicom_rt"] == ((tmp_path, ("CTV",)), options)
