@@ -5,11 +5,12 @@
 # make claims  recomputes the figures of README.md from outputs/reference
 # make test    installs, lints, runs all tests
 # make test-itkwidgets   whether the optional viewer draws, in an environment of its own; needs npm and Chromium
+# make test-atlas     whether Embedding Atlas draws what notebook 08 saves, offline, in an environment of its own
 # make test-nnunet       notebook 11 with the real nnU-Net, in an environment of its own
 # make soak    kills a smoke study KILLS times (23) and a smoke trial, and compares them with undisturbed ones
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
-.PHONY: setup study trial keep reference results claims demo demo-pair test test-itkwidgets test-nnunet soak lint lab lessons gallery bench clean
+.PHONY: setup study trial keep reference results claims demo demo-pair test test-itkwidgets test-atlas test-nnunet soak lint lab lessons gallery bench clean
 
 PYTHON ?= python3
 CORES ?= 2
@@ -72,6 +73,14 @@ test-itkwidgets:
 	$(ITK) tests/lab/npm_copies.py
 	$(ITK) -m pytest tests/lab/itkwidgets_draws.py
 
+# Without what Embedding Atlas would make embeddings of texts with: ours are in the file, and PyTorch need not be twice.
+ATLAS := .venv-atlas/bin
+test-atlas: setup
+	$(PYTHON) -m venv .venv-atlas
+	$(ATLAS)/pip install --quiet --disable-pip-version-check --no-deps embedding-atlas==0.26.0
+	$(ATLAS)/pip install --quiet --disable-pip-version-check -c constraints.txt click duckdb fastapi uvicorn pandas pyarrow narwhals platformdirs websockets inquirer tqdm uvloop cryptography
+	$(BIN)/python -m pytest tests/lab/atlas_draws.py
+
 # Notebook 11 and its module with the real nnU-Net, which brings some thirty packages: an environment of its own.
 NNUNET := .venv-nnunet/bin/python
 test-nnunet:
@@ -122,4 +131,4 @@ bench: setup
 	$(BIN)/python tests/benchmarks/bench.py
 
 clean:
-	rm -rf .venv .venv-itkwidgets .venv-nnunet .snakemake .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-itkwidgets .venv-atlas .venv-nnunet .snakemake .pytest_cache .ruff_cache .import_linter_cache

@@ -43,9 +43,9 @@ if TYPE_CHECKING:  # slow to import
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = map(to_hex, color_sequences["okabe_ito"])
 LINES = (BLUE, ORANGE, GREEN, BLACK, SKY, VERMILLION, PURPLE)  # of curves, one after the other
-TRUTH, PREDICTION, CHOSEN = SKY, ORANGE, "#6633FF"
+TRUTH, PREDICTION, CHOSEN = SKY, ORANGE, "#B21AFF"
 BOTH = {"truth": TRUTH, "prediction": PREDICTION}
-KIND_COLOURS = (BLUE, SKY, ORANGE, "#B8B8B8")  # of KINDS: blue inside the prostate, warm and grey outside
+KIND_COLOURS = ("#121249", "#1C6E53", "#B83D00", "#B8B8B8")  # of KINDS: cold in the prostate, warm or grey outside
 ROLES = {"anchor": ("x", YELLOW), "positive": (".", SKY), "negative": ("o", VERMILLION)}  # of a tuple's voxels
 TEACHES = {"active": VERMILLION, "satisfied": "silver"}  # tuples
 HEAT = "inferno"  # of probabilities
@@ -565,13 +565,19 @@ def convergence(history: pd.DataFrame, by: str = "step") -> Figure:
 def active_shares(shares: pd.DataFrame) -> Figure:
     """The share of tuples that still teach against the training's steps: a line a column; those near are dashed."""
     figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    colours, places = dict(zip("RHC", LINES, strict=False)), range(len(shares))
+    colours, steps = dict(zip("RHC", LINES, strict=False)), pd.to_numeric(shares.index, errors="coerce")
+    places = range(len(shares)) if steps.isna().any() else steps.to_numpy()  # without a film there is one: "trained"
     for name, column in shares.items():
         near = name.endswith("N")
         style = {"linestyle": "--" if near else "-", "marker": "s" if near else "o", "markersize": 4}
         ax.plot(places, column, color=colours[name[0]], label=name, **style)
     ax.set(xlabel="SGD step", ylabel="share of active tuples", ylim=(-0.02, 1.02))
-    ax.set_xticks(places, shares.index)
+    if steps.isna().any():
+        ax.set_xticks(places, shares.index)
+    else:  # the first steps lie close together
+        ax.set_xscale("symlog", linthresh=10)
+        ticks = [0, *(10**power for power in range(1, len(str(int(steps.max()))))), int(steps.max())]
+        ax.set_xticks(ticks, ticks)
     ax.legend(ncols=2, fontsize=8, title="dashed: negatives near the contour", title_fontsize=8)
     return figure
 

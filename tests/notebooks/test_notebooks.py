@@ -206,10 +206,10 @@ def test_notebook_08_shows_the_shipped_pair_in_pictures_without_a_browser(tmp_pa
     assert "widgets" not in notebook.metadata  # their state is stripped
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     shown = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(shown) == 7
+    assert len(shown) == 9
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     assert text.count("itkwidgets works in JupyterLab only") == 1
-    for name in ("case", "embeddings", "distance", "samplers", "film"):
+    for name in ("workbench", "case", "embeddings", "distance", "neighbours", "samplers", "film", "cohort"):
         assert (tmp_path / "pictures" / f"explore_{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in (tmp_path / "pictures" / f"explore_{name}.svg").read_text(encoding="utf-8")
     numbers = pd.read_csv(tmp_path / "pictures/explore_numbers.csv", index_col="run")

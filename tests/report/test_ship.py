@@ -10,8 +10,8 @@ import SimpleITK as sitk
 import torch
 
 from mupkg.data.phantom import make_phantom
+from mupkg.explore.predictions import Cases
 from mupkg.explore.samplers_and_film import read_films
-from mupkg.explore.seen import SeenCase
 from mupkg.parameters import SIZES
 from mupkg.report.ship import ship
 from mupkg.samplers import HardNegativeSampler
@@ -61,7 +61,7 @@ def test_the_shipped_runs_are_the_committed_studys():
 
 
 def test_the_shipped_pair_can_be_explored():
-    seen, films = SeenCase.read(DEMO), read_films(DEMO)
+    seen, films = Cases.read(DEMO).open("phantom-0005"), read_films(DEMO)
     assert list(seen.networks) == list(films) == list(RUNS)
     assert seen.scores()["DSC"].min() > 0.75
     assert all({0, 5, 10, 20, 40, 80} < set(film.frames.steps) for film in films.values())
@@ -69,7 +69,7 @@ def test_the_shipped_pair_can_be_explored():
 
 def test_the_shipped_pair_is_sure_enough_for_h_to_differ_from_r():
     """Where nothing exceeds 1 - tau every prostate voxel is hard, and H draws as R does."""
-    seen = SeenCase.read(DEMO)
+    seen = Cases.read(DEMO).open("phantom-0005")
     z = seen.widest
     label = torch.from_numpy(seen.truth[z])[None]
     for heat in seen.heat.values():
@@ -98,7 +98,7 @@ def test_what_ships_is_all_that_is_needed(run_folder, regions, tmp_path):
     (tmp_path / "target" / "old").mkdir(parents=True)
     ship(study, tmp_path / "target")
     shutil.rmtree(study)
-    seen = SeenCase.read(tmp_path / "target")
+    seen = Cases.read(tmp_path / "target").open()
     assert seen.case_id == regions.ids("test")[0] and not (tmp_path / "target" / "old").exists()
     assert not list((tmp_path / "target").rglob("checkpoint*"))
     shipped = tmp_path / "target" / run_folder.name
