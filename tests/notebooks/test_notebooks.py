@@ -29,10 +29,19 @@ RUNS = ("UNet-seed0", "VNet-seed0", "BoundaryFCN-seed0", "MetricUNet-HCP-seed0")
 OF_EXTRAS = {"11_nnunet.ipynb"}  # see test_notebook_11.py
 
 
-def snakemake(folder: Path, *options: str, file: str = "smoke", **config: object) -> subprocess.CompletedProcess:
+def snakemake(
+    folder: Path, *options: str, file: str = "smoke", more: tuple = (), **config: object
+) -> subprocess.CompletedProcess:
     folders = {"data_folder": str(folder / "data"), "outputs_folder": str(folder / "outputs"), **config}
-    command = [sys.executable, "-m", "snakemake", "--configfile", f"notebooks/studies/{file}.yaml", "--cores", "2"]
-    command += ["--nolock", *options, "--config", *(f"{name}={value}" for name, value in folders.items())]
+    command = [sys.executable, "-m", "snakemake", "--configfile", f"notebooks/studies/{file}.yaml", *map(str, more)]
+    command += [
+        "--cores",
+        "2",
+        "--nolock",
+        *options,
+        "--config",
+        *(f"{name}={value}" for name, value in folders.items()),
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
@@ -175,12 +184,10 @@ def told_by(notebook: Path) -> dict[str, Any]:
 
 
 def test_what_overrides_a_protocol_reaches_its_notebook(study: Path, tmp_path: Path) -> None:
-    """Regression: notebook 10 read the first file, answered by its margin, and wrote over the first trial's tables."""
+    """Regression: notebook 10 read the first file, answered by it, and wrote over its tables."""
     before = {path: path.read_bytes() for path in (study / "outputs/smoke-trials/report/smoke").iterdir()}
     (tmp_path / "more.yaml").write_text("trial: {name: again, margin: 0.3, primary: ASD}\n", encoding="utf-8")
-    done = snakemake(
-        study, "--configfile", str(tmp_path / "more.yaml"), file="trials/smoke", trial='{"margin": 0.25}'
-    )
+    done = snakemake(study, file="trials/smoke", more=(tmp_path / "more.yaml",), trial='{"margin": 0.25}')
     assert done.returncode == 0, done.stderr[-4000:]
     report = study / "outputs/smoke-trials/report/again"
     trial = Study.read(report / "protocol.yaml").trial
@@ -194,8 +201,8 @@ def test_what_overrides_a_protocol_reaches_its_notebook(study: Path, tmp_path: P
 def test_a_study_and_a_cohort_by_another_name_are_those_of_the_protocol(tmp_path: Path) -> None:
     """And a change of either makes the protocol anew."""
     target = tmp_path / "outputs/other/report/smoke/protocol.yaml"
-    for cohort in ("mine", "007"):
-        given = {"study": "other", "cohort": f'"{cohort}"', "source_folder": "/scans"}
+    for cohort in ("mine", "yours"):
+        given = {"study": "other", "cohort": cohort, "source_folder": "/scans"}
         done = snakemake(tmp_path, str(target), file="trials/smoke", **given)
         assert done.returncode == 0, done.stderr[-4000:]
         told = Study.read(target)
