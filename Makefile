@@ -96,8 +96,9 @@ reference: setup
 claims: setup
 	$(BIN)/python -m pytest tests/test_claims.py
 
+# JupyterLab on its start page; notebooks/lab says that Markdown files open rendered
 lab: setup
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/START.md --LabApp.app_settings_dir=notebooks/lab
 
 # The lessons' notebooks, blank and solved, from notebooks/lessons/source
 lessons: setup
