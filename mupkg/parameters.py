@@ -495,6 +495,7 @@ class Stage2Settings(MetricOptions, TrainingSettings):
     workers: Annotated[int, Field(ge=0, le=64), Tag.SPEED] = 0
     depth: Annotated[int, Field(ge=VNET_MULTIPLE, le=1024, multiple_of=VNET_MULTIPLE), Tag.VNET] = OF_SIZE
     film: Annotated[bool, Tag.SPEED] = False
+    test_last: Annotated[bool, Tag.SPEED] = False
     test_shifts: Annotated[tuple[Shift, ...], Tag.SPEED] = ()
 
     @field_validator("configuration")
@@ -626,6 +627,14 @@ class ExploreSettings(Settings):
         return repository() / self.pictures_folder
 
 
+Side = str | Annotated[tuple[str, ...], Field(min_length=2)]  # of a contrast: an arm, or arms whose mean it is
+
+
+def side_name(side: Side) -> str:
+    """What a side of a contrast is called: the arm's name, or that of the mean of several."""
+    return side if isinstance(side, str) else f"mean of {', '.join(side)}"
+
+
 class Trial(Settings):
     """A question put in advance: which arms are compared, on how many replicates, by what, within which margin.
 
@@ -633,14 +642,16 @@ class Trial(Settings):
     seeds on the same training sets. `varies` names further parameters of notebook 03 that the trial is about. With
     `by_parameter`, every arm differs from the first in one number, and notebook 06 shows them parameter by parameter.
     With `factors`, arms are the runs of a two-level design, and its main effects are contrasts: a factor is a letter
-    of the configuration, which is there or not, or a setting of two values.
+    of the configuration, which is there or not, or a setting of two values. Either side of a contrast may be a list
+    of arms: their mean, case by case and replicate by replicate. A `descriptive` trial gives intervals, no verdict.
     """
 
     name: FolderName
     arms: Annotated[dict[FolderName, dict[str, Any]], Field(min_length=2)]
     replicates: Annotated[PositiveInt, Field(le=1000)]
-    contrasts: tuple[tuple[str, str], ...] = ()  # (arm, against)
+    contrasts: tuple[tuple[Side, Side], ...] = ()  # (arm, against)
     factors: tuple[str, ...] = ()
+    descriptive: bool = False
     primary: Literal[*METRICS] = "DSC"
     margin: PositiveFloat = 0.01
     varies: tuple[str, ...] = ()
@@ -677,7 +688,14 @@ class Trial(Settings):
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """What the protocol compares: its contrasts, and the levels of its factors."""
-        return [*self.contrasts, *(tuple(of) for of in self.levels.values())]
+        contrasts = [(side_name(arm), side_name(against)) for arm, against in self.contrasts]
+        return [*contrasts, *(tuple(of) for of in self.levels.values())]
+
+    @property
+    def means(self) -> dict[str, list[str]]:
+        """What `pairs` names that is the mean of several arms: the pooled sides and the factors' levels."""
+        pooled = {side_name(side): [*side] for pair in self.contrasts for side in pair if not isinstance(side, str)}
+        return pooled | {level: arms for of in self.levels.values() for level, arms in of.items()}
 
     @property
     def _features(self) -> pd.DataFrame:
@@ -729,10 +747,14 @@ class Trial(Settings):
                     "must differ in one number of the metric loss"
                 )
         for pair in self.contrasts:
-            if unknown := [arm for arm in pair if arm not in self.arms]:
+            sides = [[side] if isinstance(side, str) else [*side] for side in pair]
+            arms = [arm for side in sides for arm in side]
+            if unknown := [arm for arm in arms if arm not in self.arms]:
                 raise ValueError(f"contrasts: there is no arm {', '.join(unknown)}; there are {', '.join(self.arms)}")
-            if self.arms[pair[0]] == self.arms[pair[1]]:
-                raise ValueError(f"contrasts: {' and '.join(pair)} are the same; they must differ in something")
+            if len(arms) == 2 and self.arms[arms[0]] == self.arms[arms[1]]:
+                raise ValueError(f"contrasts: {' and '.join(arms)} are the same; they must differ in something")
+            if len({*arms}) < len(arms):
+                raise ValueError(f"contrasts: {' and '.join(map(side_name, pair))} share an arm; name each one once")
         if len({frozenset(pair) for pair in self.contrasts}) < len(self.contrasts):
             raise ValueError("contrasts: must name each one once, in one direction")
         if not (self.contrasts or self.factors):
