@@ -78,7 +78,7 @@ NNUNET := .venv-nnunet/bin/python
 test-nnunet:
 	$(PYTHON) -m venv .venv-nnunet
 	$(NNUNET) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,nnunet]"
-	$(NNUNET) -m pytest tests/stages/test_nnunet.py tests/notebooks/test_notebook_11.py
+	$(NNUNET) -m pytest tests/nnunet tests/notebooks/test_notebook_11.py
 
 # The list of kills: outputs/soak/kills.csv
 KILLS ?= 23

@@ -21,7 +21,7 @@ from filelock import Timeout
 from nbclient.exceptions import DeadKernelError
 
 from mupkg import repository
-from mupkg.data.writing import machine_lock
+from mupkg.scans.writing import machine_lock
 
 # glibc returns large blocks to the system after every step and fetches them again; a training that keeps them is
 # faster: .089 instead of .114 s a step at the quick size (one thread, x86-64). Elsewhere these mean nothing.

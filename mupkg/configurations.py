@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from inspect import signature
 from typing import Literal
 
 from torch import nn
 
 from mupkg.losses import BoundaryTaskLoss, DrawnCrossEntropy, InfoNCELoss, SegmentationMetricLoss, VoxelMetricLoss
-from mupkg.models import BoundaryFCN, UNet, UNetPlusPlus, vnet
-from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler, whole_number
+from mupkg.models import BACKBONES
+from mupkg.samplers import SAMPLERS, whole_number
 
 TABLE_II = (
     *("UNet", "UNet++", "MetricUNet-R-Sep", "MetricUNet-R", "MetricUNet-H", "MetricUNet++-H", "MetricUNet-C"),
@@ -18,16 +19,17 @@ TABLE_II = (
 )
 """The twelve names, in the order of the paper's Table III."""
 
-PLAIN = ("UNet", "UNet++", "VNet", "BoundaryFCN")
-"""Names without samplers. The last two are rows of Table IV: VNet, and an FCN after the abstract of [2]."""
 
-GRAMMAR = (
-    "'UNet', 'UNet++', 'VNet' (3D, Dice loss), 'BoundaryFCN' (a second decoder learns the distance to the contour), "
-    "or 'MetricUNet' / 'MetricUNet++' + '-' + one to three different letters of H (focal hard negative), "
-    "C (contour-aware), R (random) + 'N' (near negatives, not in the paper) or not + 'P' (positive pairs) or not + "
-    "'-Sep' or not; for example MetricUNet-HCP, MetricUNet-R-Sep, MetricUNet++-H"
-)
-_METRIC_NAME = re.compile(r"Metric(UNet(?:\+\+)?)-([HCR]{1,3})(N?)(P?)(-Sep)?")
+def grammar() -> str:
+    """What a valid name looks like, in words."""
+    plain = [repr(name) + (f" ({backbone.about})" if backbone.about else "") for name, backbone in BACKBONES.items()]
+    metric = " / ".join(repr(f"Metric{name}") for name, backbone in BACKBONES.items() if backbone.metric)
+    letters = ", ".join(f"{letter} ({sampler.title})" for letter, sampler in SAMPLERS.items())
+    return (
+        f"{', '.join(plain)}, or {metric} + '-' + different letters of {letters} + 'N' (near negatives, not in the "
+        "paper) or not + 'P' (positive pairs) or not + '-Sep' or not; for example MetricUNet-HCP, MetricUNet-R-Sep, "
+        "MetricUNet++-H"
+    )
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Configuration:
     """One row of Table II, a variant of one, or one of Table IV."""
 
     name: str
-    backbone: Literal["UNet", "UNet++", "VNet", "BoundaryFCN"]
-    samplers: tuple[str, ...]  # letters, in the order H, C, R
+    backbone: str  # of BACKBONES
+    samplers: tuple[str, ...]  # letters, in the order of SAMPLERS
     triplet: bool
     positive_pair: bool
     separate: bool  # "-Sep": the gradient is cut at the sampling layer
@@ -44,18 +46,20 @@ class Configuration:
 
     @classmethod
     def of_name(cls, name: str) -> Configuration:
-        """The configuration of that name, letters in the order H, C, R.
+        """The configuration of that name, letters in the order of SAMPLERS.
 
         Raises:
             ValueError: for an unknown name; the message lists the grammar.
         """
-        if name in PLAIN:
+        if isinstance(name, str) and name in BACKBONES:
             return cls(name, name, (), triplet=False, positive_pair=False, separate=False)
-        match = _METRIC_NAME.fullmatch(name) if isinstance(name, str) else None
+        backbones = "|".join(re.escape(name) for name, backbone in BACKBONES.items() if backbone.metric)
+        pattern = rf"Metric({backbones})-([{''.join(SAMPLERS)}]+)(N?)(P?)(-Sep)?"
+        match = re.fullmatch(pattern, name) if isinstance(name, str) else None
         if match is None or len(set(match[2])) < len(match[2]):
-            raise ValueError(f"unknown configuration {name!r}; valid names are {GRAMMAR}")
+            raise ValueError(f"unknown configuration {name!r}; valid names are {grammar()}")
         backbone, drawn, near, pair, separate = match.groups(default="")
-        letters = tuple(letter for letter in "HCR" if letter in drawn)
+        letters = tuple(letter for letter in SAMPLERS if letter in drawn)
         name = f"Metric{backbone}-{''.join(letters)}{near}{pair}{separate}"
         return cls(name, backbone, letters, True, bool(pair), bool(separate), bool(near))
 
@@ -105,11 +109,11 @@ def build(
     sizes = {"in_channels": in_channels, "base_filters": base_filters, "embedding_dim": embedding_dim}
     sizes = {name: whole_number(name, value) for name, value in (sizes | {"num_classes": num_classes}).items()}
     # All samplers and losses are built for every configuration, because they check the options.
-    near = {"near_negatives": configuration.near_negatives}
+    options = {"anchors": anchors, "pairs": pairs, "threshold": threshold}
+    options["near_negatives"] = configuration.near_negatives
     samplers = {
-        "H": HardNegativeSampler(anchors, pairs, threshold, **near),
-        "C": ContourSampler(anchors, pairs, **near),
-        "R": RandomSampler(anchors, pairs, **near),
+        letter: sampler(**{name: options[name] for name in options.keys() & signature(sampler).parameters.keys()})
+        for letter, sampler in SAMPLERS.items()
     }
     metric_loss = VoxelMetricLoss(margin, pair_weight, pair_distance, normalize, hinge)
     if not configuration.positive_pair:
@@ -121,14 +125,15 @@ def build(
         metric_loss = DrawnCrossEntropy()
     chosen = [samplers[letter] for letter in configuration.samplers]
     loss = SegmentationMetricLoss(chosen, metric_loss, weight, shuffled=control == "shuffled", dice=dice)
+    if configuration.separate:
+        sizes["separate"] = True
     if configuration.backbone == "VNet":
         if dice:
-            raise ValueError("VNet: dice would do nothing, for the Dice loss is its only loss; leave it out")
-        return vnet(max(1, sizes["base_filters"] // 2), sizes["num_classes"]), SegmentationMetricLoss(dice_alone=True)
-    if configuration.backbone == "BoundaryFCN":
-        return BoundaryFCN(**sizes), BoundaryTaskLoss(weight=1.0, dice=dice)
-    backbone = UNet if configuration.backbone == "UNet" else UNetPlusPlus
-    return backbone(**sizes, separate=configuration.separate), loss
+            raise ValueError("VNet: dice would do nothing, because the Dice loss is its only loss; leave it out")
+        loss = SegmentationMetricLoss(dice_alone=True)
+    elif configuration.backbone == "BoundaryFCN":
+        loss = BoundaryTaskLoss(weight=1.0, dice=dice)
+    return BACKBONES[configuration.backbone].network(**sizes), loss
 
 
 def _refuse_idle(chosen: Configuration, control: str | None, infonce: float | None, hinge: bool, normalize: bool):
@@ -146,6 +151,6 @@ def _refuse_idle(chosen: Configuration, control: str | None, infonce: float | No
     if any(idle.values()):
         names = ", ".join(name for name, is_idle in idle.items() if is_idle)
         why = "it draws no voxels" if plain else "another loss takes the place of Eq. (2)"
-        raise ValueError(f"{chosen.name}: {names} would do nothing, for {why}; leave it out")
+        raise ValueError(f"{chosen.name}: {names} would do nothing, because {why}; leave it out")
     if control == "voxels" and chosen.separate:
         raise ValueError(f"{chosen.name}: with control 'voxels' only the head would learn; leave out -Sep")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from scipy.spatial import KDTree
-
-METRICS = ("DSC", "SEN", "PPV", "ASD", "HD95", "HD", "aRVD")
 
 
 def surface(mask: Bool[np.ndarray, "*spatial"]) -> Bool[np.ndarray, "*spatial"]:
@@ -27,6 +28,85 @@ def dice(prediction: Shaped[np.ndarray, "..."], truth: Shaped[np.ndarray, "..."]
     prediction, truth = _masks(prediction, truth)
     size = np.count_nonzero(prediction) + np.count_nonzero(truth)
     return float(2 * np.count_nonzero(prediction & truth) / size) if size else 1.0
+
+
+@dataclass(frozen=True)
+class TwoMasks:
+    """A prediction and the truth, cut to the organ, and what metrics are worked out from."""
+
+    prediction: Bool[np.ndarray, "*spatial"]
+    truth: Bool[np.ndarray, "*spatial"]
+    spacing_mm: Float[np.ndarray, " d"]
+
+    @cached_property
+    def voxels(self) -> tuple[int, int, int]:
+        """How many are predicted, true, and both."""
+        return tuple(int(np.count_nonzero(m)) for m in (self.prediction, self.truth, self.prediction & self.truth))
+
+    @cached_property
+    def surface_distances(self) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " t"]]:
+        """Millimetres from every surface voxel to the other surface: of the prediction, and of the truth."""
+        a, b = surface(self.prediction), surface(self.truth)
+        return _directed(a, b, self.spacing_mm), _directed(b, a, self.spacing_mm)
+
+    def by_distance(self, of: Callable[..., float], same: float = 0.0, apart: float = float("inf")) -> float:
+        """`of` the surface distances; without a surface `same` if both masks are empty, `apart` if one is."""
+        predicted, true, _ = self.voxels
+        if predicted and true:
+            return of(*self.surface_distances)
+        return same if predicted == true else apart
+
+
+class Metric(NamedTuple):
+    """How a metric is worked out, shown and judged. To add one: an entry of METRICS, its test, METHOD.md."""
+
+    of: Callable[[TwoMasks], float] | None  # None: not from two masks, see `calibration` and `trials.tables`
+    better: int  # 1: more is better; -1: less is
+    unit: str = ""
+    digits: int = 3  # behind the point
+    headline: int = 0  # its place among the columns of the short tables, from 1 on; 0: it is not there
+    title: str = ""  # where the name does not do
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
+
+
+def _volume_error(masks: TwoMasks) -> float:
+    predicted, true, _ = masks.voxels
+    return 100 * abs(predicted - true) / true if true else (0.0 if not predicted else float("nan"))
+
+
+METRICS: dict[str, Metric] = {  # in the order of the columns of metrics.csv
+    "DSC": Metric(lambda m: dice(m.prediction, m.truth), 1, headline=1),
+    "SEN": Metric(lambda m: _ratio(m.voxels[2], m.voxels[1]), 1, headline=3),
+    "PPV": Metric(lambda m: _ratio(m.voxels[2], m.voxels[0]), 1, headline=4),
+    "ASD": Metric(lambda m: m.by_distance(lambda a, b: (a.mean() + b.mean()) / 2), -1, "mm", 2, headline=2),
+    "HD95": Metric(
+        lambda m: m.by_distance(lambda a, b: max(np.percentile(a, 95), np.percentile(b, 95))), -1, "mm", 2, headline=5
+    ),
+    "HD": Metric(lambda m: m.by_distance(lambda a, b: max(a.max(), b.max())), -1, "mm", 2),
+    "aRVD": Metric(_volume_error, -1, "%", 2, headline=6),
+    "surface_DSC_2mm": Metric(None, 1, title="surface DSC, 2 mm"),
+    "Brier": Metric(None, -1, digits=4),
+    "ECE": Metric(None, -1, digits=4),
+    "validation_area": Metric(None, 1),
+}
+
+
+def metric_of(column: str) -> Metric:
+    """The metric in a column of a table, with or without the largest-component step (`_all`)."""
+    return METRICS[column.removesuffix("_all")]
+
+
+def with_unit(column: str) -> str:
+    """A column's name with the metric's unit, for axes and tables: "ASD (mm)"."""
+    return f"{column} ({unit})" if (unit := metric_of(column).unit) else column
+
+
+def headline() -> list[str]:
+    """The metrics of the short tables, in their order."""
+    return sorted((name for name in METRICS if METRICS[name].headline), key=lambda name: METRICS[name].headline)
 
 
 def segmentation_metrics(
@@ -57,27 +137,12 @@ def segmentation_metrics(
     prediction, truth = _masks(prediction, truth)
     spacing = _checked_spacing(spacing_mm, truth.ndim)
     box = _bounding_box(prediction, truth)  # only the organ, not the whole scan
-    prediction, truth = prediction[box], truth[box]
-    predicted, true, both = (int(np.count_nonzero(m)) for m in (prediction, truth, prediction & truth))
-    overlap = {
-        "DSC": dice(prediction, truth),
-        "SEN": both / true if true else float("nan"),
-        "PPV": both / predicted if predicted else float("nan"),
-    }
-    if predicted and true:
-        a, b = surface(prediction), surface(truth)
-        a_to_b, b_to_a = _directed(a, b, spacing), _directed(b, a, spacing)
-        distances = {
-            "ASD": float(a_to_b.mean() + b_to_a.mean()) / 2,
-            "HD95": float(max(np.percentile(a_to_b, 95), np.percentile(b_to_a, 95))),
-            "HD": float(max(a_to_b.max(), b_to_a.max())),
-        }
-        near = float((np.concatenate([a_to_b, b_to_a]) <= (tolerance_mm or 0.0)).mean())
-    else:
-        distances = dict.fromkeys(("ASD", "HD95", "HD"), 0.0 if predicted == true else float("inf"))
-        near = float(predicted == true)
-    volume_error = 100 * abs(predicted - true) / true if true else (0.0 if not predicted else float("nan"))
-    return overlap | distances | {"aRVD": volume_error} | ({} if tolerance_mm is None else {"surface_DSC": near})
+    masks = TwoMasks(prediction[box], truth[box], spacing)
+    found = {name: float(metric.of(masks)) for name, metric in METRICS.items() if metric.of}
+    if tolerance_mm is None:
+        return found
+    near = lambda *distances: (np.concatenate(distances) <= tolerance_mm).mean()  # noqa: E731
+    return found | {"surface_DSC": float(masks.by_distance(near, same=1.0, apart=0.0))}
 
 
 def calibration(

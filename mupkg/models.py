@@ -7,7 +7,7 @@ the metric losses learn from. The metric branch has no weights of its own; at te
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -272,6 +272,29 @@ def vnet(filters: int = 16, num_classes: int = 2) -> EmbeddingTap:
     for name, part in parts.items():
         setattr(network, name, part)
     return EmbeddingTap(network, "up_tr32")
+
+
+class Backbone(NamedTuple):
+    """A network that configurations name. To add one: an entry of BACKBONES, its test, METHOD.md."""
+
+    network: Callable[..., nn.Module]  # of in_channels, base_filters, embedding_dim, num_classes (and separate)
+    multiple: int = MULTIPLE  # of which the edges of images (blocks) must be
+    dimensions: int = 2
+    metric: bool = False  # whether samplers may be put on it, as Metric<name>-...
+    about: str = ""
+
+
+BACKBONES: dict[str, Backbone] = {
+    "UNet": Backbone(UNet, metric=True),
+    "UNet++": Backbone(UNetPlusPlus, metric=True),
+    "VNet": Backbone(
+        lambda base_filters, num_classes, **_: vnet(max(1, base_filters // 2), num_classes),
+        VNET_MULTIPLE,
+        dimensions=3,
+        about="3D, Dice loss",
+    ),
+    "BoundaryFCN": Backbone(BoundaryFCN, about="a second decoder learns the distance to the contour"),
+}
 
 
 def is_3d(network: nn.Module) -> bool:

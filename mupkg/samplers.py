@@ -29,7 +29,7 @@ def whole_number(name: str, value: object) -> int:
 
 
 def real_number(name: str, value: object, below: float = float("inf")) -> float:
-    """An option of at least 0 and below a bound, a number but no bool; else a ValueError."""
+    """An option of 0 or more and below a bound, a number but no bool; else a ValueError."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < below:
         raise ValueError(f"{name} must be a number of at least 0 and below {below:g}, not {value!r}")
     return float(value)
@@ -115,7 +115,8 @@ class Sampler:
         near_negatives: N, negatives no farther than 2 voxels from the contour (not in the paper).
     """
 
-    letter: str
+    letter: str  # its name in a configuration's; N and P are taken
+    title: str
 
     def __init__(self, anchors: int = 20, pairs: int = 1, *, near_negatives: bool = False):
         self.anchors, self.pairs = whole_number("anchors", anchors), whole_number("pairs", pairs)
@@ -173,7 +174,7 @@ def shuffle_roles(tuples: VoxelTuples, images: int, generator: Generator | None 
 class RandomSampler(Sampler):
     """R: anchors and positives anywhere in the foreground, negatives anywhere in the background."""
 
-    letter = "R"
+    letter, title = "R", "random"
 
     def candidates(self, labels, foreground_probability=None):
         foreground = labels == 1
@@ -187,7 +188,7 @@ class HardNegativeSampler(Sampler):
         threshold: tau (0.1 in the paper), in [0, 1).
     """
 
-    letter = "H"
+    letter, title = "H", "focal hard negative"
 
     def __init__(self, anchors: int = 20, pairs: int = 1, threshold: float = 0.1, *, near_negatives: bool = False):
         super().__init__(anchors, pairs, near_negatives=near_negatives)
@@ -204,7 +205,7 @@ class HardNegativeSampler(Sampler):
 class ContourSampler(Sampler):
     """C: anchors and positives on the organ's contour, negatives anywhere in the background."""
 
-    letter = "C"
+    letter, title = "C", "contour-aware"
 
     def candidates(self, labels, foreground_probability=None):
         edge = contour(labels)
@@ -212,3 +213,4 @@ class ContourSampler(Sampler):
 
 
 SAMPLERS: dict[str, type[Sampler]] = {s.letter: s for s in (HardNegativeSampler, ContourSampler, RandomSampler)}
+"""By letter, in the order that they have in a configuration's name. To add one: its class, its test, METHOD.md."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -127,3 +128,30 @@ def trained(cohort, run_folder, tmp_path_factory) -> Path:
     shutil.copytree(run_folder.parent / "stage1", folder / "study" / "stage1")
     shutil.copytree(run_folder, folder / "study" / "run-seed0")
     return folder
+
+
+@pytest.fixture
+def copied(run_folder, tmp_path):
+    """The run's folder alone, somewhere else."""
+    shutil.copytree(run_folder, tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+@pytest.fixture
+def heads(cohort, monkeypatch):
+    """The femoral heads are known: looking for them takes a second."""
+    from mupkg.stages import localization
+    from mupkg.stages.landmarks import FemoralHeads
+
+    left, right = cohort.case(cohort.ids("test")[0]).femoral_heads
+    monkeypatch.setattr(localization, "femoral_heads", lambda image: FemoralHeads(left, right, 1.0, ""))
+
+
+@pytest.fixture
+def bones(monkeypatch, heads):
+    """Instead of stage 2's network: bones are foreground. So masks are not empty and in several pieces."""
+    from mupkg.stages import inference
+
+    monkeypatch.setattr(
+        inference, "predict_volume", lambda network, volume, box, **_: (volume[box] > 200).astype(np.float32)
+    )

@@ -20,8 +20,8 @@ import pytest
 import SimpleITK as sitk
 
 from mupkg.data.build import Source, sources_from_pattern, write_cohort
-from mupkg.data.cases import Case
 from mupkg.data.preprocessing import Preparation
+from mupkg.scans.cases import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (12, 14, 16)

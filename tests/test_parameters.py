@@ -27,20 +27,18 @@ from mupkg.parameters import (
     ExternalSettings,
     MetricOptions,
     NnunetSettings,
-    ParameterStudySettings,
     ReportSettings,
     SegmentSettings,
     Stage1Settings,
     Stage2Settings,
-    Study,
     Tag,
-    TrialSettings,
     VisualizationSettings,
     check_name,
     tagged,
 )
-from mupkg.report.statistics import contrasts, with_main_effects
 from mupkg.stages.runs import MOST, load_tensors, require
+from mupkg.trials.protocol import ParameterStudySettings, Study, TrialSettings
+from mupkg.trials.statistics import contrasts, with_main_effects
 
 PARAMETERS = """configuration: str = "MetricUNet-HCP"  # a row of Table II
 seed: int = 0  # of weights
@@ -353,7 +351,7 @@ def test_every_setting_reaches_the_weights_or_is_known_not_to():
         told = {*made_by, *made_by["training"], *made_by.get("loss", {})}
         told |= {"metric_weight"} if "weight" in told else set()
         untold = {*settings.model_fields} - told
-        assert untold == tagged(settings, Tag.NAME, Tag.SPEED, Tag.VNET) - told | {"cohort", "size"} | (
+        assert untold == tagged(settings, Tag.NAME, Tag.SPEED, Tag.BLOCKS) - told | {"cohort", "size"} | (
             untold & {"training_cases", "label_noise_mm"}
         )
         assert told >= tagged(settings, Tag.NETWORK, Tag.TRAINING, Tag.METRIC)

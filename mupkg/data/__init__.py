@@ -1,12 +1,11 @@
-"""Scans, cohorts, phantoms, preparation and patches."""
+"""What is trained on: cohorts, phantoms, preparation and patches."""
 
 from mupkg import lazily
 
 __getattr__ = lazily(
     __name__,
     {
-        "cases": ["Case"],
-        "cohort": ["Cohort", "CohortError"],
+        "cohort": ["Case", "Cohort", "CohortError"],
         "dicom_rt": ["list_dicom", "read_rtstruct", "write_rtstruct"],
         "patches": ["PatchSource"],
         "phantom": ["make_phantom"],

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,26 +17,23 @@ import pandas as pd
 import SimpleITK as sitk
 from filelock import Timeout
 
-from mupkg.data.cases import Case, checked_case, label_volume_ml
 from mupkg.data.cohort import (
     FINGERPRINT,
     HEADS,
     SPLITS,
     Cohort,
-    CohortError,
     fold_columns,
     fold_faults,
-    name_faults,
     patient_faults,
     patients,
     read_table,
     replicate_faults,
     split_faults,
 )
-from mupkg.data.files import access_named, no_access, read_scan, write_image
-from mupkg.data.phantom import make_phantom
 from mupkg.data.preprocessing import Preparation, prepare
-from mupkg.data.writing import machine_lock, whole_file, write_text
+from mupkg.scans.cases import Case, CohortError, checked_case, label_volume_ml, name_faults
+from mupkg.scans.files import access_named, files_below, read_scan, write_image
+from mupkg.scans.writing import machine_lock, whole_file, write_text
 
 ASIDE = ".making."  # begins the name of the folder of a cohort in the making
 DECATHLON_T2 = 0  # the channel that is T2
@@ -234,6 +231,8 @@ def sources_from_phantoms(seeds: Iterable[int], spacing_mm: tuple[float, float, 
 
     That each has a label is told before it is drawn, so that too few of them are refused at once.
     """
+    from mupkg.data.phantom import make_phantom  # a wing: cohorts of scans do without it
+
     return [
         Source(name, lambda seed=seed: make_phantom(seed, spacing_mm=spacing_mm), {"label": name, "seed": seed})
         for seed, name in ((seed, f"phantom-{seed:04d}") for seed in seeds)
@@ -300,15 +299,6 @@ def _matches(pattern: str, name: str) -> list[dict[str, str]]:
         if (match := re.fullmatch(expression, name)) and match.groupdict() not in found:
             found.append(match.groupdict())
     return found
-
-
-def files_below(folder: Path, faults: list[str]) -> Iterator[Path]:
-    """Every file below a folder, through links too; what may not be read is added to the faults."""
-    walk = os.walk(folder, followlinks=True, onerror=lambda error: faults.append(no_access(error.filename, error)))
-    for place, folders, names in walk:
-        above = {os.path.realpath(path) for path in (Path(place), *Path(place).parents)}
-        folders[:] = [name for name in folders if os.path.realpath(Path(place, name)) not in above]  # no circles
-        yield from (Path(place, name) for name in names if not name.startswith("."))  # "._x": a Mac's leftovers
 
 
 def sources_from_pattern(
@@ -431,7 +421,30 @@ def sources_from_decathlon(
 
 
 def source_from_dicom(folder: str | Path, *, modality: str) -> list[Source]:
-    """One DICOM series as a case without a label (with contours: `dicom_rt.sources_from_dicom_rt`)."""
+    """One DICOM series as a case without a label (with contours: `sources_from_dicom_rt`)."""
     folder = Path(folder)
     case_id = re.sub(r"[^A-Za-z0-9._-]", "_", folder.resolve().name).lstrip("._-") or "scan"
     return [_file_source(case_id, folder, None, modality, None, None)]
+
+
+def sources_from_dicom_rt(
+    folder: str | Path, roi: str | Sequence[str] = "Prostate", *, modality: str = "CT", hash_patients: bool = False
+) -> list[Source]:
+    """Every series of a modality below a folder that an ROI was drawn on, with that ROI as its label.
+
+    Folders may be nested in any way. Of a header nothing enters the table but the patient's ID and the ROI's name.
+    Cases are called by the patient's pseudonym, for their names appear in figures and as names of files.
+
+    Args:
+        roi: the ROI's name; or several names or patterns such as "prostate_*", of which the first that fits counts.
+            As in TG-263, case does not matter.
+        hash_patients: give pseudonyms instead of IDs in the table, too.
+
+    Raises:
+        CohortError: with every damaged file, every patient without contours, every series without exactly one such
+            ROI, every structure set whose series is not there, and all that is wrong with the other cases then.
+    """
+    from mupkg.scans.dicom_rt import contoured_cases  # a wing: cohorts of masks do without it
+
+    cases = contoured_cases(folder, roi, modality=modality, hash_patients=hash_patients)
+    return [Source(*case) for case in cases]

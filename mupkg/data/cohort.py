@@ -12,10 +12,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import unicodedata
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mupkg.data.cases import Case, checked_case, grid_difference
-from mupkg.data.files import access_named, no_access, read_scan
 from mupkg.data.preprocessing import Preparation, Prepared, array_spacing
-from mupkg.data.writing import fingerprint
+from mupkg.scans.cases import Case, CohortError, checked_case, essence, grid_difference, name_faults, spelt_alike
+from mupkg.scans.files import access_named, no_access, read_scan
+from mupkg.scans.writing import fingerprint
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("case_id", "image", "label", "split")
@@ -35,15 +34,6 @@ OPTIONAL = ("split", "patient", "modality")  # columns of a table from elsewhere
 TEXT = (*COLUMNS, "patient", "modality", "source", "fallback")
 HEADS = [f"head_{side}_{axis}" for side in ("left", "right") for axis in "xyz"]
 _PATIENT = re.compile(r"(patient|subject|participant|person)s?(id|name|nr|no|number|key)?|pat|patid|pid|mrn")
-_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class CohortError(ValueError):
-    """Everything that is wrong with a cohort, in one go; a line for each fault."""
-
-    def __init__(self, faults: Iterable[str], advice: str = ""):
-        self.faults = [line for fault in faults for line in str(fault).splitlines()]
-        super().__init__("\n".join([*self.faults, *([advice] if advice else [])]))
 
 
 @dataclass(frozen=True)
@@ -253,17 +243,6 @@ def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
     return table
 
 
-def spelt_alike(name: object) -> str:
-    """A name without what does not count: blanks, capitals, and the form of letters."""
-    text = unicodedata.normalize("NFKC", str(name))
-    return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").casefold().split())
-
-
-def essence(name: str) -> tuple[str, ...]:
-    """The letters and numbers of a name, apart: the same for P1 and P-01."""
-    return tuple(part.lstrip("0") for part in re.findall(r"\d+|[^\W\d_]+", name))
-
-
 def patients(table: pd.DataFrame) -> pd.Series:
     """The patient of every case, however it is spelt: blanks, capitals and the form of letters do not count.
 
@@ -273,18 +252,6 @@ def patients(table: pd.DataFrame) -> pd.Series:
         return table["case_id"]
     known = table["patient"].map(spelt_alike, na_action="ignore").replace("", None)
     return known.astype(object).where(known.notna(), table["case_id"])
-
-
-def name_faults(case_ids: Iterable[object]) -> Iterator[str]:
-    """Of names that are there twice, or cannot name files."""
-    for number, (case_id, times) in enumerate(Counter(case_ids).items(), start=1):
-        if times > 1:
-            yield f"case {case_id}: is listed {times} times; give every scan a name of its own"
-        if not isinstance(case_id, str) or not _SAFE_ID.fullmatch(case_id):
-            yield (
-                f"case {case_id} (number {number}): the name must be letters, digits, '.', '_' or '-', "
-                "a letter or digit first; rename it"
-            )
 
 
 def split_faults(table: pd.DataFrame) -> Iterator[str]:

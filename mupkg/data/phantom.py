@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from mupkg.data.cases import Case
+from mupkg.scans.cases import Case
 
 HU = {  # the means of the tissues; those of a real CT beside them are in notebook 01
     "air": -1000.0, "gas": -960.0, "table shell": 120.0, "table foam": -940.0, "skin": 5.0, "fat": -105.0,

@@ -13,8 +13,8 @@ import numpy as np
 import SimpleITK as sitk
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
-from mupkg.data.cases import Case, Point
-from mupkg.data.files import MOST_VOXELS
+from mupkg.scans.cases import Case, Point
+from mupkg.scans.files import MOST_VOXELS
 
 BODY_GRID_MM = 4.0  # the body's outline is needed to a few mm only
 BODY_THRESHOLD_HU = -400.0

@@ -30,10 +30,11 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.lines import Line2D
 from PIL import ImageDraw, ImageFont
 
-from mupkg.data.cases import Point
-from mupkg.data.writing import whole_file
+from mupkg.metrics import with_unit
 from mupkg.report.embeddings import EmbeddedVoxels, principal_axes
 from mupkg.samplers import VoxelTuples
+from mupkg.scans.cases import Point
+from mupkg.scans.writing import whole_file
 from mupkg.stages.voxels import KINDS
 
 if TYPE_CHECKING:  # slow to import
@@ -51,7 +52,6 @@ PLANES = {"axial": "RL", "coronal": "RL", "sagittal": "AP"}  # and which sides o
 CT_WINDOW = (-160, 240)
 # The axes stay where they were put, whatever rcParams say; layout="none" is forgotten when the figure is saved.
 FIXED = PlaceHolderLayoutEngine(adjust_compatible=True, colorbar_gridspec=True)
-UNITS = {"ASD": "mm", "HD95": "mm", "HD": "mm", "aRVD": "%"}
 BAR_MM = 20
 ON_IMAGES = {"color": "white", "path_effects": [patheffects.withStroke(linewidth=1.5, foreground="black")]}
 
@@ -590,6 +590,6 @@ def metric_boxes(tables: Mapping[str, pd.DataFrame]) -> Figure:
         ax.boxplot(boxes, tick_labels=list(finite), showfliers=False, medianprops={"color": VERMILLION})
         lost = int(finite.isna().sum(axis=None))
         ax.set_title(f"n = {len(finite)} cases" + (f" ({lost} not finite)" if lost else ""), fontsize=10)
-        ax.set_ylabel(" ".join([metric, *([f"({UNITS[metric]})"] if metric in UNITS else [])]))
+        ax.set_ylabel(with_unit(metric))
         ax.tick_params("x", rotation=30)
     return figure

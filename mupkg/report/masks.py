@@ -7,7 +7,7 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from mupkg.data.files import write_image
+from mupkg.scans.files import write_image
 from mupkg.stages.runs import RUN, read_run, write_json
 
 ENDINGS = re.compile(r"\.(nii(\.gz)?|mha|mhd|nrrd|nhdr|hdr|img)$", re.IGNORECASE)

@@ -13,12 +13,12 @@ import pandas as pd
 
 from mupkg.configurations import TABLE_II
 from mupkg.data.cohort import read_cases
-from mupkg.data.writing import whole_file
+from mupkg.metrics import headline
+from mupkg.models import BACKBONES
 from mupkg.parameters import Stage2Settings, Tag, tagged
+from mupkg.scans.writing import whole_file
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import OUTSIDE, RUN, Shift, metrics_name, read_run
-
-HEADLINE = ("DSC", "ASD", "SEN", "PPV", "HD95", "aRVD")
 
 
 def finished_runs(
@@ -105,7 +105,8 @@ def check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Iter
     for run, given in parameters.items():
         name_of = str(given.get("configuration", run))  # an arm's name may be anything
         unused = set() if name_of.startswith("Metric") else tagged(Stage2Settings, Tag.METRIC)
-        unused |= set() if name_of == "VNet" else tagged(Stage2Settings, Tag.VNET)
+        in_3d = name_of in BACKBONES and BACKBONES[name_of].dimensions == 3
+        unused |= set() if in_3d else tagged(Stage2Settings, Tag.BLOCKS)
         for name in given.keys() - may_differ - unused:
             values.setdefault(name, {}).setdefault(json.dumps(given[name]), run)
     differ = [
@@ -151,16 +152,33 @@ def worst_first(metrics: pd.DataFrame, regions: Regions) -> pd.DataFrame:
     return scores.reindex([*ranked, *at_hand.difference(ranked, sort=False)])
 
 
-def summary(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
+def trainings(metrics: pd.DataFrame) -> list[str]:
+    """The columns that tell an arm's trainings apart: the seed, and in a k-fold the fold."""
+    return [column for column in ("seed", "fold") if column in metrics]
+
+
+def mostly_empty_on_test(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The runs (configuration, seed, in a k-fold fold) with DSC 0 in more than half of the test cases.
+
+    They find no prostate there, stay in every mean, and rule verdicts. Tables count them under `collapsed`.
+    """
+    share = metrics["DSC"].eq(0).groupby([metrics[name] for name in ("configuration", *trainings(metrics))]).mean()
+    return share[share > 0.5].index.to_frame(index=False)
+
+
+def summary(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
     """Mean, std, median over cases for each configuration, and how many cases that are: n, and `undefined` (NaN).
 
     `collapsed` counts the runs that find no prostate in most test cases. They stay in the mean.
 
     An infinite distance (one mask empty) makes its mean infinite, visibly. A NaN (PPV without prediction) cannot
     be averaged: it is left out and counted under `undefined`.
+
+    Args:
+        names: of the metrics; None: the headline's.
     """
     rows = {}
-    for name in names:
+    for name in headline() if names is None else names:
         cases = per_case(metrics, name)
         with np.errstate(invalid="ignore"):  # inf - inf in a std is NaN, and shown as such
             rows[name] = pd.DataFrame(
@@ -174,9 +192,7 @@ def summary(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFr
             )
     table = pd.concat(rows, axis=1)
     table.insert(0, ("", "seeds"), metrics.groupby("configuration")["seed"].nunique().reindex(table.index))
-    from mupkg.report import statistics  # SciPy's take a third of a second, which notebook 08 need not wait for
-
-    fallen = statistics.collapsed(metrics)["configuration"].value_counts()
+    fallen = mostly_empty_on_test(metrics)["configuration"].value_counts()
     table.insert(1, ("", "collapsed"), fallen.reindex(table.index, fill_value=0))
     return table
 
@@ -192,17 +208,6 @@ def as_text(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
             for _, r in part.iterrows()
         ]
     return pd.DataFrame(text, index=table.index)
-
-
-def paired_tests(metrics: pd.DataFrame, names: Sequence[str] = HEADLINE) -> pd.DataFrame:
-    """Every configuration against the first, on every metric: the rows of `statistics.contrasts`.
-
-    With several seeds the seeds are the replicates; with one there is no p but the paper's, in a column that says so.
-    """
-    first, *others = dict.fromkeys(metrics["configuration"])
-    from mupkg.report import statistics
-
-    return statistics.contrasts(metrics, [(other, first) for other in others], names)
 
 
 def published(table: int, **options: Any) -> pd.DataFrame:

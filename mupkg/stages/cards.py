@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from mupkg.data.cases import not_in_hu
 from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort, read_cases
 from mupkg.data.preprocessing import array_spacing
+from mupkg.metrics import headline, with_unit
+from mupkg.scans.cases import not_in_hu
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import METRICS, RUN, read_run
 
 ALIKE = 0.1  # spacing and field of view may leave the range of the training scans by this share of it
 UNKNOWN = "not recorded in run.json"
-SHOWN = {"DSC": "DSC", "ASD": "ASD (mm)", "HD95": "HD95 (mm)", "SEN": "SEN", "PPV": "PPV", "aRVD": "aRVD (%)"}
 RESEARCH_ONLY = "**For research only. This is no medical device: not for diagnosis, not for treatment planning.**"
 LICENCE = (
     "The software that made and reads these weights is under Apache-2.0. The weights follow the terms of the data "
@@ -160,12 +160,12 @@ def _results(run_folder: Path, record: dict[str, Any]) -> list[str]:
         "metric is undefined. Another seed would give other numbers."
     )
     rows = []
-    for name, shown in SHOWN.items():
+    for name in headline():
         values = metrics[name].dropna() if name in metrics else ()
         if len(values):
             mean, n = f"{values.mean():.3f}", len(values)  # an infinite distance (an empty mask) makes its mean inf
             with np.errstate(invalid="ignore"):
-                rows.append((shown, mean if n == 1 else f"{mean} ± {values.std():.3f}", n))
+                rows.append((with_unit(name), mean if n == 1 else f"{mean} ± {values.std():.3f}", n))
     lowest = [f"Lowest DSC of a case: {metrics['DSC'].min():.3f}."] if "DSC" in metrics else []
     return [*said, _table(["metric", "mean ± sd", "n"], rows), *lowest]
 

@@ -12,12 +12,12 @@ import pandas as pd
 import SimpleITK as sitk
 
 from mupkg import progress
-from mupkg.data.cases import Case, grid_difference
 from mupkg.data.cohort import Cohort
-from mupkg.data.files import write_image
 from mupkg.data.preprocessing import AIR, Preparation, array_spacing, prepare, to_scan_grid
-from mupkg.data.writing import whole_file
 from mupkg.metrics import calibration, segmentation_metrics
+from mupkg.scans.cases import Case, grid_difference
+from mupkg.scans.files import write_image
+from mupkg.scans.writing import whole_file
 from mupkg.stages.inference import Pipeline, keep_largest, load_network, region_probability
 from mupkg.stages.localization import NotLocated
 from mupkg.stages.regions import Regions

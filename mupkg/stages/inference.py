@@ -14,8 +14,6 @@ import torch
 from torch import nn
 
 from mupkg.configurations import build, configuration
-from mupkg.data.cases import Point, checked_case, label_volume_ml
-from mupkg.data.files import one_volume
 from mupkg.data.preprocessing import (
     Grid,
     Preparation,
@@ -25,8 +23,10 @@ from mupkg.data.preprocessing import (
     prepare,
     to_scan_grid,
 )
-from mupkg.data.writing import whole_file
 from mupkg.models import UNet, is_3d, layout_of, light_unet
+from mupkg.scans.cases import Point, checked_case, label_volume_ml
+from mupkg.scans.files import one_volume
+from mupkg.scans.writing import whole_file
 from mupkg.stages.localization import COARSE_CHANNELS, Location, locate
 from mupkg.stages.prediction import Box, predict_volume
 from mupkg.stages.runs import BEST, load_tensors, load_weights, require

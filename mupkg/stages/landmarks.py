@@ -22,7 +22,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import fft, ndimage, optimize
 
-from mupkg.data.cases import Point, not_in_hu
+from mupkg.scans.cases import Point, not_in_hu
 
 GRID_MM, MAX_VOXELS = 3.0, 2_000_000  # working grid; coarser for very large scans, so that the work is bounded
 SMOOTHING_MM = 2.0  # standard deviation; calms noise and bridges small marrow holes (R3: bone, filled)

@@ -8,7 +8,6 @@ import numpy as np
 import SimpleITK as sitk
 from torch import nn
 
-from mupkg.data.cases import Case, Point
 from mupkg.data.preprocessing import (
     array_spacing,
     box_corners,
@@ -16,6 +15,7 @@ from mupkg.data.preprocessing import (
     largest_component,
     resample,
 )
+from mupkg.scans.cases import Case, Point
 from mupkg.stages.landmarks import femoral_heads
 from mupkg.stages.prediction import predict_volume
 

@@ -13,7 +13,6 @@ import SimpleITK as sitk
 from torch import nn
 
 from mupkg import progress
-from mupkg.data.cases import Point
 from mupkg.data.cohort import FINGERPRINT, Cohort, of_replicate, read_cases, recorded_cohort
 from mupkg.data.preprocessing import (
     Prepared,
@@ -21,7 +20,8 @@ from mupkg.data.preprocessing import (
     crop_region,
     whole_label,
 )
-from mupkg.data.writing import fingerprint, whole_file, write_text
+from mupkg.scans.cases import Point
+from mupkg.scans.writing import fingerprint, whole_file, write_text
 from mupkg.stages.localization import locate
 from mupkg.stages.runs import RUN, read_run
 

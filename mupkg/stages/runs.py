@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mupkg.data.writing import whole_file, write_text
 from mupkg.models import MULTIPLE
+from mupkg.scans.writing import whole_file, write_text
 
 # Files and folders of a run, in either stage
 BEST, LAST, CHECKPOINT = "weights.safetensors", "last.safetensors", "checkpoint.safetensors"

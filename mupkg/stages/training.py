@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mupkg import progress
 from mupkg.data.patches import PatchSource
-from mupkg.data.writing import machine_lock, whole_file
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import SegmentationOutput, layout_of
+from mupkg.scans.writing import machine_lock, whole_file
 from mupkg.stages.hardware import AUTOCAST, batches, check_speed, join_processes, machine_name, nearest
 from mupkg.stages.runs import BEST, CHECKPOINT, HISTORY, LAST, RESULTS, load_tensors, load_weights, save_tensors
 

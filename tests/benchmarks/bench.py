@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from mupkg.data.writing import whole_file, write_text
+from mupkg.scans.writing import whole_file, write_text
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {  # and the module of each; imported when it runs, so that nobody needs every peer

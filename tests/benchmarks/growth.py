@@ -17,11 +17,11 @@ from metric_loss import labelled_patches
 
 from mupkg.data.cohort import Cohort
 from mupkg.data.patches import PatchSource
-from mupkg.data.writing import whole_file
 from mupkg.losses import SegmentationMetricLoss, VoxelMetricLoss
 from mupkg.models import SegmentationOutput, UNet
 from mupkg.report import figures
 from mupkg.samplers import RandomSampler
+from mupkg.scans.writing import whole_file
 from mupkg.stages.prediction import predict_volume
 from mupkg.stages.regions import Regions
 

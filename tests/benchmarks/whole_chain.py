@@ -19,10 +19,10 @@ import torch
 from measuring import isolated, memory_mb, row
 
 from mupkg.configurations import build, configuration
-from mupkg.data.files import read_scan, write_image
 from mupkg.data.phantom import make_phantom
 from mupkg.data.preprocessing import Preparation, array_spacing, resample
 from mupkg.models import UNet, light_unet
+from mupkg.scans.files import read_scan, write_image
 from mupkg.stages import inference
 from mupkg.stages.runs import load_tensors, save_tensors
 from mupkg.stages.training import BEST

@@ -42,7 +42,7 @@ def with_little_memory(paths: Iterable[Path]) -> list[str]:
     """What reading each of these says, "" if it is read; by one process that may not ask for more than 256 MB."""
     script = f"""
 import resource, sys
-from mupkg.data.files import read_scan
+from mupkg.scans.files import read_scan
 most = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + {MOST_MEMORY}
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
 for path in sys.stdin.read().splitlines():

@@ -12,7 +12,6 @@ import pytest
 import SimpleITK as sitk
 
 from mupkg.data.build import Source, _drawn_folds, sources_from_phantoms, split_cases, write_cohort
-from mupkg.data.cases import Case
 from mupkg.data.cohort import (
     Cohort,
     CohortError,
@@ -24,6 +23,7 @@ from mupkg.data.cohort import (
     recorded_cohort,
 )
 from mupkg.data.preprocessing import Preparation, array_spacing
+from mupkg.scans.cases import Case
 
 SHAPE = (6, 12, 14)
 PREPARATION = Preparation(spacing_mm=(5.0, 4.0, 4.0))

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spoiling import mask, scan, stored, turned
 
-from mupkg.data.cases import checked_case
-from mupkg.data.files import read_scan
 from mupkg.data.preprocessing import Preparation, prepare, to_scan_grid
+from mupkg.scans.cases import checked_case
+from mupkg.scans.files import read_scan
 
 # No error: any direction
 

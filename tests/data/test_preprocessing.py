@@ -8,7 +8,6 @@ import pytest
 import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
-from mupkg.data.cases import Case
 from mupkg.data.preprocessing import (
     Preparation,
     array_spacing,
@@ -22,6 +21,7 @@ from mupkg.data.preprocessing import (
     rescale,
     to_scan_grid,
 )
+from mupkg.scans.cases import Case
 
 ROOT = Path(__file__).parents[2]
 SPACING = (4.0, 2.5, 3.0)  # z, y, x: all different

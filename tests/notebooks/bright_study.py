@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 
-from mupkg.data.cases import Case
 from mupkg.data.cohort import Cohort
 from mupkg.data.preprocessing import Preparation
+from mupkg.scans.cases import Case
 from mupkg.stages import evaluation
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import write_run

@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from written_numbers import unfounded
 
 from mupkg.batch import run_notebook
-from mupkg.data.cases import grid_difference
+from mupkg.scans.cases import grid_difference
 from mupkg.stages import card, segment
 
 ROOT = Path(__file__).parents[2]

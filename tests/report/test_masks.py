@@ -11,9 +11,9 @@ import SimpleITK as sitk
 from dicom_series import write_series
 from matplotlib import pyplot as plt
 
-from mupkg.data.dicom_rt import read_rtstruct
 from mupkg.report import masks
 from mupkg.report.masks import new_mask_path, scan_name, write_mask
+from mupkg.scans.dicom_rt import read_rtstruct
 from mupkg.stages import Pipeline
 from mupkg.stages.localization import Location
 from mupkg.stages.runs import write_json

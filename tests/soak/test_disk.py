@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from mupkg.configurations import build, configuration
 from mupkg.data.build import sources_from_phantoms, write_cohort
 from mupkg.data.cohort import Cohort
-from mupkg.data.files import read_scan, write_image
 from mupkg.data.patches import PatchSource
 from mupkg.data.preprocessing import Preparation
-from mupkg.data.writing import whole_file, write_text
 from mupkg.report import figures
+from mupkg.scans.files import read_scan, write_image
+from mupkg.scans.writing import whole_file, write_text
 from mupkg.stages.runs import load_tensors, save_tensors
 from mupkg.stages.training import BEST, CHECKPOINT, LAST, train
 

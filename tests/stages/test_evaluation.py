@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from mupkg.data.cases import Case
 from mupkg.metrics import calibration, segmentation_metrics
+from mupkg.scans.cases import Case
 from mupkg.stages import evaluation
 from mupkg.stages.evaluation import evaluate_elsewhere, measure
 from mupkg.stages.inference import Pipeline, load_network, segment

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from scipy import ndimage
 
-from mupkg.data.cases import Case
-from mupkg.data.files import read_scan
 from mupkg.data.preprocessing import Preparation, crop_region, prepare
 from mupkg.metrics import segmentation_metrics
+from mupkg.scans.cases import Case
+from mupkg.scans.files import read_scan
 from mupkg.stages import inference
 from mupkg.stages.inference import LOCALIZER, Pipeline, keep_largest, load_localizer, load_network, segment
 from mupkg.stages.localization import Location

@@ -11,11 +11,11 @@ import SimpleITK as sitk
 import torch
 from torch import nn
 
-from mupkg.data.cases import Case
 from mupkg.data.cohort import FINGERPRINT, Cohort
 from mupkg.data.preprocessing import Preparation, array_spacing, centroid, crop_region, prepare, whole_label
-from mupkg.data.writing import write_text
 from mupkg.models import SegmentationOutput
+from mupkg.scans.cases import Case
+from mupkg.scans.writing import write_text
 from mupkg.stages import localization
 from mupkg.stages.landmarks import FemoralHeads
 from mupkg.stages.localization import coarse, coarse_mask, locate

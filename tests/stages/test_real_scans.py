@@ -13,11 +13,11 @@ import torch
 from mupkg.configurations import build, configuration
 from mupkg.data import Cohort, PatchSource, Preparation
 from mupkg.data.build import source_from_dicom, sources_from_pattern, write_cohort
-from mupkg.data.cases import grid_difference
-from mupkg.data.files import read_scan
 from mupkg.data.preprocessing import prepare, resample
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import light_unet
+from mupkg.scans.cases import grid_difference
+from mupkg.scans.files import read_scan
 from mupkg.stages import localization, runs, segment, training
 from mupkg.stages import regions as regions_module
 from mupkg.stages.evaluation import evaluate_run

@@ -18,9 +18,9 @@ from watching import Watch
 from mupkg.configurations import build, configuration
 from mupkg.data.cohort import Cohort
 from mupkg.data.patches import PatchSource
-from mupkg.data.writing import machine_lock
 from mupkg.losses import LossTerms
 from mupkg.models import SegmentationOutput, conv_bn_relu, light_unet
+from mupkg.scans.writing import machine_lock
 from mupkg.stages import hardware, training
 from mupkg.stages.film import Film, read_film
 from mupkg.stages.localization import coarse_volumes

@@ -15,22 +15,20 @@ import SimpleITK as sitk
 from dicom_series import ROOT, closed, write_series, write_structures
 from pydicom.uid import MRImageStorage, RLELossless
 
-from mupkg.data.build import write_cohort
-from mupkg.data.cases import grid_difference
-from mupkg.data.cohort import CohortError, name_faults
-from mupkg.data.dicom_rt import (
+from mupkg.data.build import sources_from_dicom_rt, write_cohort
+from mupkg.data.phantom import make_phantom
+from mupkg.data.preprocessing import Preparation
+from mupkg.scans.cases import CohortError, grid_difference, name_faults
+from mupkg.scans.dicom_rt import (
     NO_DEVICE,
     RESEARCH,
     list_dicom,
     pseudonym,
     read_rtstruct,
-    sources_from_dicom_rt,
     write_dicom_seg,
     write_rtstruct,
 )
-from mupkg.data.files import read_scan
-from mupkg.data.phantom import make_phantom
-from mupkg.data.preprocessing import Preparation
+from mupkg.scans.files import read_scan
 from mupkg.stages import segment
 
 REAL = Path(os.environ.get("MUPKG_REALDATA", "")) / "rt_sts"

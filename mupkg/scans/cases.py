@@ -1,8 +1,11 @@
-"""One scan with what is known about it, and the checks it must pass."""
+"""One scan with what is known about it, and the checks that it and its name must pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +21,15 @@ FARTHEST_MM = 1e6  # from the scanner's origin; beyond, rounding moves voxels
 LOWEST_HU = -1150.0  # of air, with its noise; what is below is padding
 PROSTATE_ML = (2.0, 500.0)  # what a prostate's contour may measure
 WHOLE_NUMBER = 1e-3  # how far label values may be off (files that store them with a slope)
+_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class CohortError(ValueError):
+    """Everything that is wrong with a cohort, in one go; a line for each fault."""
+
+    def __init__(self, faults: Iterable[str], advice: str = ""):
+        self.faults = [line for fault in faults for line in str(fault).splitlines()]
+        super().__init__("\n".join([*self.faults, *([advice] if advice else [])]))
 
 
 @dataclass(frozen=True)
@@ -174,3 +186,26 @@ def checked_case(
 def label_volume_ml(label: sitk.Image) -> float:
     """The foreground's volume in millilitres."""
     return float(np.count_nonzero(sitk.GetArrayFromImage(label)) * np.prod(label.GetSpacing()) / 1000)
+
+
+def spelt_alike(name: object) -> str:
+    """A name without what does not count: blanks, capitals, and the form of letters."""
+    text = unicodedata.normalize("NFKC", str(name))
+    return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").casefold().split())
+
+
+def essence(name: str) -> tuple[str, ...]:
+    """The letters and numbers of a name, apart: the same for P1 and P-01."""
+    return tuple(part.lstrip("0") for part in re.findall(r"\d+|[^\W\d_]+", name))
+
+
+def name_faults(case_ids: Iterable[object]) -> Iterator[str]:
+    """Of names that are there twice, or cannot name files."""
+    for number, (case_id, times) in enumerate(Counter(case_ids).items(), start=1):
+        if times > 1:
+            yield f"case {case_id}: is listed {times} times; give every scan a name of its own"
+        if not isinstance(case_id, str) or not _SAFE_ID.fullmatch(case_id):
+            yield (
+                f"case {case_id} (number {number}): the name must be letters, digits, '.', '_' or '-', "
+                "a letter or digit first; rename it"
+            )

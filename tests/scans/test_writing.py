@@ -8,7 +8,7 @@ import tempfile
 import pytest
 from filelock import Timeout
 
-from mupkg.data.writing import fingerprint, machine_lock, whole_file, write_text
+from mupkg.scans.writing import fingerprint, machine_lock, whole_file, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -62,7 +62,7 @@ def test_what_a_killed_process_was_writing_goes_and_what_a_living_one_writes_sta
 
 HOLD = """
 import sys
-from mupkg.data.writing import machine_lock
+from mupkg.scans.writing import machine_lock
 with machine_lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

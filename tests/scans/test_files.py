@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mupkg.data.files import read_scan, write_image
+from mupkg.scans.files import read_scan, write_image
 
 REAL_SERIES = Path(os.environ.get("MUPKG_REALDATA", "")) / "mr_ucla" / "dicom" / "T2"
 needs_series = pytest.mark.skipif(

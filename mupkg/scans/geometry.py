@@ -21,7 +21,7 @@ from pydicom.tag import Tag
 from pydicom.uid import MediaStorageDirectoryStorage
 from scipy.ndimage import affine_transform
 
-from mupkg.data.headers import MALFORMED, WITH_AFFINE, Fault, named
+from mupkg.scans.headers import MALFORMED, WITH_AFFINE, Fault, named
 
 AGREE = 0.1  # of a voxel: what is no farther apart lies at the same place
 RIGHT_ANGLE = 1e-3  # the largest cosine between rows and columns; the least volume that three axes span

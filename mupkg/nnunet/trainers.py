@@ -1,6 +1,6 @@
 """Trainers for nnU-Net's own `-tr`: its own one for a chosen number of epochs, and the same with our branch.
 
-nnU-Net alone imports this module, see `mupkg.stages.nnunet.install_trainers`.
+nnU-Net alone imports this module, see `mupkg.nnunet.bridge.install_trainers`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from mupkg.configurations import build
-from mupkg.stages.nnunet import EPOCHS, ITERATIONS, SEED, MetricBranch, embedding_layer
+from mupkg.nnunet.bridge import EPOCHS, ITERATIONS, SEED, MetricBranch, embedding_layer
 
 CUDA = torch.device("cuda")
 

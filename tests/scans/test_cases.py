@@ -8,8 +8,8 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from mupkg.data.cases import binary_label, checked_case, grid_difference, not_in_hu
 from mupkg.data.phantom import make_phantom
+from mupkg.scans.cases import binary_label, checked_case, grid_difference, not_in_hu
 from mupkg.stages.landmarks import femoral_heads
 
 SHAPE = (6, 8, 10)

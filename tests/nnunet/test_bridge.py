@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from mupkg.losses import SegmentationMetricLoss, VoxelMetricLoss
+from mupkg.nnunet import bridge as nnunet
 from mupkg.samplers import ContourSampler, RandomSampler
-from mupkg.stages import evaluation, inference, nnunet
+from mupkg.stages import evaluation, inference
 
 try:
     INSTALLED = version("nnunetv2")
@@ -351,7 +352,7 @@ def test_a_command_that_fails_is_told_with_the_end_of_its_output(tmp_path, monke
 
 
 def test_the_suite_needs_no_nnunet():
-    script = "import sys; sys.modules['nnunetv2'] = None; import mupkg.stages.nnunet, mupkg.stages"
+    script = "import sys; sys.modules['nnunetv2'] = None; import mupkg.nnunet.bridge, mupkg.stages"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -12,12 +12,13 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from mupkg.data.cohort import Cohort
+from mupkg.metrics import with_unit
 from mupkg.parameters import Stage2Settings
 from mupkg.report import results
-from mupkg.report.figures import BLUE, UNITS
-from mupkg.report.statistics import differences
+from mupkg.report.figures import BLUE
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import HISTORY, METRICS, RUN, Shift, metrics_name, read_run
+from mupkg.trials.statistics import differences
 
 
 def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
@@ -151,7 +152,7 @@ def boxes(metrics: pd.DataFrame, parameters: Mapping[str, Mapping[Any, str]], na
                 dots = of_replicate[arm]
                 ax.plot(np.full(len(dots), place), dots, "o", color=BLUE, alpha=0.6, label="one replicate")
             ax.set(xlabel=parameter.replace("_", " "), title=f"{len(values[0])} cases, {len(dots)} replicates")
-        line[0].set_ylabel(" ".join([metric, *([f"({UNITS[metric]})"] if metric in UNITS else [])]))
+        line[0].set_ylabel(with_unit(metric))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     axes[0, 0].legend(handles[:1], labels[:1], fontsize=8)
     return figure

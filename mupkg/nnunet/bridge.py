@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from mupkg import progress
 from mupkg.data.cohort import FINGERPRINT, Cohort
-from mupkg.data.files import write_image
-from mupkg.data.writing import write_text
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import SegmentationOutput
+from mupkg.scans.files import write_image
+from mupkg.scans.writing import write_text
 from mupkg.stages.evaluation import measured, write_metrics
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import METRICS, OUTSIDE, PREDICTIONS, RUN, read_run, write_json, write_run
@@ -117,7 +117,7 @@ def install_trainers() -> Path:
     require_nnunet()
     package = Path(importlib.util.find_spec("nnunetv2").origin).parent
     path = package / "training/nnUNetTrainer/variants/mupkg_trainers.py"
-    write_text(path, f"from mupkg.stages.nnunet_trainers import {', '.join(TRAINERS.values())}\n")
+    write_text(path, f"from mupkg.nnunet.trainers import {', '.join(TRAINERS.values())}\n")
     return path
 
 

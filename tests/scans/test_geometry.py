@@ -14,9 +14,9 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.filewriter import dcmwrite
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian
 
-from mupkg.data.files import read_scan
-from mupkg.data.geometry import check_affines, series_geometry, series_image
-from mupkg.data.headers import Fault
+from mupkg.scans.files import read_scan
+from mupkg.scans.geometry import check_affines, series_geometry, series_image
+from mupkg.scans.headers import Fault
 
 N, ROWS, COLUMNS = 9, 14, 16
 SPACING = (2.0, 2.5)  # mm between columns, between rows

@@ -1,0 +1,1 @@
+"""What a file says: scans and contours read, checked and written."""
