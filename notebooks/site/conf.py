@@ -55,7 +55,8 @@ myst_heading_anchors = 3
 html_theme = "sphinx_book_theme"
 html_title = project
 html_theme_options = {"use_download_button": False, "use_fullscreen_button": False, "navbar_persistent": []}
-html_static_path, mathjax_path = [str(MATHJAX)], MATHJAX.name
+html_static_path, mathjax_path = [str(MATHJAX), "site.css"], MATHJAX.name
+html_css_files = ["site.css"]
 html_extra_path = ["index.html"]
 html_show_search_summary = False  # a page from a file:// path cannot fetch the texts
 html_copy_source = False
@@ -70,6 +71,11 @@ def read_executed(app: Sphinx, docname: str, source: list[str]) -> None:
         return
     executed = PAGES / f"{docname}.ipynb"
     notebook = json.loads(executed.read_text(encoding="utf-8") if executed.exists() else source[0])
+    if docname.startswith("outputs/"):  # whose it is, into the title
+        _, study, folder, *_ = docname.split("/")
+        whose = study if folder == "report" else f"{study}, {folder}"
+        title, *rest = "".join(notebook["cells"][0]["source"]).split("\n")
+        notebook["cells"][0]["source"] = "\n".join([f"{title} ({whose})", *rest])
     for cell in notebook["cells"]:
         if cell["metadata"].get("jupyter", {}).get("source_hidden"):
             cell["metadata"].setdefault("tags", []).append("hide-input")

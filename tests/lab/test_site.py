@@ -141,6 +141,8 @@ def test_notebooks_of_studies_are_shown_but_no_voxel_of_a_scan(site: Path) -> No
     for path in site.glob("outputs/*/*/[01]*.html"):
         assert f"shown-{path.parent.name}" in path.read_text(encoding="utf-8")
         shown.setdefault(path.parents[1].name, set()).add(path.name[:2])
+    assert "train one configuration (made_up, UNet-seed0)" in text(site, "README.html")
+    assert "Evaluate a study (scans)" in text(site, "README.html")
     without_voxels = {"04", "07"}
     assert shown == {"made_up": {"02", "03", "05", *without_voxels}, "scans": without_voxels, "mixed": without_voxels}
     assert not list(site.glob("notebooks/07_*")) and not list(site.glob("notebooks/11_*"))
