@@ -131,6 +131,8 @@ demo-pair-files:
 PAGES := outputs/pages/notebooks
 SITE_LESSONS := $(patsubst notebooks/lessons/solutions/%,$(PAGES)/lessons/%,$(wildcard notebooks/lessons/solutions/*.ipynb))
 SITE_NOTEBOOKS := $(addprefix $(PAGES)/,00_prepare_cohort.ipynb 01_data_exploration.ipynb 08_explore.ipynb 09_segment_a_patient.ipynb)
+# Trials whose runs are all kept as tables, for notebooks 10 and 06: make site SITE_TRIAL=e1 SITE_PARAMETERS=parameters
+SITE_NOTEBOOKS += $(SITE_TRIAL:%=$(PAGES)/10_does_it_help.ipynb) $(SITE_PARAMETERS:%=$(PAGES)/06_parameter_studies.ipynb)
 PACKAGE := $(wildcard mupkg/*.py mupkg/*/*.py notebooks/lessons/*.py)
 site: $(SITE_LESSONS) $(SITE_NOTEBOOKS) .venv-site/installed
 	rm -rf outputs/site
@@ -146,6 +148,8 @@ site: $(SITE_LESSONS) $(SITE_NOTEBOOKS) .venv-site/installed
 $(PAGES)/00%: TOLD = "cohort": "phantoms", "phantoms": 10, "seed": 1000, "data_folder": "outputs/pages/data"
 $(PAGES)/01%: TOLD = "cohort": "phantoms", "data_folder": "outputs/pages/data", "outputs_folder": "outputs/pages"
 $(PAGES)/08%: TOLD = "pictures_folder": "outputs/pages/explore"
+$(PAGES)/10%: TOLD = "protocol": "notebooks/studies/trials/$(SITE_TRIAL).yaml", "outputs_folder": "outputs/pages"
+$(PAGES)/06%: TOLD = "protocol": "notebooks/studies/trials/$(SITE_PARAMETERS).yaml", "outputs_folder": "outputs/pages"
 $(PAGES)/01_data_exploration.ipynb: $(PAGES)/00_prepare_cohort.ipynb
 $(PAGES)/lessons/%.ipynb: notebooks/lessons/solutions/%.ipynb $(PACKAGE) | setup
 	$(BIN)/python -m mupkg.batch $< $@ '{}'
