@@ -27,7 +27,7 @@ def shows_phantoms_only(study: Path) -> bool:
 
 
 project = "MetricUNet in notebooks"
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "sphinx.ext.githubpages"]
 root_doc = "README"
 include_patterns = [
     "*.md",
@@ -42,8 +42,8 @@ include_patterns = [
     *(f"outputs/*/report/**{number}_*.ipynb" for number in ("04", "06", "07", "10", "11")),
     *(f"outputs/{study.name}/**0[2358]_*.ipynb" for study in filter(shows_phantoms_only, ROOT.glob("outputs/*"))),
 ]
-exclude_patterns = [".*", "**.failed.ipynb", "**.running.ipynb", "outputs/pages", "outputs/site", "notebooks/site"]
-exclude_patterns += ["notebooks/07_*", "notebooks/11_*"]  # shown where they were run
+exclude_patterns = [".*", "**/.*", "**.failed.ipynb", "**.running.ipynb", "outputs/pages", "outputs/site"]
+exclude_patterns += ["notebooks/site", "notebooks/07_*", "notebooks/11_*"]  # these two where they were run
 suppress_warnings = ["myst.xref_missing", "myst.header", "toc.not_included", "misc.highlighting_failure"]
 
 nb_execution_mode = "off"

@@ -65,6 +65,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_of(root / "outputs", "scans", "pattern")
     run_of(root / "outputs", "mixed", "phantoms")
     run_of(root / "outputs", "mixed", "promise12", seed=1)
+    for left in (".ipynb_checkpoints/05_visualization.ipynb", "05_visualization.failed.ipynb"):
+        executed(ROOT / "notebooks/05_visualization.ipynb", root / "outputs/made_up/report" / left)
     command = [SPHINX, "-q", "-E", "-c", root / "notebooks/site", root, root / "outputs/site"]
     built = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert built.returncode == 0, built.stderr[-2000:]
@@ -144,5 +146,6 @@ def test_notebooks_of_studies_are_shown_but_no_voxel_of_a_scan(site: Path) -> No
     assert "train one configuration (made_up, UNet-seed0)" in text(site, "README.html")
     assert "Evaluate a study (scans)" in text(site, "README.html")
     without_voxels = {"04", "07"}
+    assert len(list(site.glob("outputs/**/05_*"))) == 1
     assert shown == {"made_up": {"02", "03", "05", *without_voxels}, "scans": without_voxels, "mixed": without_voxels}
     assert not list(site.glob("notebooks/07_*")) and not list(site.glob("notebooks/11_*"))
