@@ -12,6 +12,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from mupkg.parameters import DataSettings, EvaluationSettings, VisualizationSettings
+from mupkg.stages.runs import STAGE1
 from mupkg.trials.protocol import Study
 
 try:
@@ -46,7 +47,7 @@ if GPUS > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
 
 
 # Where the runs' own parameters name a stage 1 (one a fold), it is theirs; else the study has one.
-STAGE1 = {run: told.get("stage1", "stage1") for run, told in STUDY.runs.items()}
+STAGE1_OF = {run: told.get("stage1", STAGE1) for run, told in STUDY.runs.items()}
 FOLDS = {told["stage1"]: {"replicate": told["replicate"]} for told in STUDY.runs.values() if "stage1" in told}
 
 
@@ -58,7 +59,7 @@ if STUDY.trial and STUDY.trial.by_parameter:
 wildcard_constraints:
     trial_notebook="|".join(TRIAL_NOTEBOOKS),
     run=r"[^/]+-seed\d+",
-    stage1=r"stage1(-replicate\d+)?",
+    stage1=STAGE1 + r"(-replicate\d+)?",
 
 
 rule all:
@@ -122,8 +123,8 @@ rule stage1:
 rule stage2:
     input:
         "notebooks/03_stage2_training.ipynb",
-        lambda w: f"{OUT}/{STAGE1[w.run]}/regions.csv",
-        lambda w: f"{OUT}/{STAGE1[w.run]}/fingerprint.json",
+        lambda w: f"{OUT}/{STAGE1_OF[w.run]}/regions.csv",
+        lambda w: f"{OUT}/{STAGE1_OF[w.run]}/fingerprint.json",
     output:
         OUT + "/{run}/metrics.csv",
         notebook=OUT + "/{run}/03_stage2_training.ipynb",
@@ -208,7 +209,7 @@ def first_test_scan(wildcards, input):
 rule segment_a_patient:
     input:
         "notebooks/09_segment_a_patient.ipynb",
-        f"{OUT}/stage1/regions.csv",
+        f"{OUT}/{STAGE1}/regions.csv",
         f"{OUT}/{RUNS[-1]}/metrics.csv",
     output:
         directory(f"{OUT}/report/segmented"),  # removed before the notebook runs again: it writes over nothing

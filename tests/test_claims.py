@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from mupkg.report import results
+from mupkg.stages.runs import PLATEAU_DSC
 from mupkg.trials import statistics
 from mupkg.trials.protocol import Study, Trial
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
 PAGE = REFERENCE / "README.md"
-LEAST = 0.75  # of validation DSC; a run that reaches it has left the plateau
 TRIALS = sorted(path.parent.name for path in REFERENCE.glob("*/cases.csv"))
 DECIMALS = {"DSC": 3, "DSC_all": 3, "ASD": 2, "HD95": 2, "surface_DSC_2mm": 3, "Brier": 4, "ECE": 4}
 TITLES = {"DSC_all": "DSC, all", "ASD": "ASD mm", "HD95": "HD95 mm", "surface_DSC_2mm": "surface DSC, 2 mm"}
@@ -83,8 +83,7 @@ def judged(name: str, shift: str = "") -> pd.DataFrame:
 def compared(name: str, outcomes: list[str], shift: str = "") -> pd.DataFrame:
     trial = protocol(name)
     named = [(*pair, trial.primary) for pair in trial.pairs] if trial.primary in outcomes and not shift else []
-    margins = {trial.primary: trial.margin, f"{trial.primary}_all": trial.margin}
-    return statistics.contrasts(judged(name, shift), trial.pairs, outcomes, margins=margins, named=named)
+    return statistics.contrasts(judged(name, shift), trial.pairs, outcomes, margins=trial.margins, named=named)
 
 
 def answers(name: str) -> Iterator[str]:
@@ -133,7 +132,7 @@ def trained(name: str) -> Iterator[str]:
     best = histories.groupby(["configuration", "replicate"], sort=False)["validation_dsc"].max()
     test = tested.groupby(["configuration", "seed"])["DSC"].mean()
     for arm, values in best.groupby("configuration", sort=False):
-        left = values[values > LEAST]
+        left = values[values > PLATEAU_DSC]
         dsc = test.loc[left.index]
         yield f"| {arm} | {len(left)} of {len(values)} | {dsc.mean():.3f} ± {dsc.std():.3f} |"
 
@@ -154,7 +153,7 @@ def section(name: str) -> Iterator[str]:
     }.items():
         if points := "\n".join(f"* {line}" for line in lines):
             yield f"**{title}**\n\n{points}"
-    yield table(["arm", f"best validation DSC above {LEAST}", "their test DSC"], trained(name))
+    yield table(["arm", f"best validation DSC above {PLATEAU_DSC}", "their test DSC"], trained(name))
     yield from (f"![]({path.relative_to(REFERENCE).as_posix()})" for path in sorted((REFERENCE / name).glob("*.png")))
 
 

@@ -36,7 +36,7 @@ from mupkg.parameters import (
     check_name,
     tagged,
 )
-from mupkg.stages.runs import MOST, load_tensors, require
+from mupkg.stages.runs import MAX_CHANNELS, load_tensors, require
 from mupkg.trials.protocol import ParameterStudySettings, Study, TrialSettings
 from mupkg.trials.statistics import contrasts, with_main_effects
 
@@ -226,7 +226,7 @@ def test_a_number_that_no_memory_holds_is_refused(name, most):
 @pytest.mark.parametrize(("settings", "name"), [(Stage1Settings, "filters"), (Stage2Settings, "base_filters")])
 def test_what_may_be_trained_may_be_loaded(settings, name):
     """Regression: a width was trained with that the saved file is then refused for."""
-    widest = {n: most for n, most in MOST.items() if n in settings.model_fields}
+    widest = {n: most for n, most in MAX_CHANNELS.items() if n in settings.model_fields}
     require(settings(**widest).model_dump(), (name,), Path("w"))
     for wide in widest:
         with pytest.raises(ValueError, match=wide):

@@ -122,7 +122,7 @@ def write_cohort(
             target = folder / path.relative_to(making)
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
-        cohort = Cohort.read(folder, check_voxels=False)
+        cohort = Cohort.read(folder)
         write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint(), "source": kind}) + "\n")
     return cohort
 

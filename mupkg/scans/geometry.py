@@ -21,10 +21,10 @@ from pydicom.tag import Tag
 from pydicom.uid import MediaStorageDirectoryStorage
 from scipy.ndimage import affine_transform
 
+from mupkg.scans.cases import RIGHT_ANGLE
 from mupkg.scans.headers import MALFORMED, WITH_AFFINE, Fault, named
 
 AGREE = 0.1  # of a voxel: what is no farther apart lies at the same place
-RIGHT_ANGLE = 1e-3  # the largest cosine between rows and columns; the least volume that three axes span
 WIDE_GAP = 1.5  # of the slices' thickness or usual distance: where slices are farther apart, some are missing
 SAME_PLACE = 0.5  # of the mean slice distance: closer slices show the same place twice
 MOST_LEAN = 1.5  # from the first to the last slice, against the way along their normal (48 degrees)

@@ -33,6 +33,8 @@ from mupkg.parameters import (
     tagged,
 )
 from mupkg.samplers import SAMPLERS
+from mupkg.stages.runs import STAGE1, run_name
+from mupkg.trials.statistics import MARGIN
 
 Side = str | Annotated[tuple[str, ...], Field(min_length=2)]  # of a contrast: an arm, or arms whose mean it is
 
@@ -60,7 +62,7 @@ class Trial(Settings):
     factors: tuple[str, ...] = ()
     descriptive: bool = False
     primary: Literal[*(name for name, metric in METRICS.items() if metric.of)] = "DSC"
-    margin: PositiveFloat = 0.01
+    margin: PositiveFloat = MARGIN
     varies: tuple[str, ...] = ()
     by_parameter: bool = False
 
@@ -97,6 +99,11 @@ class Trial(Settings):
         """What the protocol compares: its contrasts, and the levels of its factors."""
         contrasts = [(side_name(arm), side_name(against)) for arm, against in self.contrasts]
         return [*contrasts, *(tuple(of) for of in self.levels.values())]
+
+    @property
+    def margins(self) -> dict[str, float]:
+        """The margin of each outcome that has one: the primary, with and without the largest-component step."""
+        return {self.primary: self.margin, f"{self.primary}_all": self.margin}
 
     @property
     def means(self) -> dict[str, list[str]]:
@@ -271,14 +278,14 @@ class Study(Settings):
         """What notebook 03 is told of each run beside the study's own, by the run's folder."""
         if self.trial is None:
             pairs = [(name, seed) for name in self.configurations for seed in self.seeds]
-            return {f"{name}-seed{seed}": {"configuration": name, "seed": seed} for name, seed in pairs}
+            return {run_name(name, seed): {"configuration": name, "seed": seed} for name, seed in pairs}
         runs, folds = {}, self.folds
         for replicate in range(self.trial.replicates):
             for arm, given in self.trial.arms.items():
                 told = {key: value for key, value in given.items() if key != "seed_offset"}
                 seed = replicate + given.get("seed_offset", 0)
-                own = {"stage1": f"stage1-replicate{replicate}"} if folds else {}
-                runs[f"{arm}-seed{seed}"] = {"arm": arm, "replicate": replicate, "seed": seed} | own | told
+                own = {"stage1": f"{STAGE1}-replicate{replicate}"} if folds else {}
+                runs[run_name(arm, seed)] = {"arm": arm, "replicate": replicate, "seed": seed} | own | told
         return runs
 
     @model_validator(mode="after")

@@ -19,10 +19,12 @@ from scipy.stats import false_discovery_control, rankdata, t, ttest_1samp, wilco
 
 from mupkg.metrics import METRICS, headline, metric_of
 from mupkg.report.results import mostly_empty_on_test, trainings
+from mupkg.stages.runs import run_name
 
 LEVEL = 0.05  # of every test; intervals hold 95 %
 FEW = 5  # with fewer cases or replicates Satterthwaite's approximation is too generous: up to 13 % false alarms
-MARGINS = {"DSC": 0.01, "DSC_all": 0.01}  # a smaller difference does not matter; without a margin, no equivalence
+MARGIN = 0.01  # of the DSC: a smaller difference does not matter
+MARGINS = {"DSC": MARGIN, "DSC_all": MARGIN}  # without a margin, no equivalence
 PILOT_SD = {"DSC": 0.010, "DSC_all": 0.010}  # of a difference over replicates: the least of a pilot, quick phantoms
 PAPERS_T_TEST = "paper's t-test over cases, one replicate"
 ONE_REPLICATE = "one seed cannot tell the method from the draw of the seed"
@@ -179,7 +181,7 @@ def differences(metrics: pd.DataFrame, arm: str, against: str, metric: str) -> p
     wanted = pd.MultiIndex.from_product([(arm, against), sorted(both["seed"].unique()), cases], names=key)
     times = both.value_counts(key).reindex(wanted, fill_value=0).rename("times").reset_index()
     faults = [
-        f"{name}-seed{seed} has {'every case' if len(odd) == len(cases) else ', '.join(map(str, odd))} {n} times"
+        f"{run_name(name, seed)} has {'every case' if len(odd) == len(cases) else ', '.join(map(str, odd))} {n} times"
         for (name, seed, n), odd in times[times["times"] != 1].groupby(["configuration", "seed", "times"])["case_id"]
     ]
     if faults or both.empty:

@@ -17,7 +17,7 @@ from mupkg.parameters import Stage2Settings
 from mupkg.report import results
 from mupkg.report.figures import BLUE
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import HISTORY, METRICS, RUN, Shift, metrics_name, read_run
+from mupkg.stages.runs import HISTORY, METRICS, RUN, STAGE1, Shift, metrics_name, read_run
 from mupkg.trials.statistics import differences
 
 
@@ -47,7 +47,7 @@ def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
     rows = []
     for name, told in runs.items():
         rows.append({"configuration": told["arm"], "seed": told["seed"], "replicate": told["replicate"]})
-        rows[-1] |= {"stage1": study / told.get("stage1", "stage1"), "folder": study / name}
+        rows[-1] |= {"stage1": study / told.get("stage1", STAGE1), "folder": study / name}
     return pd.DataFrame(rows)
 
 
