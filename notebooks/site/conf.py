@@ -70,7 +70,9 @@ def read_executed(app: Sphinx, docname: str, source: list[str]) -> None:
     if app.env.doc2path(docname).suffix != ".ipynb":
         return
     executed = PAGES / f"{docname}.ipynb"
-    notebook = json.loads(executed.read_text(encoding="utf-8") if executed.exists() else source[0])
+    if executed.exists():  # a lesson's solution lies, and links, one folder deeper than its page
+        source[0] = executed.read_text(encoding="utf-8").replace("](../../../", "](../../")
+    notebook = json.loads(source[0])
     if docname.startswith("outputs/"):  # whose it is, into the title
         _, study, folder, *_ = docname.split("/")
         whose = study if folder == "report" else f"{study}, {folder}"

@@ -27,6 +27,7 @@ PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgG
 def executed(path: Path, target: Path) -> None:
     """A notebook as if it had been executed: every code cell shows the target's folder, and a picture."""
     notebook = nbformat.read(path, 4)
+    notebook.cells.append(nbformat.v4.new_markdown_cell("Up: [METHOD.md](../../../METHOD.md)"))
     for cell in notebook.cells:
         if cell.cell_type == "code":
             png = nbformat.v4.new_output("display_data", {"image/png": PIXEL})
@@ -110,6 +111,7 @@ def test_a_lesson_is_solved_and_draws_its_formulas(site: Path, page: Page) -> No
     assert all(box["width"] > 3 and box["height"] > 3 for box in boxes)
     assert not page.locator("mjx-merror").count()
     shown = text(site, "notebooks/lessons/3_triplets.html")
+    assert 'href="../../METHOD.html"' in shown.partition("<p>Up: ")[2]
     assert "shown-lessons" in shown and "NotImplementedError" not in shown
     assert page.get_by_alt_text('"one" pixel of 3_triplets').count() > 10
     assert page.locator("details").first.get_attribute("open") is None  # the code of a folded cell
