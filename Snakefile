@@ -13,6 +13,7 @@ from snakemake.exceptions import WorkflowError
 
 from mupkg.parameters import DataSettings, EvaluationSettings, VisualizationSettings
 from mupkg.stages.runs import STAGE1
+from mupkg.trials.kept import kept_runs
 from mupkg.trials.protocol import Study
 
 try:
@@ -25,6 +26,9 @@ PREPARE = {"cohort": STUDY.cohort, "size": STUDY.size, "data_folder": STUDY.data
 PREPARE |= {"source_folder": STUDY.source_folder} if STUDY.source_folder else {}
 COMMON = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size, **FOLDERS}
 RUNS = list(STUDY.runs)
+# A trial's runs that are kept as small tables (make keep) are not trained again.
+KEPT = kept_runs(STUDY.study, STUDY.told) if STUDY.trial else {*()}
+TRAINED = [run for run in RUNS if run not in KEPT]
 for place in (folder for name in (DATA, OUT) for folder in (Path(name), *Path(name).parents)):
     if place.exists() and not place.is_dir():
         raise WorkflowError(f"{place}: is a file in a folder's place; move it, or set data_folder or outputs_folder")
@@ -140,7 +144,7 @@ rule stage2:
 rule analyse_trial:
     input:
         "notebooks/{trial_notebook}.ipynb",
-        expand(OUT + "/{run}/metrics.csv", run=RUNS),
+        expand(OUT + "/{run}/metrics.csv", run=TRAINED),
     output:
         notebook=f"{OUT}/report/{STUDY.trial.name if STUDY.trial else '-'}/" + "{trial_notebook}.ipynb",
     params:

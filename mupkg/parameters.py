@@ -531,7 +531,7 @@ class Stage2Settings(MetricOptions, TrainingSettings):
         return self.study_path / run_name(self.arm or self.configuration, self.seed)
 
     @property
-    def patches(self) -> dict[str, Any]:
+    def patch_source_options(self) -> dict[str, Any]:
         """What `PatchSource` is told. 3D blocks together hold `batch_size` slices, but there are at least two."""
         size = {"patch_size": (self.patch_size,) * 2, "batch_size": self.batch_size, "seed": self.seed}
         blocks = {"batch_size": max(2, self.batch_size // self.depth), "depth": self.depth}

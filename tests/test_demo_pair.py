@@ -16,7 +16,7 @@ from mupkg.explore.seen import SeenCase
 from mupkg.parameters import SIZES
 from mupkg.samplers import HardNegativeSampler
 from mupkg.stages import card
-from mupkg.stages.evaluation import measure
+from mupkg.stages.evaluation import mask_metrics
 from mupkg.stages.film import Film
 from mupkg.stages.inference import Pipeline, load_network
 from mupkg.trials.protocol import Study
@@ -40,7 +40,7 @@ def test_the_shipped_runs_are_as_good_as_their_record_says(name):
         case = make_phantom(
             int(case_id.rpartition("-")[2]), spacing_mm=SIZES["quick"]["cohort"]["phantom_spacing_mm"]
         )
-        found[case_id] = measure(pipeline(case.image).mask, case)["DSC"]
+        found[case_id] = mask_metrics(pipeline(case.image).mask, case)["DSC"]
     # another machine's rounding may turn a voxel over
     assert found == pytest.approx(record["DSC"][:4].to_dict(), abs=0.01)
     assert record["DSC"].mean() > 0.8

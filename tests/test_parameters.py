@@ -38,7 +38,7 @@ from mupkg.parameters import (
 )
 from mupkg.stages.runs import MAX_CHANNELS, load_tensors, require
 from mupkg.trials.protocol import ParameterStudySettings, Study, TrialSettings
-from mupkg.trials.statistics import contrasts, with_main_effects
+from mupkg.trials.statistics import contrasts
 
 PARAMETERS = """configuration: str = "MetricUNet-HCP"  # a row of Table II
 seed: int = 0  # of weights
@@ -377,9 +377,9 @@ def test_what_is_given_comes_before_the_size():
 
 def test_vnet_takes_blocks_that_hold_as_many_slices_as_a_batch_but_at_least_two():
     plain = Stage2Settings(size="paper", seed=3)
-    assert plain.patches == {"patch_size": (64, 64), "batch_size": 30, "seed": 3}
-    assert Stage2Settings(size="paper", configuration="VNet").patches["batch_size"] == 2
-    blocks = Stage2Settings(configuration="VNet", batch_size=80).patches
+    assert plain.patch_source_options == {"patch_size": (64, 64), "batch_size": 30, "seed": 3}
+    assert Stage2Settings(size="paper", configuration="VNet").patch_source_options["batch_size"] == 2
+    blocks = Stage2Settings(configuration="VNet", batch_size=80).patch_source_options
     assert (blocks["batch_size"], blocks["depth"]) == (5, 16)
     made_by = [Stage2Settings(configuration="VNet", depth=depth).made_by() for depth in (16, 48)]
     assert [about["depth"] for about in made_by] == [16, 48]
@@ -387,7 +387,7 @@ def test_vnet_takes_blocks_that_hold_as_many_slices_as_a_batch_but_at_least_two(
     for wrong in ({"depth": 24}, {"depth": 8}, {"configuration": "VNet", "patch_size": 56}):
         with pytest.raises(ValueError, match=r"multiple of 16|greater than or equal to 16"):
             Stage2Settings.checked(wrong)
-    assert Stage2Settings(patch_size=56).patches["patch_size"] == (56, 56)
+    assert Stage2Settings(patch_size=56).patch_source_options["patch_size"] == (56, 56)
 
 
 def test_the_papers_numbers():
@@ -736,7 +736,7 @@ def test_a_factor_is_a_letter_of_the_configuration_or_a_setting_of_two_values():
     runs = [
         {"configuration": arm, "seed": s, "case_id": c, "DSC": dsc[arm]} for arm in dsc for s in (0, 1) for c in "xy"
     ]
-    judged = contrasts(with_main_effects(pd.DataFrame(runs), trial.levels), trial.pairs, ["DSC"])
+    judged = contrasts(pd.DataFrame(runs), trial.pairs, ["DSC"], means=trial.means)
     assert judged["mean_difference"].tolist() == pytest.approx([0.05, -0.03, -0.02])
     heavy = {"metric_weight": 0.1}
     arms = {"A": R, "B": R | {"margin": 1.0}, "C": R | heavy, "D": R | heavy | {"margin": 1.0}}

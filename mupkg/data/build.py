@@ -49,7 +49,7 @@ class Source:
     columns: dict[str, object]
 
 
-def split_cases(patients: Iterable[str], seed: int, shares: tuple[float, float] = (0.7, 0.1)) -> dict[str, str]:
+def split_cases(patients: Iterable[str], seed: int) -> dict[str, str]:
     """Patients to train / validation / test (70 / 10 / 20), drawn once from a seed; each split gets at least one.
 
     Raises:
@@ -59,8 +59,8 @@ def split_cases(patients: Iterable[str], seed: int, shares: tuple[float, float] 
     n = len(patients)
     if n < 3:
         raise ValueError(f"{n} patient(s) cannot be split into train, validation and test; at least three are needed")
-    n_validation = max(1, round(shares[1] * n))
-    n_train = min(max(1, round(shares[0] * n)), n - n_validation - 1)
+    n_validation = max(1, round(0.1 * n))
+    n_train = min(max(1, round(0.7 * n)), n - n_validation - 1)
     names = np.repeat(SPLITS, [n_train, n_validation, n - n_train - n_validation])
     order = np.random.default_rng(seed).permutation(n)
     return {patients[i]: str(name) for i, name in zip(order, names, strict=True)}

@@ -294,11 +294,11 @@ def three_planes(
     return figure
 
 
-def patches(images: np.ndarray, labels: np.ndarray, count: int = 8) -> Figure:
+def patches(images: np.ndarray, labels: np.ndarray) -> Figure:
     """The middle slices of the first patches of a batch, with their labels' outlines; of 3D blocks likewise."""
     if images.ndim == 5:
         images, labels = images[:, 0], labels[:, labels.shape[1] // 2]
-    count = min(count, len(images))
+    count = min(8, len(images))
     figure, axes = plt.subplots(1, count, figsize=(1.6 * count, 2.0), squeeze=False, layout="constrained")
     for ax, image, label in zip(axes[0], images, labels, strict=False):
         ax.imshow(image[image.shape[0] // 2], cmap="gray", vmin=0, vmax=1)

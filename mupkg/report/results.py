@@ -136,8 +136,8 @@ def _run_metrics(path: Path, regions: Regions | None) -> pd.DataFrame:
 def per_case(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     """One metric as a table case x configuration, averaged over seeds; a NaN or inf of any seed stays one."""
     order = list(dict.fromkeys(metrics["configuration"]))
-    kept = lambda values: values.mean(skipna=False)  # noqa: E731
-    return metrics.pivot_table(metric, "case_id", "configuration", aggfunc=kept, dropna=False)[order]
+    mean_keeping_nan = lambda values: values.mean(skipna=False)  # noqa: E731
+    return metrics.pivot_table(metric, "case_id", "configuration", aggfunc=mean_keeping_nan, dropna=False)[order]
 
 
 def worst_first(metrics: pd.DataFrame, regions: Regions) -> pd.DataFrame:

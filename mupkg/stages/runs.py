@@ -131,6 +131,14 @@ def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], path: 
         ) from error
 
 
+def processor_name() -> str:
+    """The processor as Linux names it, else what Python knows of it: rounding depends on it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
 def provenance() -> dict[str, Any]:
     """Versions, commit, device and thread count of this process, and the time."""
     try:
@@ -149,6 +157,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

@@ -34,6 +34,7 @@ from mupkg.parameters import (
 )
 from mupkg.samplers import SAMPLERS
 from mupkg.stages.runs import STAGE1, run_name
+from mupkg.trials.kept import kept_folder
 from mupkg.trials.statistics import MARGIN
 
 Side = str | Annotated[tuple[str, ...], Field(min_length=2)]  # of a contrast: an arm, or arms whose mean it is
@@ -126,9 +127,12 @@ class Trial(Settings):
 
     @property
     def as_in_the_paper(self) -> dict[str, str]:
-        """Of the arms that are nothing but a configuration, trained otherwise at most, which one."""
+        """Of each arm that is nothing but a configuration, perhaps with Table III's margin: which one."""
         alone = {"configuration", "seed_offset", "learning_rate", "steps"}
-        return {arm: given["configuration"] for arm, given in self.arms.items() if given.keys() <= alone}
+        plain = {
+            arm: {*given} - ({"margin"} if given.get("margin") == 1.0 else {*()}) for arm, given in self.arms.items()
+        }
+        return {arm: self.arms[arm]["configuration"] for arm, names in plain.items() if names <= alone}
 
     @property
     def told_by_arms(self) -> set[str]:
@@ -288,6 +292,11 @@ class Study(Settings):
                 runs[run_name(arm, seed)] = {"arm": arm, "replicate": replicate, "seed": seed} | own | told
         return runs
 
+    @property
+    def told(self) -> dict[str, dict[str, Any]]:
+        """All that notebook 03 is told of each run, by the run's folder: the study's own and the run's."""
+        return {run: {"size": self.size, **self.stage2, **own} for run, own in self.runs.items()}
+
     @model_validator(mode="after")
     def _parameters_of_the_notebooks(self) -> Self:
         """What the notebooks will be told is checked before the first one runs, not hours later."""
@@ -362,6 +371,11 @@ class TrialSettings(Settings):
     @property
     def study_path(self) -> Path:
         return repository() / self.outputs_folder / self.study.study
+
+    @property
+    def kept_path(self) -> Path:
+        """Where runs of this study are kept as small tables."""
+        return kept_folder(self.study.study)
 
     @property
     def report_path(self) -> Path:
