@@ -230,6 +230,7 @@ rule segment_a_patient:
         f"{OUT}/{STAGE1}/regions.csv",
         f"{OUT}/{RUNS[-1]}/metrics.csv",
     output:
+        directory(f"{OUT}/report/segmented"),  # removed before the notebook runs again: it writes over nothing
         notebook=f"{OUT}/report/09_segment_a_patient.ipynb",
     params:
         notebook=first_test_scan,
