@@ -1,13 +1,15 @@
 # make demo    installs, runs the quick study on phantoms from raw scans to tables and figures, says where to look
 # make trial   a question with replicates and a protocol: make trial TRIAL=e1; see notebooks/studies/trials
 # make claims  recomputes the figures of README.md from outputs/reference
-# make test    installs, lints, runs all tests
+# make check   lints and runs the tests that are not slow: a minute and a half; what one runs before every commit
+# make test    lints and runs all tests, every notebook among them
+# make test-real         the tests that want real scans, with those in MUPKG_REALDATA
 # make test-itkwidgets   whether the optional viewer draws, in an environment of its own; needs npm and Chromium
 # make test-nnunet       notebook 11 with the real nnU-Net, in an environment of its own
 # make soak    kills a smoke study KILLS times (23) and a smoke trial, and compares them with undisturbed ones
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
-.PHONY: setup study trial reference claims demo demo-pair test test-itkwidgets test-nnunet soak lint lab lessons gallery bench clean
+.PHONY: setup study trial reference claims demo demo-pair check test test-real test-itkwidgets test-nnunet soak lint lab lessons gallery bench clean
 
 PYTHON ?= python3
 CORES ?= 2
@@ -59,8 +61,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+PYTEST = $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
+check: lint
+	$(PYTEST) -m "not slow"
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-real: setup
+	$(PYTEST) -m real_scans
 
 # An environment of its own: the extra's extension of JupyterLab asks the internet at every start.
 ITK := .venv-itkwidgets/bin/python

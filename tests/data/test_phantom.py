@@ -1,8 +1,6 @@
 """The phantom is a pelvis: repeatable, anatomically sane, and in its tissues like a real CT."""
 
-import os
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from mupkg.report.tissue import fat_and_muscle, tissue_statistics
 
 COARSE = (6.0, 4.0, 4.0)
 SEEDS = range(12)
-REAL = Path(os.environ.get("MUPKG_REALDATA", "")) / "ct_totalsegmentator"
 
 
 @cache
@@ -161,11 +158,10 @@ def ball(image, centre, radius_mm):
     return ((steps**2).sum(axis=-1) < radius_mm**2).T
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="MUPKG_REALDATA does not name a folder with ct_totalsegmentator/")
-def test_tissues_measure_like_a_real_ct():
+def test_tissues_measure_like_a_real_ct(real_scan):
     """Means within 15 HU; noise and its grain within 25 %, by one estimator on one grid (3 mm)."""
     image, organs = (
-        sitk.DICOMOrient(sitk.ReadImage(REAL / f"ts_example_{name}.nii.gz"), "LPS")
+        sitk.DICOMOrient(sitk.ReadImage(real_scan(f"ct_totalsegmentator/ts_example_{name}.nii.gz")), "LPS")
         for name in ("image", "allorgans_label")
     )
     organs = sitk.GetArrayFromImage(organs)
