@@ -11,7 +11,8 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from mupkg.parameters import DataSettings, EvaluationSettings, Study, VisualizationSettings
+from mupkg.parameters import DataSettings, EvaluationSettings, VisualizationSettings
+from mupkg.trials.protocol import Study
 
 try:
     STUDY = Study.checked(config)

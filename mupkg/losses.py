@@ -83,11 +83,21 @@ class VoxelMetricLoss(TupleLoss):
         self.pair_distance = real_number("pair_distance", pair_distance)
         self.normalize, self.hinge = switch("normalize", normalize), switch("hinge", hinge)
 
-    def per_tuple(self, anchors, positives, negatives, _valid):
+    def _distances(self, anchors: Vectors, positives: Vectors, negatives: Vectors) -> tuple[Tensor, Tensor]:
+        """d(a,p), and the triplet term d(a,p) - d(a,n) + margin before its hinge."""
         if self.normalize:
             anchors, positives, negatives = (F.normalize(x, dim=1) for x in (anchors, positives, negatives))
         to_positive = squared_distance(anchors, positives)
-        losses = to_positive - squared_distance(anchors, negatives) + self.margin
+        return to_positive, to_positive - squared_distance(anchors, negatives) + self.margin
+
+    @torch.no_grad()
+    def active_share(self, anchors: Vectors, positives: Vectors, negatives: Vectors, valid: Valid) -> Scalar:
+        """The share of the valid tuples whose triplet term is above zero: those that still teach; 0 without any."""
+        active = self._distances(anchors, positives, negatives)[1] > 0
+        return (active & valid).sum() / valid.sum().clamp(min=1)
+
+    def per_tuple(self, anchors, positives, negatives, _valid):
+        to_positive, losses = self._distances(anchors, positives, negatives)
         losses = F.relu(losses) if self.hinge else losses
         if self.pair_weight:
             pair = F.relu(to_positive - self.pair_distance) if self.hinge else to_positive + self.pair_distance
@@ -160,6 +170,9 @@ class SegmentationMetricLoss(nn.Module):
         shuffled: deal the drawn voxels of an image to the three roles at random first: a control (not in the paper).
         dice: add the soft Dice loss of the foreground over the batch, as nnU-Net does in 2D (not in the paper).
         dice_alone: VNet's Dice loss, with squares in its denominator, in place of the cross-entropy.
+
+    After a call, `active_shares` holds for each sampler's letter the share of its tuples that still taught
+    (`VoxelMetricLoss.active_share`); it is empty without samplers and with another loss in place of Eq. (2).
     """
 
     def __init__(
@@ -179,6 +192,7 @@ class SegmentationMetricLoss(nn.Module):
             raise ValueError(f"each sampler may be given once, not {', '.join(letters)}")
         self.metric_loss = metric_loss if metric_loss is not None else VoxelMetricLoss()
         self.weight, self.shuffled = real_number("weight", weight), switch("shuffled", shuffled)
+        self.active_shares: dict[str, Scalar] = {}
         self.soft_dice, self.dice_alone = None, switch("dice_alone", dice_alone)
         if switch("dice", dice) or dice_alone:
             from monai.losses import DiceLoss  # slow to import
@@ -207,10 +221,12 @@ class SegmentationMetricLoss(nn.Module):
         roles = [indices for tuples, _ in draws for indices in tuples]  # three per sampler
         vectors = output.logits if isinstance(self.metric_loss, DrawnCrossEntropy) else output.embeddings
         parts = iter(gather_embeddings(vectors, torch.cat(roles)).split([len(indices) for indices in roles]))
-        metric = {
-            sampler.letter: self.metric_loss.of_vectors(next(parts), next(parts), next(parts), valid)
-            for sampler, (_, valid) in zip(self.samplers, draws, strict=True)
-        }
+        metric: dict[str, Scalar] = {}
+        for sampler, (_, valid) in zip(self.samplers, draws, strict=True):
+            tuples = next(parts), next(parts), next(parts), valid
+            metric[sampler.letter] = self.metric_loss.of_vectors(*tuples)
+            if isinstance(self.metric_loss, VoxelMetricLoss):
+                self.active_shares[sampler.letter] = self.metric_loss.active_share(*tuples)
         return LossTerms(total + self.weight * sum(metric.values()), cross_entropy, metric)
 
     def _check(self, output: SegmentationOutput, labels: Labels) -> None:

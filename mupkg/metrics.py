@@ -60,7 +60,7 @@ class TwoMasks:
 class Metric(NamedTuple):
     """How a metric is worked out, shown and judged. To add one: an entry of METRICS, its test, METHOD.md."""
 
-    of: Callable[[TwoMasks], float] | None  # None: not from two masks, see `calibration` and `report.trials`
+    of: Callable[[TwoMasks], float] | None  # None: not from two masks, see `calibration` and `trials.tables`
     better: int  # 1: more is better; -1: less is
     unit: str = ""
     digits: int = 3  # behind the point

@@ -18,8 +18,8 @@ from mupkg.parameters import (
     Settings,
     Stage1Settings,
     Stage2Settings,
-    Study,
 )
+from mupkg.trials.protocol import Study
 
 # Parameters
 

@@ -15,8 +15,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from mupkg.parameters import Study, Trial
-from mupkg.report import results, statistics
+from mupkg.report import results
+from mupkg.trials import statistics
+from mupkg.trials.protocol import Study, Trial
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
@@ -61,9 +62,9 @@ def measured(name: str) -> list[str]:
 
 def arms(name: str) -> Iterator[str]:
     """A row of a table for each arm: means over cases, mean ± std over replicates, and how many collapsed."""
-    fallen = statistics.collapsed(cases(name))["configuration"].value_counts()
+    fallen = results.mostly_empty_on_test(cases(name))["configuration"].value_counts()
     for arm, rows in cases(name).groupby("configuration", sort=False):
-        by_replicate = rows.groupby(statistics.trainings(rows))[[n for n in measured(name) if n in DECIMALS]].mean()
+        by_replicate = rows.groupby(results.trainings(rows))[[n for n in measured(name) if n in DECIMALS]].mean()
         with np.errstate(invalid="ignore"):  # inf - inf
             mean, std = by_replicate.mean(), by_replicate.std()
         cells = [f"{mean[n]:.{k}f} ± {std[n]:.{k}f}" if np.isfinite(mean[n]) else "infinite" for n, k in of(mean)]

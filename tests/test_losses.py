@@ -716,3 +716,26 @@ def test_the_second_decoder_learns_from_the_distance_alone_and_from_the_cross_en
         learns[name] = {n.split(".")[0] for n, p in network.named_parameters() if p.grad is not None and p.grad.any()}
     second = {"boundary_up", "boundary_merge", "distance"}
     assert learns == {"distance": {"down"} | second, "cross-entropy": {"down", "up", "merge", "head"} | second}
+
+
+def test_the_active_share_is_that_of_valid_tuples_with_a_positive_triplet_term():
+    """By hand: d(a,p) - d(a,n) + .7 is below zero, above, above but not valid, below."""
+    anchors = torch.tensor([[0.0, 0.0]] * 4)
+    positives = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    negatives = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.5, 0.0], [3.0, 0.0]])
+    valid = torch.tensor([True, True, False, True])
+    loss = VoxelMetricLoss(pair_weight=0.1)  # its pair term is above zero for the first two
+    assert loss.active_share(anchors, positives, negatives, valid) == pytest.approx(1 / 3)
+    assert loss.active_share(anchors, positives, negatives, torch.zeros(4, dtype=torch.bool)) == 0
+
+
+def test_the_loss_keeps_the_active_share_of_each_sampler():
+    labels = torch.zeros(2, 8, 8, dtype=torch.long)
+    labels[:, 2:6, 2:6] = 1
+    output = SegmentationOutput(torch.randn(2, 2, 8, 8), torch.zeros(2, 3, 8, 8))  # all distances 0: sigma is left
+    loss = SegmentationMetricLoss([RandomSampler(), ContourSampler()])
+    loss(output, labels)
+    assert loss.active_shares == {"R": 1.0, "C": 1.0}
+    far = SegmentationOutput(output.logits, 9.0 * labels[:, None].expand(2, 3, 8, 8))  # d(a,n) is 243
+    loss(far, labels)
+    assert loss.active_shares == {"R": 0.0, "C": 0.0}

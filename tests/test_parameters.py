@@ -27,20 +27,18 @@ from mupkg.parameters import (
     ExternalSettings,
     MetricOptions,
     NnunetSettings,
-    ParameterStudySettings,
     ReportSettings,
     SegmentSettings,
     Stage1Settings,
     Stage2Settings,
-    Study,
     Tag,
-    TrialSettings,
     VisualizationSettings,
     check_name,
     tagged,
 )
-from mupkg.report.statistics import contrasts, with_main_effects
 from mupkg.stages.runs import MOST, load_tensors, require
+from mupkg.trials.protocol import ParameterStudySettings, Study, TrialSettings
+from mupkg.trials.statistics import contrasts, with_main_effects
 
 PARAMETERS = """configuration: str = "MetricUNet-HCP"  # a row of Table II
 seed: int = 0  # of weights
@@ -679,6 +677,9 @@ def test_a_table_may_bring_replicates_of_its_own():
             "C and A are the same",
         ),
         ({"contrasts": [["A", "A"]]}, "A and A are the same"),
+        ({"contrasts": [["A", ["A", "B"]]]}, "A and mean of A, B share an arm"),
+        ({"contrasts": [["A", ["B", "C"]]]}, "there is no arm C"),
+        ({"contrasts": [["A", ["B"]]]}, "at least 2 items"),
         ({"contrasts": [["B", "A"], ["A", "B"]]}, "must name each one once, in one direction"),
         ({"varies": ["bach_size"]}, "varies: arms cannot differ in bach_size"),
         ({"varies": ["seed", "steps", "cohort"]}, "varies: arms cannot differ in seed, cohort; it must name"),
@@ -689,6 +690,13 @@ def test_a_table_may_bring_replicates_of_its_own():
 def test_a_trial_that_cannot_be_judged_is_refused_before_any_training(change, told):
     with pytest.raises(ValueError, match=told):
         study_with(TRIAL | change)
+
+
+def test_a_side_of_a_contrast_may_be_the_mean_of_several_arms():
+    arms = TRIAL["arms"] | {"A-again": {"configuration": "UNet", "seed_offset": 9}}
+    trial = study_with(TRIAL | {"arms": arms, "contrasts": [["B", ["A", "A-again"]], ["B", "A"]]}).trial
+    assert trial.pairs == [("B", "mean of A, A-again"), ("B", "A")]
+    assert trial.means == {"mean of A, A-again": ["A", "A-again"]}
 
 
 def test_what_a_trial_varies_may_differ_between_its_arms():

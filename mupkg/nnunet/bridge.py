@@ -33,7 +33,7 @@ from mupkg.scans.files import write_image
 from mupkg.scans.writing import write_text
 from mupkg.stages.evaluation import measured, write_metrics
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import OUTSIDE, PREDICTIONS, RUN, read_run, write_json, write_run
+from mupkg.stages.runs import METRICS, OUTSIDE, PREDICTIONS, RUN, read_run, write_json, write_run
 
 VERSION = "2.6.0"  # a later one needs torchvision
 TRAINERS = dict(zip(OUTSIDE, ("nnUNetTrainerChosen", "nnUNetTrainerMetricHCP"), strict=True))  # by the run's name
@@ -278,4 +278,4 @@ def evaluate(run_folder: Path, cohort: Cohort, regions: Regions) -> pd.DataFrame
         mask, row = measured(cohort.case(case_id), regions, probability)
         write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")
         rows.append(row)
-    return write_metrics(rows, run_folder)
+    return write_metrics(rows, run_folder / METRICS)

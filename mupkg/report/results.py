@@ -152,6 +152,20 @@ def worst_first(metrics: pd.DataFrame, regions: Regions) -> pd.DataFrame:
     return scores.reindex([*ranked, *at_hand.difference(ranked, sort=False)])
 
 
+def trainings(metrics: pd.DataFrame) -> list[str]:
+    """The columns that tell an arm's trainings apart: the seed, and in a k-fold the fold."""
+    return [column for column in ("seed", "fold") if column in metrics]
+
+
+def mostly_empty_on_test(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The runs (configuration, seed, in a k-fold fold) with DSC 0 in more than half of the test cases.
+
+    They find no prostate there, stay in every mean, and rule verdicts. Tables count them under `collapsed`.
+    """
+    share = metrics["DSC"].eq(0).groupby([metrics[name] for name in ("configuration", *trainings(metrics))]).mean()
+    return share[share > 0.5].index.to_frame(index=False)
+
+
 def summary(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
     """Mean, std, median over cases for each configuration, and how many cases that are: n, and `undefined` (NaN).
 
@@ -178,9 +192,7 @@ def summary(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.Dat
             )
     table = pd.concat(rows, axis=1)
     table.insert(0, ("", "seeds"), metrics.groupby("configuration")["seed"].nunique().reindex(table.index))
-    from mupkg.report import statistics  # SciPy's take a third of a second, which notebook 08 need not wait for
-
-    fallen = statistics.collapsed(metrics)["configuration"].value_counts()
+    fallen = mostly_empty_on_test(metrics)["configuration"].value_counts()
     table.insert(1, ("", "collapsed"), fallen.reindex(table.index, fill_value=0))
     return table
 
@@ -196,17 +208,6 @@ def as_text(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
             for _, r in part.iterrows()
         ]
     return pd.DataFrame(text, index=table.index)
-
-
-def paired_tests(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
-    """Every configuration against the first, on every metric: the rows of `statistics.contrasts`.
-
-    With several seeds the seeds are the replicates; with one there is no p but the paper's, in a column that says so.
-    """
-    first, *others = dict.fromkeys(metrics["configuration"])
-    from mupkg.report import statistics
-
-    return statistics.contrasts(metrics, [(other, first) for other in others], headline() if names is None else names)
 
 
 def published(table: int, **options: Any) -> pd.DataFrame:

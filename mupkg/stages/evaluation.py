@@ -21,12 +21,12 @@ from mupkg.scans.writing import whole_file
 from mupkg.stages.inference import Pipeline, keep_largest, load_network, region_probability
 from mupkg.stages.localization import NotLocated
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import BEST, PREDICTIONS, Shift, metrics_name
+from mupkg.stages.runs import BEST, LAST, METRICS_LAST, PREDICTIONS, Shift, metrics_name
 from mupkg.stages.shifts import shifted
 
 
 def evaluate_run(
-    run_folder: str | Path, cohort: Cohort, regions: Regions, shift: Shift | None = None
+    run_folder: str | Path, cohort: Cohort, regions: Regions, shift: Shift | None = None, *, last: bool = False
 ) -> pd.DataFrame:
     """Predict a run's test cases and measure them on their scans' own grids; a row a case.
 
@@ -36,18 +36,20 @@ def evaluate_run(
     Args:
         shift: measure on shifted scans instead, in the regions of the scans as they are. Writes metrics_<shift>.csv
             alone.
+        last: measure the last weights instead of those with the best validation DSC (reading R15). Writes
+            metrics_last.csv alone.
     """
     run_folder, rows = Path(run_folder), []
-    network, _ = load_network(run_folder / BEST)
+    network, _ = load_network(run_folder / (LAST if last else BEST))
     for case_id in progress(regions.ids("test"), desc=f"testing {shift or ''}".strip(), unit="case"):
         case, region = cohort.case(case_id), regions.image(case_id)
         if shift is not None:
             region = _shifted_region(case, region, cohort.preparation, shift)
         mask, row = measured(case, regions, region_probability(network, region))
         rows.append(row)
-        if shift is None:
+        if shift is None and not last:
             write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")
-    return write_metrics(rows, run_folder, shift)
+    return write_metrics(rows, run_folder / (METRICS_LAST if last else metrics_name(shift)))
 
 
 def measured(case: Case, regions: Regions, probability: sitk.Image) -> tuple[sitk.Image, dict[str, Any]]:
@@ -65,10 +67,10 @@ def measured(case: Case, regions: Regions, probability: sitk.Image) -> tuple[sit
     return mask, row | calibration(sitk.GetArrayFromImage(probability), truth)
 
 
-def write_metrics(rows: list[dict[str, Any]], run_folder: Path, shift: Shift | None = None) -> pd.DataFrame:
-    """Rows of `measured` as the run's metrics.csv, or that of a shift."""
+def write_metrics(rows: list[dict[str, Any]], path: Path) -> pd.DataFrame:
+    """Rows of `measured` as a run's metrics.csv, that of its last weights, or that of a shift."""
     table = pd.DataFrame(rows)
-    with whole_file(run_folder / metrics_name(shift)) as temporary:
+    with whole_file(path) as temporary:
         table.to_csv(temporary, index=False)
     return table
 

@@ -33,8 +33,9 @@ def metrics_name(shift: Shift | None = None) -> str:
     return METRICS if shift is None else f"metrics_{shift}.csv"
 
 
+METRICS_LAST = "metrics_last.csv"  # of the last weights
 OF_SHIFTS = tuple(map(metrics_name, get_args(Shift)))
-OF_TESTS = (METRICS, *OF_SHIFTS, PREDICTIONS)
+OF_TESTS = (METRICS, METRICS_LAST, *OF_SHIFTS, PREDICTIONS)
 RESULTS = (BEST, LAST, HISTORY, RUN, *OF_TESTS, REGIONS, CARD, "fingerprint.json", FILM)  # of a run
 
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at

@@ -178,6 +178,8 @@ def _loop(
         # Values stay on the device until a row is written, so that a GPU need not wait for the CPU.
         values = {"loss": terms.total, "cross_entropy": terms.cross_entropy}
         values |= {f"metric_{letter}": value for letter, value in terms.metric.items()}
+        shares = getattr(loss, "active_shares", {})  # a loss of somebody's own may have none
+        values |= {f"active_{letter}": share for letter, share in shares.items()}
         window.append({name: value.detach() for name, value in values.items()})
         done = step + 1
         if on_step and main:

@@ -20,8 +20,9 @@ from mupkg.batch import run_notebook
 from mupkg.data.build import write_cohort
 from mupkg.data.cohort import CohortError
 from mupkg.data.phantom import make_phantom
-from mupkg.parameters import CohortSettings, Study
+from mupkg.parameters import CohortSettings
 from mupkg.scans.dicom_rt import pseudonym, read_rtstruct, write_rtstruct
+from mupkg.trials.protocol import Study
 
 ROOT = Path(__file__).parents[2]
 SECRETS = (b"Doe^John", b"MRN/4711", b"19500102", b"20200102", UID.encode())

@@ -27,13 +27,14 @@ from mupkg.data.cohort import Cohort
 from mupkg.data.patches import PatchSource
 from mupkg.data.preprocessing import resample
 from mupkg.metrics import segmentation_metrics
-from mupkg.report import results, statistics
+from mupkg.report import results
 from mupkg.scans.cases import Case
 from mupkg.stages import evaluation, inference, localization, prediction
 from mupkg.stages import regions as regions_module
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import load_tensors, write_run
 from mupkg.stages.training import BEST
+from mupkg.trials import statistics
 
 
 def read(path: Path) -> np.ndarray:
@@ -294,8 +295,8 @@ def check_seeds(study: Study) -> None:
     five = pd.concat([one.assign(seed=seed) for seed in range(5)])
     first, second = (results.summary(m, ["DSC"]).drop(columns=("", "seeds")) for m in (one, five))
     pd.testing.assert_frame_equal(first, second)
-    over_cases = results.paired_tests(one, ["DSC"])[statistics.PAPERS_T_TEST]
-    np.testing.assert_allclose(results.paired_tests(five, ["DSC"])["p"], over_cases)
+    over_cases = statistics.paired_tests(one, ["DSC"])[statistics.PAPERS_T_TEST]
+    np.testing.assert_allclose(statistics.paired_tests(five, ["DSC"])["p"], over_cases)
 
 
 # The traps

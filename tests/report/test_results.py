@@ -6,21 +6,18 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import ttest_rel
 
 from mupkg.configurations import TABLE_II
 from mupkg.report.results import (
     as_text,
     case_metrics,
     finished_runs,
-    paired_tests,
     per_case,
     published,
     published_as_text,
     save_table,
     summary,
 )
-from mupkg.report.statistics import PAPERS_T_TEST, random_effects
 
 NAMES = ("DSC", "ASD")
 nan, inf = float("nan"), float("inf")
@@ -242,43 +239,10 @@ def test_a_summary_as_text_says_it_too():
     assert as_text(table, 1)["DSC"]["C"] == "0.2 ± 0.0 (0.2), n=3"
 
 
-# Tests: what a row holds is tested with mupkg.report.statistics
-
-
 def test_a_collapsed_run_is_counted_in_the_summary_and_stays_in_its_mean():
     text = as_text(summary(metrics_of(A=[[0.8, 0.6], [0.0, 0.0]], B=[[0.8, 0.6], [0.0, 0.5]]), ["DSC"]))
     assert text["collapsed"].to_dict() == {"A": 1, "B": 0}
     assert text["DSC"]["A"].startswith("0.350")
-
-
-def test_several_seeds_are_the_replicates_of_the_analysis():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(0.80, 0.02, (5, 8)), rng.normal(0.83, 0.02, (5, 8))
-    (row,) = paired_tests(metrics_of(UNet=a.tolist(), HCP=b.tolist()), ["DSC"]).to_dict("records")
-    assert row["p"] == pytest.approx(random_effects((b - a).T).p)
-    assert row["mean_difference"] == pytest.approx(np.mean(b) - np.mean(a)) and row["mean_difference"] > 0
-    assert (row["configuration"], row["against"], row["cases"], row["replicates"]) == ("HCP", "UNet", 8, 5)
-
-
-def test_one_seed_has_the_papers_test_alone():
-    a, b = [0.81, 0.85, 0.78, 0.90], [0.85, 0.86, 0.80, 0.93]
-    (row,) = paired_tests(metrics_of(UNet=a, HCP=b), ["DSC"]).to_dict("records")
-    assert row[PAPERS_T_TEST] == pytest.approx(ttest_rel(b, a).pvalue) and row[PAPERS_T_TEST] < 0.05
-    assert np.isnan(row["p"]) and row["verdict"] == "undecided"
-
-
-def test_a_configuration_with_other_seeds_is_not_compared():
-    metrics = metrics_of(UNet=[[0.8, 0.9], [0.7, 0.8]], HCP=[0.8, 0.9])
-    with pytest.raises(ValueError, match=r"HCP against UNet: .*HCP-seed1 has every case 0 times"):
-        paired_tests(metrics, ["DSC"])
-
-
-def test_every_configuration_is_tested_against_the_first_on_every_metric():
-    metrics = metrics_of(A=[0.1, 0.2], B=[0.3, 0.5], C=[0.2, 0.9]).assign(ASD=lambda t: 1 / t["DSC"])
-    table = paired_tests(metrics, NAMES)
-    found = list(table[["configuration", "against", "metric"]].itertuples(index=False, name=None))
-    assert found == [(name, "A", metric) for metric in NAMES for name in "BC"]
-    assert paired_tests(metrics_of(A=[0.1, 0.2]), ["DSC"]).empty
 
 
 # Tables

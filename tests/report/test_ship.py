@@ -12,13 +12,14 @@ import torch
 from mupkg.data.phantom import make_phantom
 from mupkg.explore.samplers_and_film import read_films
 from mupkg.explore.seen import SeenCase
-from mupkg.parameters import SIZES, Study
+from mupkg.parameters import SIZES
 from mupkg.report.ship import ship
 from mupkg.samplers import HardNegativeSampler
 from mupkg.stages import card
 from mupkg.stages.evaluation import measure
 from mupkg.stages.film import Film
 from mupkg.stages.inference import Pipeline
+from mupkg.trials.protocol import Study
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "data" / "demo"

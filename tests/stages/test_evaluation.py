@@ -1,5 +1,6 @@
 """A run tested on its study's test cases, on harder scans, and on a cohort that it was not trained on."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -54,6 +55,19 @@ def test_harder_scans_change_the_metrics_and_nothing_else(cohort, regions, copie
         assert harder["case_id"].tolist() == plain["case_id"].tolist() and list(harder) == list(plain)
         assert harder["Brier"].iloc[0] != plain["Brier"].iloc[0]
         pd.testing.assert_frame_equal(pd.read_csv(copied / f"metrics_{shift}.csv"), harder)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_last_weights_are_measured_beside_the_best_ones(cohort, regions, copied, bones):
+    evaluation.evaluate_run(copied, cohort, regions)
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    shutil.copy(copied / "last.safetensors", copied / "weights.safetensors")  # as if the last ones had been the best
+    as_best = evaluation.evaluate_run(copied, cohort, regions)
+    for path, content in before.items():
+        path.write_bytes(content)
+    last = evaluation.evaluate_run(copied, cohort, regions, last=True)
+    pd.testing.assert_frame_equal(last, as_best)
+    pd.testing.assert_frame_equal(pd.read_csv(copied / "metrics_last.csv"), last)
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -296,7 +296,7 @@ def test_a_break_with_the_cohort_in_device_memory_leaves_no_trace(tmp_path, whol
 def test_between_two_rows_of_the_history_nothing_waits_for_the_device(tmp_path, in_device_memory):
     with Watch() as watch:
         history = run(tmp_path, steps=20, validate_every=20, validate=lambda network: 0.5)
-    values = ["loss", "cross_entropy", "metric_H", "metric_C"]
+    values = ["loss", "cross_entropy", "metric_H", "metric_C", "active_H", "active_C"]
     assert len(history) == 10 and set(values) <= set(history)
     assert watch.waits == ["_local_scalar_dense"] * len(history) * len(values)
 

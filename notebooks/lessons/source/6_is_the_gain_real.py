@@ -25,7 +25,8 @@ from scipy import stats
 
 from mupkg import repository
 from mupkg.metrics import segmentation_metrics
-from mupkg.report import results, statistics
+from mupkg.report import results
+from mupkg.trials import statistics
 
 sys.path.append(str(repository() / "notebooks/lessons"))
 from classroom import BLUE, SPACING_MM, VERMILION, exercise, expect, phantoms, same

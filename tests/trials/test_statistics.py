@@ -3,24 +3,24 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import t, ttest_1samp
+from scipy.stats import t, ttest_1samp, ttest_rel
 from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.stats.multitest import multipletests
 
-from mupkg.report.results import published
-from mupkg.report.statistics import (
+from mupkg.report.results import mostly_empty_on_test, published
+from mupkg.trials.statistics import (
     ONE_REPLICATE,
     PAPERS_T_TEST,
     Estimate,
     aliases,
     bootstrap_interval,
-    collapsed,
     contrasts,
     differences,
     fold_differences,
     holm,
     nadeau_bengio,
     one_replicate,
+    paired_tests,
     papers_t_test,
     published_rankings,
     random_effects,
@@ -308,7 +308,7 @@ def test_a_training_that_collapsed_in_one_fold_is_counted():
     metrics = in_folds()
     fallen = metrics["fold"].eq(1) & metrics["seed"].eq(0) & metrics["configuration"].eq("HCP")
     metrics.loc[fallen, "DSC"] = 0.0
-    assert collapsed(metrics).to_dict("records") == [{"configuration": "HCP", "seed": 0, "fold": 1}]
+    assert mostly_empty_on_test(metrics).to_dict("records") == [{"configuration": "HCP", "seed": 0, "fold": 1}]
 
 
 # Power
@@ -495,12 +495,12 @@ def test_a_collapsed_run_is_counted_and_stays_in_the_mean():
     b = a.copy()
     b[:, 3] = [0] * 6 + [0.1] * 4
     metrics = metrics_of(A=a, B=b)
-    assert collapsed(metrics).to_dict("records") == [{"configuration": "B", "seed": 3}]
+    assert mostly_empty_on_test(metrics).to_dict("records") == [{"configuration": "B", "seed": 3}]
     row = contrasts(metrics, [("B", "A")], ["DSC"]).iloc[0]
     assert row["mean_difference"] == pytest.approx((b - a).mean())
     assert (row["collapsed"], row["collapsed_against"]) == (1, 0) and "collapsed: 1 against 0" in row["answer"]
     metrics.loc[metrics["DSC"].eq(0).idxmax(), "DSC"] = 0.01
-    assert collapsed(metrics).empty  # 5 of 10 is not more than half
+    assert mostly_empty_on_test(metrics).empty  # 5 of 10 is not more than half
 
 
 # The table of differences
@@ -628,3 +628,36 @@ def test_few_of_the_papers_rankings_are_beyond_chance():
     assert list(beyond[0.01][beyond[0.01]].index) == ["MetricUNet-R"]
     equal = found.loc["MetricUNet-HR"].drop(["against", "difference"])
     assert (equal == 0.5).all()
+
+
+# A study's configurations against its first
+
+
+def test_several_seeds_are_the_replicates_of_the_analysis():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.80, 0.02, (5, 8)), rng.normal(0.83, 0.02, (5, 8))
+    (row,) = paired_tests(metrics_of(UNet=a.T, HCP=b.T), ["DSC"]).to_dict("records")
+    assert row["p"] == pytest.approx(random_effects((b - a).T).p)
+    assert row["mean_difference"] == pytest.approx(np.mean(b) - np.mean(a)) and row["mean_difference"] > 0
+    assert (row["configuration"], row["against"], row["cases"], row["replicates"]) == ("HCP", "UNet", 8, 5)
+
+
+def test_one_seed_has_the_papers_test_alone():
+    a, b = [0.81, 0.85, 0.78, 0.90], [0.85, 0.86, 0.80, 0.93]
+    (row,) = paired_tests(metrics_of(UNet=np.transpose([a]), HCP=np.transpose([b])), ["DSC"]).to_dict("records")
+    assert row[PAPERS_T_TEST] == pytest.approx(ttest_rel(b, a).pvalue) and row[PAPERS_T_TEST] < 0.05
+    assert np.isnan(row["p"]) and row["verdict"] == "undecided"
+
+
+def test_a_configuration_with_other_seeds_is_not_compared():
+    metrics = metrics_of(UNet=[[0.8, 0.7], [0.9, 0.8]], HCP=[[0.8], [0.9]])
+    with pytest.raises(ValueError, match=r"HCP against UNet: .*HCP-seed1 has every case 0 times"):
+        paired_tests(metrics, ["DSC"])
+
+
+def test_every_configuration_is_tested_against_the_first_on_every_metric():
+    metrics = metrics_of(A=[[0.1], [0.2]], B=[[0.3], [0.5]], C=[[0.2], [0.9]]).assign(ASD=lambda t: 1 / t["DSC"])
+    table = paired_tests(metrics, ["DSC", "ASD"])
+    found = list(table[["configuration", "against", "metric"]].itertuples(index=False, name=None))
+    assert found == [(name, "A", metric) for metric in ["DSC", "ASD"] for name in "BC"]
+    assert paired_tests(metrics_of(A=[[0.1], [0.2]]), ["DSC"]).empty

@@ -16,9 +16,9 @@ from mupkg.metrics import with_unit
 from mupkg.parameters import Stage2Settings
 from mupkg.report import results
 from mupkg.report.figures import BLUE
-from mupkg.report.statistics import differences
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import HISTORY, METRICS, RUN, Shift, metrics_name, read_run
+from mupkg.trials.statistics import differences
 
 
 def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mupkg.report.trials import boxes, histories, replicate_means, shifts_tested, trial_metrics, trial_runs
 from mupkg.stages.training import HISTORY
+from mupkg.trials.tables import boxes, histories, replicate_means, shifts_tested, trial_metrics, trial_runs
 
 RUNS = {
     f"{arm}-seed{replicate + offset}": {"arm": arm, "seed": replicate + offset, "replicate": replicate}

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from scipy.special import nctdtrinc
 from scipy.stats import false_discovery_control, rankdata, t, ttest_1samp, wilcoxon
 
-from mupkg.metrics import METRICS, metric_of
+from mupkg.metrics import METRICS, headline, metric_of
+from mupkg.report.results import mostly_empty_on_test, trainings
 
 LEVEL = 0.05  # of every test; intervals hold 95 %
 FEW = 5  # with fewer cases or replicates Satterthwaite's approximation is too generous: up to 13 % false alarms
@@ -250,17 +251,6 @@ def fold_differences(metrics: pd.DataFrame, arm: str, against: str, metric: str)
     return (ours - theirs).groupby(["seed", "fold"]).agg(lambda values: values.mean(skipna=False))
 
 
-def trainings(metrics: pd.DataFrame) -> list[str]:
-    """The columns that tell an arm's trainings apart: the seed, and in a k-fold the fold."""
-    return [column for column in ("seed", "fold") if column in metrics]
-
-
-def collapsed(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The runs (configuration, seed, in a k-fold fold) that never learnt: DSC 0 in more than half of their cases."""
-    share = metrics["DSC"].eq(0).groupby([metrics[name] for name in ("configuration", *trainings(metrics))]).mean()
-    return share[share > 0.5].index.to_frame(index=False)
-
-
 def papers_t_test(table: pd.DataFrame) -> pd.Series:
     """p of the paper's test in each replicate alone: a paired t-test over cases.
 
@@ -350,7 +340,7 @@ def _contrast(metrics: pd.DataFrame, arm: str, against: str, metric: str, margin
     resampled = finite and replicates > 1 and not folds
     bootstrap_low, bootstrap_high = bootstrap_interval(d) if resampled else (np.nan, np.nan)
     failed = (~np.isfinite(both[metric])).groupby(both["configuration"]).sum()
-    fallen = collapsed(both)["configuration"].value_counts()
+    fallen = mostly_empty_on_test(both)["configuration"].value_counts()
     return {
         "configuration": arm,
         "against": against,
@@ -417,6 +407,15 @@ def _answer(row: Any) -> str:
         ours, theirs = getattr(row, what), getattr(row, f"{what}_against")
         said += [f"{what}: {ours} against {theirs}"] * bool(ours or theirs)
     return "; ".join(said)
+
+
+def paired_tests(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Every configuration against the first, on every metric: the rows of `contrasts`.
+
+    With several seeds the seeds are the replicates; with one there is no p but the paper's, in a column that says so.
+    """
+    first, *others = dict.fromkeys(metrics["configuration"])
+    return contrasts(metrics, [(other, first) for other in others], headline() if names is None else names)
 
 
 # The paper's own tables

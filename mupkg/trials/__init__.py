@@ -1,0 +1,1 @@
+"""A question put in advance: its protocol, its tables, and what they say."""
