@@ -3,13 +3,14 @@
 # make claims  recomputes the figures of README.md from outputs/reference
 # make check   lints and runs the tests that are not slow: a minute and a half; what one runs before every commit
 # make test    lints and runs all tests, every notebook among them
+# make test-environment  environment.yml, resolved for its Python and read by Binder's builder; needs the internet
 # make test-real         the tests that want real scans, with those in MUPKG_REALDATA
 # make test-itkwidgets   whether the optional viewer draws, in an environment of its own; needs npm and Chromium
 # make test-nnunet       notebook 11 with the real nnU-Net, in an environment of its own
 # make soak    kills a smoke study KILLS times (23) and a smoke trial, and compares them with undisturbed ones
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
-.PHONY: setup study trial reference claims demo demo-pair check test test-real test-itkwidgets test-nnunet soak lint lab lessons gallery bench clean
+.PHONY: setup study trial reference claims demo demo-pair check test test-real test-environment test-itkwidgets test-nnunet soak lint lab lessons gallery bench clean
 
 PYTHON ?= python3
 CORES ?= 2
@@ -71,6 +72,12 @@ test: lint
 test-real: setup
 	$(PYTEST) -m real_scans
 
+# An environment of its own: the suite needs neither Binder's builder nor the newest pip.
+test-environment: setup
+	$(PYTHON) -m venv .venv-binder
+	.venv-binder/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip jupyter-repo2docker
+	PATH="$(CURDIR)/.venv-binder/bin:$$PATH" $(BIN)/python -m pytest -rs tests/test_environment.py
+
 # An environment of its own: the extra's extension of JupyterLab asks the internet at every start.
 ITK := .venv-itkwidgets/bin/python
 test-itkwidgets:
@@ -122,4 +129,4 @@ bench: setup
 	$(BIN)/python tests/benchmarks/bench.py
 
 clean:
-	rm -rf .venv .venv-itkwidgets .venv-nnunet .snakemake .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-binder .venv-itkwidgets .venv-nnunet .snakemake .pytest_cache .ruff_cache .import_linter_cache

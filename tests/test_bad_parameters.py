@@ -97,6 +97,7 @@ WRONG = {  # of every parameter of every notebook: a wrong type and a value out 
         "workers": ("many", -1),
         "deterministic": ([True], -1),
         "film": ("perhaps", 2),
+        "test_last": ("perhaps", 2),
         "test_shifts": ("noise", ["blur"]),
     },
     ReportSettings: {
