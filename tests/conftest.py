@@ -43,9 +43,15 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+# Their tests start kernels, browsers, studies and processes, or read all tables: seconds each.
+SLOW = {"benchmarks", "lab", "lessons", "notebooks", "soak", "test_batch.py", "test_claims.py", "test_distributed.py"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m real_scans` runs the tests that want real scans, and no others."""
+    """`-m "not slow"` leaves out what takes long, `-m real_scans` runs what wants real scans, and nothing else."""
     for item in items:
+        if SLOW & {*item.path.relative_to(Path(__file__).parent).parts}:
+            item.add_marker("slow")
         if "real_scan" in getattr(item, "fixturenames", ()):
             item.add_marker("real_scans")
 

@@ -203,6 +203,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", WRONG, ids=lambda model: model.__name__)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())

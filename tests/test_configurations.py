@@ -208,6 +208,7 @@ def test_build_takes_a_name_too():
         build("WNet")
 
 
+@pytest.mark.slow
 def test_the_rows_of_table_iv_are_built():
     network, loss = build("VNet", base_filters=4, embedding_dim=5)
     assert is_3d(network) and network.network.in_tr.conv_block.conv.out_channels == 2

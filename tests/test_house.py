@@ -239,6 +239,7 @@ def test_imports_go_one_way():
     assert importlinter_cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
 
 
+@pytest.mark.slow
 def test_training_needs_no_library_that_reads_scans_or_draws():
     """So a GPU machine that has PyTorch, NumPy and Accelerate can train on prepared regions."""
     script = f"""

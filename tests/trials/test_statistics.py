@@ -154,6 +154,7 @@ def test_one_replicate_is_refused():
 # Its error rates, by simulation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("replicates", "number"), [(5, 8000), (30, 4000)])
 @pytest.mark.parametrize(
     ("cases", "replicate_sd", "of_the_papers_test"),
@@ -214,6 +215,7 @@ def test_the_bootstrap_is_seeded_and_knows_what_does_not_vary():
     assert bootstrap_interval(np.full((8, 5), 0.25)) == (0.25, 0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("replicates", "lowest", "highest"), [(5, 0.78, 0.91), (30, 0.91, 0.97)])
 def test_the_bootstrap_covers_with_many_replicates_and_too_seldom_with_few(replicates, lowest, highest):
     intervals = [
@@ -314,6 +316,7 @@ def test_a_training_that_collapsed_in_one_fold_is_counted():
 # Power
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cases", "replicates"), [(8, 12), (100, 5), (100, 30)])
 def test_the_smallest_effect_is_found_in_80_percent(cases, replicates):
     known = Estimate(0.0, case=0.01**2, replicate=0.01**2, rest=REST_SD**2)
@@ -343,6 +346,7 @@ def test_holms_p_is_statsmodels(number):
     np.testing.assert_allclose(holm(p), multipletests(p, method="holm")[1])
 
 
+@pytest.mark.slow
 def test_contrasts_named_are_one_family_and_the_rest_another():
     rng = np.random.default_rng(0)
     arms = {name: rng.normal(0.8 + 0.003 * step, 0.01, (10, 6)) for step, name in enumerate("ABCDE")}
