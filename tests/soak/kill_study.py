@@ -3,11 +3,11 @@
     python tests/soak/kill_study.py FOLDER [--kills 20] [--seed 0]      in an empty folder, or one that is not there
 
 A kill takes Snakemake, papermill and the kernels at once, as a power cut would. Its moment is told by a file: a
-notebook begins, a training has left its checkpoint, or a file is being written (its writer is then stopped first,
-so that the kill surely falls into the writing). After each kill the study is started again. Where the
-work that a moment falls into is done already, this is said, and the work is removed and done again. Every file that
-bears a final name must be whole, and what was finished before a kill must not be made again. At the end weights,
-tables and predictions must be those of the undisturbed study, to the bit. Times are left out.
+notebook begins, a training has left its checkpoint, or a file is being written (its writer then stops before the
+file takes its name, so that the kill surely falls into the writing). After each kill the study is started again.
+Where the work that a moment falls into is done already, this is said, and the work is removed and done again. Every
+file that bears a final name must be whole, and what was finished before a kill must not be made again. At the end
+weights, tables and predictions must be those of the undisturbed study, to the bit. Times are left out.
 The kills are listed in FOLDER/kills.csv, the files and how they compare in FOLDER/compared.csv.
 """
 
@@ -48,6 +48,20 @@ OUT = "outputs/smoke"
 STUDY, TRIAL = "smoke", "trials/smoke"  # of notebooks/studies
 SAME, WHOLE, TIMED = "the same to the bit", "whole, not compared", "with times in it, not compared"
 RENAMED = "        os.replace(temporary, path)\n"  # of `whole_file`: what was written takes its name
+ORDER = "stop"  # a file beside the study's Snakefile: the pattern of temporary files whose writer stops before that
+STOPS = f"""        _stop_if_told(temporary)
+{RENAMED}"""
+STOP = f"""
+
+def _stop_if_told(temporary):
+    import fnmatch, signal
+
+    study = Path(os.environ[{MARK!r}]).resolve()
+    pattern = (study / {ORDER!r}).read_text(encoding="utf-8") if (study / {ORDER!r}).exists() else ""
+    if temporary.resolve().is_relative_to(study):
+        if fnmatch.fnmatch(str(temporary.resolve().relative_to(study)), pattern):
+            os.kill(os.getpid(), signal.SIGSTOP)
+"""
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ TRIAL_MOMENTS = (  # each with the notebook's own target, so that the runs come 
 
 
 def workplace(folder: Path) -> Path:
-    """A copy of what a study runs, so that data, outputs and Snakemake's notes are its own; it writes slowly."""
+    """A copy of what a study runs, so that data, outputs and Snakemake's notes are its own; writers stop if told."""
     folder.mkdir(parents=True)
     shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
     for name in ("notebooks", "mupkg"):
@@ -125,10 +139,10 @@ def workplace(folder: Path) -> Path:
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         )
     shutil.copytree(ROOT / "data" / "demo", folder / "data" / "demo")  # notebook 07 tests one of its runs
-    slow = folder / Path(writing.__file__).relative_to(ROOT)
-    before, after = slow.read_text(encoding="utf-8").split(RENAMED)
-    slowly = "        __import__('time').sleep(0.02)\n"  # some would live for 0.2 ms, too short to stop their writer
-    slow.write_text(before + slowly + RENAMED + after, encoding="utf-8")
+    copy = folder / Path(writing.__file__).relative_to(ROOT)
+    before, after = copy.read_text(encoding="utf-8").split(RENAMED)
+    # some temporary files live for 0.2 ms, too short to be seen and their writer stopped from outside
+    copy.write_text(before + STOPS + after + STOP, encoding="utf-8")
     return folder
 
 
@@ -145,6 +159,7 @@ def start(folder: Path, targets: Sequence[str] = (), study: str = STUDY) -> subp
 
 def finish(folder: Path, targets: Sequence[str] = (), study: str = STUDY) -> None:
     """Run the study to its end."""
+    (folder / ORDER).unlink(missing_ok=True)
     process = start(folder, targets, study)
     try:
         if process.wait(timeout=900):
@@ -212,6 +227,7 @@ def wait_for(folder: Path, moment: Moment, start_study: Callable[[], subprocess.
     """Start the study; the new file that tells the moment. None if its notebook, or the study, ended before it."""
     pattern = f"{moment.folder}/{moment.file}"
     before, executed_before = stamps(folder, pattern), executed(folder, moment)
+    (folder / ORDER).write_text(pattern if moment.in_a_file else "", encoding="utf-8")
     process = start_study()
     while process.poll() is None:
         for path in (path for path, stamp in stamps(folder, pattern).items() if before.get(path) != stamp):

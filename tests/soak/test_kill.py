@@ -35,6 +35,7 @@ from kill_study import (
     half_written,
     kill_study,
     says_nothing,
+    wait_for,
     workplace,
     writes,
 )
@@ -83,6 +84,22 @@ def test_a_trial_killed_in_its_second_arm_trains_nothing_twice(tmp_path):
     assert (kills["redone"] == "").all() and (kills["done"] == len(done)).all(), kills
     assert differences(compared(killed, whole)) == []
     assert not alive(killed)
+
+
+def test_a_writer_stops_before_its_file_takes_its_name(tmp_path):
+    """Regression: on a busy machine some files were there and gone before anybody looked."""
+    folder = workplace(tmp_path / "a study")
+    script = "from mupkg.scans.writing import whole_file\n"
+    script += "for name in 'ab':\n    with whole_file(f'data/x/{name}.csv') as path:\n        path.write_text(name)\n"
+
+    def start():
+        environment = os.environ | {kill_study_module.MARK: str(folder)}
+        return subprocess.Popen([sys.executable, "-c", script], cwd=folder, env=environment, start_new_session=True)
+
+    path = wait_for(folder, writes("00", "data/x", "b.csv"), start)
+    assert path.read_text() == "b" and path.name.endswith(".part.b.csv")
+    assert kill_study_module.kill(folder) == 1
+    assert [path.name for path in (folder / "data" / "x").glob("[!.]*")] == ["a.csv"]
 
 
 TOY = f"""
