@@ -43,8 +43,9 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-# Their tests start kernels, browsers, studies and processes, or read all tables: seconds each.
-SLOW = {"benchmarks", "lab", "lessons", "notebooks", "soak", "test_batch.py", "test_claims.py", "test_distributed.py"}
+# Their tests start kernels, browsers, studies and processes, search whole scans or read all tables: seconds each.
+SLOW = {"benchmarks", "lab", "lessons", "notebooks", "soak"}
+SLOW |= {f"test_{name}.py" for name in ("batch", "claims", "distributed", "landmarks", "ship")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
