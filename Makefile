@@ -3,7 +3,10 @@
 # make keep    keeps the finished runs of a study as small tables: make keep STUDY=trials
 # make results writes RESULTS.md and outputs/reference/README.md from the kept tables
 # make claims  recomputes the figures of README.md from outputs/reference
-# make test    installs, lints, runs all tests
+# make check   lints and runs the tests that are not slow: a minute and a half; what one runs before every commit
+# make test    lints and runs all tests, every notebook among them
+# make test-environment  environment.yml, resolved for its Python and read by Binder's builder; needs the internet
+# make test-real         the tests that want real scans, with those in MUPKG_REALDATA
 # make test-itkwidgets   whether the optional viewer draws, in an environment of its own; needs npm and Chromium
 # make test-atlas     whether Embedding Atlas draws what notebook 08 saves, offline, in an environment of its own
 # make test-nnunet       notebook 11 with the real nnU-Net, in an environment of its own
@@ -12,8 +15,8 @@
 # make soak    kills a smoke study KILLS times (23) and a smoke trial, and compares them with undisturbed ones
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
-.PHONY: setup study trial keep reference results claims demo demo-pair demo-pair-files test test-itkwidgets \
-	test-atlas test-nnunet site test-site soak lint lab lessons bench clean
+.PHONY: setup study trial keep reference results claims demo demo-pair demo-pair-files check test test-real \
+	test-environment test-itkwidgets test-atlas test-nnunet site test-site soak lint lab lessons bench clean
 
 PYTHON ?= python3
 CORES ?= 2
@@ -65,8 +68,21 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+PYTEST = $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
+check: lint
+	$(PYTEST) -m "not slow"
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-real: setup
+	$(PYTEST) -m real_scans
+
+# An environment of its own: the suite needs neither Binder's builder nor the newest pip.
+test-environment: setup
+	$(PYTHON) -m venv .venv-binder
+	.venv-binder/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip jupyter-repo2docker
+	PATH="$(CURDIR)/.venv-binder/bin:$$PATH" $(BIN)/python -m pytest -rs tests/test_environment.py
 
 # An environment of its own: the extra's extension of JupyterLab asks the internet at every start.
 ITK := .venv-itkwidgets/bin/python
@@ -188,4 +204,5 @@ bench: setup
 	$(BIN)/python tests/benchmarks/bench.py
 
 clean:
-	rm -rf .venv .venv-itkwidgets .venv-atlas .venv-nnunet .venv-site .snakemake .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-binder .venv-itkwidgets .venv-atlas .venv-nnunet .venv-site
+	rm -rf .snakemake .pytest_cache .ruff_cache .import_linter_cache

@@ -21,6 +21,7 @@ from importlinter import cli as importlinter_cli
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from real_scans import real_scans
 
 from mupkg.configurations import TABLE_II, configuration
 
@@ -239,6 +240,7 @@ def test_imports_go_one_way():
     assert importlinter_cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
 
 
+@pytest.mark.slow
 def test_training_needs_no_library_that_reads_scans_or_draws():
     """So a GPU machine that has PyTorch, NumPy and Accelerate can train on prepared regions."""
     script = f"""
@@ -265,6 +267,30 @@ def test_no_file_names_a_place_on_somebodys_machine():
             continue  # a picture
         found += [f"{path}: {match.group()}" for match in place.finditer(text)]
     assert not found
+
+
+def test_real_scans_are_in_the_folder_that_is_named_or_nowhere(monkeypatch, tmp_path):
+    """Regression: `make test` in a fresh clone exports an empty name, and the current folder was taken for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MUPKG_REALDATA", raising=False)
+    assert real_scans() is None
+    for nothing in ("", " \t"):
+        monkeypatch.setenv("MUPKG_REALDATA", nothing)
+        assert real_scans() is None
+    (tmp_path / "a blank").mkdir()
+    for named in ("a blank", str(tmp_path / "a blank"), "."):
+        monkeypatch.setenv("MUPKG_REALDATA", named)
+        assert real_scans() == (tmp_path / named).resolve()
+    for absent in ("absent", "a blank/absent"):
+        monkeypatch.setenv("MUPKG_REALDATA", absent)
+        with pytest.raises(NotADirectoryError, match=f"MUPKG_REALDATA names {absent}"):
+            real_scans()
+
+
+def test_no_test_looks_for_real_scans_on_its_own():
+    tests = [path for path in files_of_the_repository() if path.parts[0] == "tests" and path.suffix == ".py"]
+    asking = {path for path in tests if re.search(r"environ\b.*MUPKG_REALDATA", (ROOT / path).read_text("utf-8"))}
+    assert asking == {Path("tests/real_scans.py")}
 
 
 # The paper

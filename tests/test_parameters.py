@@ -357,6 +357,7 @@ NOTEBOOKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_offers_all_parameters_with_the_defaults_that_they_have(name):
     path, settings = repository() / "notebooks" / f"{name}.ipynb", NOTEBOOKS[name]
@@ -676,6 +677,7 @@ def test_threads_of_one_stage_leave_the_others_as_they_are():
     assert Study.checked(STUDY | {"threads": {"stage1": 4}}).threads == {"stage1": 4, "stage2": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "told"),
     [
@@ -919,6 +921,7 @@ def test_e3_is_of_resolution_iv_with_the_words_of_its_head():
 TRIALS = sorted((repository() / "notebooks/studies/trials").glob("*.yaml"))
 
 
+@pytest.mark.slow
 def test_trials_that_share_a_study_mean_the_same_by_a_run_s_name():
     """They skip what another has trained already: its folder says which run it is."""
     told = {}
@@ -953,6 +956,7 @@ def test_arms_of_a_study_of_parameters_differ_in_one_number(other, told):
         by_parameter(X=other)
 
 
+@pytest.mark.slow
 def test_notebook_06_refuses_a_trial_that_is_none_of_parameters():
     assert ParameterStudySettings().study.trial.name == "parameters"
     with pytest.raises(ValueError, match=r"e1\.yaml: is no study of parameters"):

@@ -434,6 +434,7 @@ def test_what_is_known_of_a_phantom_comes_back(cohort):
     assert case.case_id == "phantom-0000" and cohort.table["seed"][case.case_id] == 0
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_of_the_table_and_its_cases_volumes(tmp_path):
     def written(name, letters="abcd", preparation=PREPARATION):
         return write_cohort(tmp_path / name, [source(i) for i in letters], preparation, split_seed=0)
@@ -531,6 +532,7 @@ SPELLINGS += [("0", "00"), ("12", "12.0"), ("12", "012.00"), ("12", "12,0"), ("1
 SPELLINGS += [("1234", "1,234"), ("1234567", "1.234.567,00"), ("1234", "1'234.0"), ("0012", '="0012"')]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spellings", SPELLINGS)
 def test_a_patient_is_one_in_any_spelling(folder, spellings, tmp_path_factory):
     """Regression: they were told apart by their raw strings, one in training and one in the test."""

@@ -101,6 +101,7 @@ class Bright:
         return SimpleNamespace(mask=sitk.Cast(image > 400, sitk.sitkUInt8), location=location, volume_ml=1.0)
 
 
+@pytest.mark.slow
 def test_notebook_9_keeps_the_results_of_all_patients_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(Pipeline, "load", lambda folder: Bright())
     plt.switch_backend("Agg")

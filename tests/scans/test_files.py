@@ -9,11 +9,6 @@ import SimpleITK as sitk
 
 from mupkg.scans.files import read_scan, write_image
 
-REAL_SERIES = Path(os.environ.get("MUPKG_REALDATA", "")) / "mr_ucla" / "dicom" / "T2"
-needs_series = pytest.mark.skipif(
-    "MUPKG_REALDATA" not in os.environ or not REAL_SERIES.is_dir(), reason="no DICOM series under MUPKG_REALDATA"
-)
-
 
 def volume(shape=(5, 8, 10), dtype=np.int16) -> sitk.Image:
     image = sitk.GetImageFromArray(np.random.default_rng(0).integers(-1000, 1000, shape).astype(dtype))
@@ -162,10 +157,9 @@ def test_a_dicom_series_with_a_slice_missing_is_refused(tmp_path):
         read_scan(tmp_path)
 
 
-@needs_series
-def test_a_real_dicom_series_is_the_nifti_made_of_it():
-    series = read_scan(REAL_SERIES)
-    nifti = read_scan(REAL_SERIES.parents[1] / "UCLA0001_image.nii.gz")
+def test_a_real_dicom_series_is_the_nifti_made_of_it(real_scan):
+    series = read_scan(real_scan("mr_ucla/dicom/T2"))
+    nifti = read_scan(real_scan("mr_ucla/UCLA0001_image.nii.gz"))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(series), sitk.GetArrayFromImage(nifti))
     np.testing.assert_allclose(series.GetOrigin(), nifti.GetOrigin(), atol=1e-4)
     np.testing.assert_allclose(series.GetSpacing(), nifti.GetSpacing(), atol=1e-6)

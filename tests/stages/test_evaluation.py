@@ -47,6 +47,7 @@ def test_a_run_is_measured_on_the_scans_own_grid(cohort, regions, copied, bones)
     assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_harder_scans_change_the_metrics_and_nothing_else(cohort, regions, copied, bones):
     plain = evaluation.evaluate_run(copied, cohort, regions)
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
@@ -123,6 +124,7 @@ def test_metrics_are_in_mm_of_the_scan():
 # On another cohort
 
 
+@pytest.mark.slow
 def test_on_its_own_cohort_it_is_what_segmenting_gives(cohort, run_folder):
     ids = cohort.ids("test")
     table = evaluate_elsewhere(run_folder, cohort, ids)

@@ -136,6 +136,7 @@ def test_a_break_in_the_midst_of_steps_leaves_no_trace(tmp_path, whole, monkeypa
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["VNet", "BoundaryFCN"])
 def test_a_row_of_table_iv_learns_and_a_break_leaves_no_trace(tmp_path, name):
     depth = {"VNet": 16}.get(name)
@@ -192,6 +193,7 @@ def test_two_trainings_in_one_folder_are_refused(tmp_path, monkeypatch):
     run(tmp_path)  # it was given back
 
 
+@pytest.mark.slow
 def test_the_machines_and_threads_that_made_the_weights_are_told(tmp_path, capsys, whole):
     made_on = [load_tensors(whole / name)[1]["made_on"] for name in (BEST, LAST, CHECKPOINT)]
     assert made_on == [[f"{platform.machine()} CPU, 1 thread(s)"]] * 3
@@ -317,6 +319,7 @@ class Tiny(torch.nn.Module):
         return SegmentationOutput(self.head(embeddings), embeddings)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # checked signatures do not compile
 @pytest.mark.parametrize("options", [{"channels_last": False}, {"compile": True}])
 def test_layout_and_compiler_change_rounding_alone(tmp_path, options):
@@ -344,6 +347,7 @@ def test_layout_is_what_was_asked(tmp_path):
         assert layouts == [channels_last]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_compiled_goes_on_after_a_break(tmp_path, monkeypatch):
     """With the compiler's front end alone: wrapped, the network must still be stored under its plain names."""
@@ -374,6 +378,7 @@ def train_on_noise(folder):
     train(network, loss, source, folder, validate=mean_probability, **options)
 
 
+@pytest.mark.slow
 def test_another_thread_count_changes_rounding_alone(tmp_path):
     """Sums are cut into as many pieces as there are threads; so "the same bits" holds for one thread count."""
     train_on_noise(tmp_path / "one")
@@ -510,6 +515,7 @@ def test_a_checkpoint_without_its_loss_scale_is_not_resumed(tmp_path, whole, wit
         run(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_lost_loss_scale_would_be_seen(tmp_path, with_scaler, monkeypatch):
     run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -623,6 +629,7 @@ def test_the_history_tells_the_losses_of_every_sampler_and_validates_at_the_end(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_row_is_the_mean_since_the_last_one(tmp_path):
     every = run(tmp_path / "a", steps=20, validate_every=20)
     by_hand = run(tmp_path / "b", steps=20, validate_every=1)
@@ -631,6 +638,7 @@ def test_a_row_is_the_mean_since_the_last_one(tmp_path):
     np.testing.assert_allclose(every["loss"], means, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     history = run(tmp_path, name="UNet", steps=60, validate_every=20, learning_rate=0.2)
     assert history["cross_entropy"].iloc[-1] < 0.7 * history["cross_entropy"].iloc[0]

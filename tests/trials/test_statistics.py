@@ -159,6 +159,7 @@ def test_one_replicate_is_refused():
 # Its error rates, by simulation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("replicates", "number"), [(5, 8000), (30, 4000)])
 @pytest.mark.parametrize(
     ("cases", "replicate_sd", "of_the_papers_test"),
@@ -319,6 +320,7 @@ def test_a_training_that_collapsed_in_one_fold_is_counted():
 # Power
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cases", "replicates"), [(8, 12), (100, 5), (100, 30)])
 def test_the_smallest_effect_is_found_in_80_percent(cases, replicates):
     known = Estimate(0.0, case=0.01**2, replicate=0.01**2, rest=REST_SD**2)
@@ -348,6 +350,7 @@ def test_holms_p_is_statsmodels(number):
     np.testing.assert_allclose(holm(p), multipletests(p, method="holm")[1])
 
 
+@pytest.mark.slow
 def test_contrasts_named_are_one_family_and_the_rest_another():
     rng = np.random.default_rng(0)
     arms = {name: rng.normal(0.8 + 0.003 * step, 0.01, (10, 6)) for step, name in enumerate("ABCDE")}
