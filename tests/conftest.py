@@ -2,13 +2,14 @@
 
 import locale
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jaxtyping
 import numpy as np
 import pytest
 import torch
+from real_scans import real_scans
 
 torch.set_num_threads(1)  # results do not depend on the machine's cores, and parallel test runs do not fight
 
@@ -40,6 +41,33 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# Their tests start kernels, browsers, studies and processes, search whole scans or read all tables: seconds each.
+SLOW = {"benchmarks", "lab", "lessons", "notebooks", "soak"}
+SLOW |= {f"test_{name}.py" for name in ("batch", "claims", "distributed", "landmarks", "ship")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m "not slow"` leaves out what takes long, `-m real_scans` runs what wants real scans, and nothing else."""
+    for item in items:
+        if SLOW & {*item.path.relative_to(Path(__file__).parent).parts}:
+            item.add_marker("slow")
+        if "real_scan" in getattr(item, "fixturenames", ()):
+            item.add_marker("real_scans")
+
+
+@pytest.fixture(scope="session")
+def real_scan() -> Callable[[str], Path]:
+    """The path of a real scan, or of a folder of some, by its name; the test is skipped where it is not at hand."""
+    folder = real_scans()
+
+    def path_of(name: str) -> Path:
+        if folder is None or not (folder / name).exists():
+            pytest.skip(f"no real scans: MUPKG_REALDATA names no folder with {name}")
+        return folder / name
+
+    return path_of
 
 
 # A chain at smoke size for the tests that only look at it: what one of them changes, it copies first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from importlinter import cli as importlinter_cli
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from real_scans import real_scans
 
 from mupkg.configurations import TABLE_II, configuration
 
@@ -140,7 +142,7 @@ def test_a_codespace_starts_lab_in_the_environment(environment, tmp_path):
         said = subprocess.run(
             ["make", "--no-print-directory", "--dry-run", "lab"], text=True, check=True, **options
         ).stdout.splitlines()
-        assert said[-1] == f"{programs}/jupyter lab notebooks"
+        assert said[-1].startswith(f"{programs}/jupyter lab --LabApp.default_url=/lab/tree/notebooks/START.md ")
         assert prefix != tmp_path or len(said) == 1
 
 
@@ -238,6 +240,7 @@ def test_imports_go_one_way():
     assert importlinter_cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
 
 
+@pytest.mark.slow
 def test_training_needs_no_library_that_reads_scans_or_draws():
     """So a GPU machine that has PyTorch, NumPy and Accelerate can train on prepared regions."""
     script = f"""
@@ -264,6 +267,30 @@ def test_no_file_names_a_place_on_somebodys_machine():
             continue  # a picture
         found += [f"{path}: {match.group()}" for match in place.finditer(text)]
     assert not found
+
+
+def test_real_scans_are_in_the_folder_that_is_named_or_nowhere(monkeypatch, tmp_path):
+    """Regression: `make test` in a fresh clone exports an empty name, and the current folder was taken for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MUPKG_REALDATA", raising=False)
+    assert real_scans() is None
+    for nothing in ("", " \t"):
+        monkeypatch.setenv("MUPKG_REALDATA", nothing)
+        assert real_scans() is None
+    (tmp_path / "a blank").mkdir()
+    for named in ("a blank", str(tmp_path / "a blank"), "."):
+        monkeypatch.setenv("MUPKG_REALDATA", named)
+        assert real_scans() == (tmp_path / named).resolve()
+    for absent in ("absent", "a blank/absent"):
+        monkeypatch.setenv("MUPKG_REALDATA", absent)
+        with pytest.raises(NotADirectoryError, match=f"MUPKG_REALDATA names {absent}"):
+            real_scans()
+
+
+def test_no_test_looks_for_real_scans_on_its_own():
+    tests = [path for path in files_of_the_repository() if path.parts[0] == "tests" and path.suffix == ".py"]
+    asking = {path for path in tests if re.search(r"environ\b.*MUPKG_REALDATA", (ROOT / path).read_text("utf-8"))}
+    assert asking == {Path("tests/real_scans.py")}
 
 
 # The paper
@@ -341,6 +368,41 @@ def test_links_in_the_pages_lead_somewhere():
     links = [(page, link) for page in pages for link in LINK.findall((ROOT / page).read_text(encoding="utf-8"))]
     assert links
     assert not [f"{page}: {link}" for page, link in links if not (ROOT / page.parent / link).exists()]
+
+
+WINGS = ("report", "trials", "explore", "nnunet", "data.phantom", "stages.film", "scans.dicom_rt")
+CORE = """
+from mupkg.configurations import build
+from mupkg.data import Cohort, PatchSource, Preparation, prepare
+from mupkg.data.build import write_cohort
+from mupkg.parameters import Stage2Settings
+from mupkg.stages import Regions, card, locate, segment, train
+from mupkg.stages.evaluation import evaluate_run
+from mupkg.stages.regions import write_regions
+"""
+
+
+def run_python(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_core_does_without_the_wings():
+    hidden = [f"mupkg.{wing}" for wing in WINGS]
+    run_python(f"import sys\nsys.modules |= dict.fromkeys({hidden})\n{CORE}")
+    for name in hidden:  # or the test would hide nothing
+        assert importlib.util.find_spec(name)
+
+
+@pytest.mark.parametrize(("names", "lines"), [("segment", 2700), ("segment, train", 3300)])
+def test_what_segmenting_and_training_load_stays_small_enough_to_read(names, lines):
+    """And it needs no reader of DICOM, no figures and no notebook."""
+    script = f"import sys\nfrom mupkg.stages import {names}\n"
+    script += "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'mupkg'), sep='\\n')\n"
+    files = run_python(script).split()
+    assert files and sum(len(Path(file).read_text(encoding="utf-8").splitlines()) for file in files) <= lines
+    run_python(script.replace("\n", "\nsys.modules |= dict.fromkeys(['pydicom', 'matplotlib', 'IPython'])\n", 1))
 
 
 def test_the_readmes_example_of_an_own_network_runs():

@@ -609,6 +609,7 @@ def test_no_tensor_of_a_step_is_larger_than_the_embeddings():
     assert watch.largest_new <= output.embeddings.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_gradients_are_the_same_to_the_bit_in_every_run_on_several_threads(layout):
     """Regression: indexing's backward adds up a voxel drawn more than once in any order if there are threads."""

@@ -410,6 +410,7 @@ def test_only_networks_of_3d_convolutions_are_3d():
     assert layout_of(vnet(1)) == torch.channels_last_3d and layout_of(light_unet()) == torch.channels_last
 
 
+@pytest.mark.slow
 def test_boundary_fcn_has_two_decoders_joined_before_the_head():
     network = BoundaryFCN(3, 2, 4).eval()
     images = torch.rand(2, 3, 16, 24)

@@ -330,6 +330,7 @@ def test_the_draws_of_a_patch_are_by_float32_keys():
 MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=12))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(mask=MASKS, count=st.integers(1, 30), seed=st.integers(0, 2**31))
 def test_no_draw_ever_gives_a_voxel_that_is_no_candidate(mask, count, seed):
@@ -350,6 +351,7 @@ LABEL_BATCHES = arrays(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     labels=LABEL_BATCHES,

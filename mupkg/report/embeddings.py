@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import nn
 
-from mupkg.losses import VoxelMetricLoss, squared_distance
+from mupkg.losses import MARGIN, squared_distance
 from mupkg.stages.voxels import embed_voxels
 
 if TYPE_CHECKING:  # slow to import
     from sklearn.decomposition import PCA
 
 Projection = Literal["PCA", "t-SNE", "UMAP"]
-MARGIN = VoxelMetricLoss().margin
+TRIPLETS = 20_000
 TSNE_STEPS = 750  # openTSNE's own: 250 with exaggeration, then 500
 SILHOUETTE_VOXELS = 2000  # it needs all pairs of voxels
 
@@ -54,7 +54,7 @@ def separation(voxels: EmbeddedVoxels, seed: int = 0) -> dict[str, float]:
     return {"silhouette": float(silhouette), "Fisher ratio": between / scatter if scatter else float("nan")}
 
 
-def triplets(voxels: EmbeddedVoxels, margin: float = MARGIN, count: int = 20_000, seed: int = 0) -> dict[str, float]:
+def triplets(voxels: EmbeddedVoxels, margin: float = MARGIN, seed: int = 0) -> dict[str, float]:
     """What random triplets of these voxels look like to the loss (Eq. 2): mean d(a, p), mean d(a, n), share active.
 
     Anchors and positives are any prostate voxels, negatives any others; d is the squared Euclidean distance, in the
@@ -65,9 +65,9 @@ def triplets(voxels: EmbeddedVoxels, margin: float = MARGIN, count: int = 20_000
     if not len(inside) or not len(outside):
         return dict.fromkeys(names, float("nan"))
     rng = np.random.default_rng(seed)
-    anchors, positives = (inside[rng.integers(len(inside), size=count)] for _ in range(2))
+    anchors, positives = (inside[rng.integers(len(inside), size=TRIPLETS)] for _ in range(2))
     near = squared_distance(anchors, positives)
-    far = squared_distance(anchors, outside[rng.integers(len(outside), size=count)])
+    far = squared_distance(anchors, outside[rng.integers(len(outside), size=TRIPLETS)])
     active = (near - far + margin > 0).float().mean()
     return dict(zip(names, (active.item(), near.mean().item(), far.mean().item()), strict=True))
 

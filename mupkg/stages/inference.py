@@ -24,15 +24,14 @@ from mupkg.data.preprocessing import (
     to_scan_grid,
 )
 from mupkg.models import UNet, is_3d, layout_of, light_unet
-from mupkg.scans.cases import Point, checked_case, label_volume_ml
-from mupkg.scans.files import one_volume
+from mupkg.scans.cases import Point, checked_case, label_volume_ml, one_volume
 from mupkg.scans.writing import whole_file
 from mupkg.stages.localization import COARSE_CHANNELS, Location, locate
 from mupkg.stages.prediction import Box, predict_volume
 from mupkg.stages.runs import BEST, load_tensors, load_weights, require
 
 CHANNELS = 3  # neighbouring slices into stage 2
-STEP_MM = 4.0  # how far stage 2 looks beyond the coarse mask, a voxel of its; twice as far at every further look
+STEP_MM = 4.0  # how far stage 2 looks beyond the coarse mask: one stage-1 voxel; doubles each time
 LOCALIZER = "localizer.safetensors"  # stage 1's weights, copied into every run
 
 

@@ -17,6 +17,7 @@ from bad_scans import CORPUS, HUGE, huge_slices
 from spoiling import MOST_MEMORY, ROOT, assert_refused, forget_peak, peak_memory, scan, stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", CORPUS, ids=lambda bad: bad.id)
 def test_it_is_refused_by_name_with_the_way_out_and_leaves_no_trace(bad, tmp_path):
     assert_refused(bad, tmp_path)
@@ -66,6 +67,7 @@ only_linux = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @only_linux
 def test_a_huge_header_is_refused_before_any_memory_is_asked_for(tmp_path):
     for number, bad in enumerate(HUGE):
@@ -113,6 +115,7 @@ def mutation(header: bytes, rng: random.Random) -> bytes:
     )()
 
 
+@pytest.mark.slow
 @only_linux
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("ending", HEADERS)

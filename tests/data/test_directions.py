@@ -67,6 +67,7 @@ def directions(draw) -> np.ndarray:
     return rotation @ np.reshape(draw(st.sampled_from(SIGNED_AXES)), (3, 3))
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(2, 9)),

@@ -177,6 +177,7 @@ def test_memory_mapped_volumes_go_to_a_device(tmp_path):
     assert torch.equal(there.to("cpu").batch(2)[0], here.batch(2)[0])
 
 
+@pytest.mark.slow
 def test_cutting_there_never_waits_for_the_device():
     there = source_of([(7, 12, 14), (9, 10, 11)]).to("cpu")
     with Watch() as watch:

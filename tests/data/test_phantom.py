@@ -1,8 +1,6 @@
 """The phantom is a pelvis: repeatable, anatomically sane, and in its tissues like a real CT."""
 
-import os
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from mupkg.report.tissue import fat_and_muscle, tissue_statistics
 
 COARSE = (6.0, 4.0, 4.0)
 SEEDS = range(12)
-REAL = Path(os.environ.get("MUPKG_REALDATA", "")) / "ct_totalsegmentator"
 
 
 @cache
@@ -35,6 +32,7 @@ def centroid_mm(label):
     return np.array(label.TransformContinuousIndexToPhysicalPoint(index.tolist()))
 
 
+@pytest.mark.slow
 def test_a_seed_is_a_phantom():
     again = make_phantom(3, spacing_mm=COARSE)
     for first, second in zip(arrays(phantom(3)), arrays(again), strict=True):
@@ -55,12 +53,14 @@ def test_types_and_grid():
     assert given.image.GetSize() == (80, 50, 32)
 
 
+@pytest.mark.slow
 def test_the_papers_grid_is_drawn_when_none_is_given():
     _, in_plane, slices = make_phantom(67).image.GetSpacing()  # a coarse draw: quick
     assert 0.93 <= in_plane <= 1.37
     assert 1.0 <= slices <= 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 8])
 def test_anatomy_does_not_depend_on_spacing(seed):
     coarse, fine = phantom(seed), phantom(seed, (3.0, 2.5, 2.5))
@@ -97,6 +97,7 @@ def test_anatomy(seed):
     assert not body[:, :, [0, -1]].any() and not body[:, [0, -1]].any()
 
 
+@pytest.mark.slow
 def test_the_prostate_hardly_differs_from_its_neighbours():
     """Its soft neighbours are within 20 HU of it, and they, not fat, make up a good part of its surface."""
     soft_share, contrast = [], []
@@ -161,11 +162,11 @@ def ball(image, centre, radius_mm):
     return ((steps**2).sum(axis=-1) < radius_mm**2).T
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="MUPKG_REALDATA does not name a folder with ct_totalsegmentator/")
-def test_tissues_measure_like_a_real_ct():
+@pytest.mark.slow
+def test_tissues_measure_like_a_real_ct(real_scan):
     """Means within 15 HU; noise and its grain within 25 %, by one estimator on one grid (3 mm)."""
     image, organs = (
-        sitk.DICOMOrient(sitk.ReadImage(REAL / f"ts_example_{name}.nii.gz"), "LPS")
+        sitk.DICOMOrient(sitk.ReadImage(real_scan(f"ct_totalsegmentator/ts_example_{name}.nii.gz")), "LPS")
         for name in ("image", "allorgans_label")
     )
     organs = sitk.GetArrayFromImage(organs)

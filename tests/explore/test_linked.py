@@ -124,6 +124,7 @@ def test_distance_to_the_contour_is_in_mm_and_negative_inside(seen):
     assert ((distance < 0) == TRUTH).all()
 
 
+@pytest.mark.slow
 def test_the_viewer_draws_anew_and_jumps(seen):
     view = CaseViewer(seen, "slices")
     assert view.slice.value in range(1, 5)
@@ -295,6 +296,7 @@ def test_a_box_without_drawn_voxels_chooses_none(seen):
     assert not len(explorer.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("colour", ["kind", "probability", "mm to contour", "error"])
 def test_colours_and_projections(seen, colour):
     explorer = EmbeddingExplorer(seen, per_kind=20)

@@ -61,6 +61,7 @@ def test_the_tuples_are_the_samplers_and_the_distances_the_losses(seen):
         assert (mine["active"] == (hinge > 0)).all()
 
 
+@pytest.mark.slow
 def test_every_slider_draws_anew(seen):
     work = SamplersAtWork(seen)
     pictures = [png(work.figure)]
@@ -90,6 +91,7 @@ def test_a_sampler_without_candidates_draws_nothing(seen):
     assert work._planes[0].ax.get_title().startswith("mean hinge none")
 
 
+@pytest.mark.slow
 def test_a_filmed_step_shows_its_own_patch_and_the_trained_one_comes_back(seen, films):
     work = SamplersAtWork(seen, films)
     trained = png(work.figure)
@@ -106,6 +108,7 @@ def test_a_filmed_step_shows_its_own_patch_and_the_trained_one_comes_back(seen, 
     assert not work.top.disabled and same
 
 
+@pytest.mark.slow
 def test_a_picture_is_the_same_twice_in_a_lesson_s_kernel(seen, films):
     """Which lays all figures out by constraints, and a little further at every drawing."""
     with matplotlib.rc_context({"figure.constrained_layout.use": True}):
@@ -114,6 +117,7 @@ def test_a_picture_is_the_same_twice_in_a_lesson_s_kernel(seen, films):
         assert len(set(panel)) == len(set(strip)) == 1
 
 
+@pytest.mark.slow
 def test_active_shares_by_step(seen, films):
     work = SamplersAtWork(seen, films)
     table = work.active_by_step()
@@ -133,6 +137,7 @@ def test_active_shares_by_step(seen, films):
     assert alone.active_by_step().loc["trained"].isna().all()
 
 
+@pytest.mark.slow
 def test_the_film_moves_in_the_plane_of_its_last_frame(films):
     player = FilmPlayer(films)
     last = films["UNet"].frames.embeddings[-1]

@@ -145,6 +145,7 @@ def test_itkwidgets_gets_voxels_with_their_spacing_and_the_slice_that_is_chosen(
         assert array.dtype == np.uint8 and dims == ["z", "y", "x"] and scale == {"z": 3.0, "y": 2.0, "x": 1.0}
 
 
+@pytest.mark.slow
 def test_nothing_of_the_package_imports_a_viewer_before_it_is_asked_for():
     code = "import sys; import mupkg.explore.linked, mupkg.explore.volumes, mupkg.explore.samplers_and_film; "
     code += "slow = ('itkwidgets', 'ipyniivue', 'jscatter', 'ipyevents', 'umap', 'openTSNE'); "

@@ -240,6 +240,7 @@ def test_the_metric_losses_stay_in_float32_under_autocast():
     assert dtypes == [torch.float32, torch.float32]
 
 
+@pytest.mark.slow
 def test_it_is_found_behind_the_wrappers_of_a_compiled_training_on_several_gpus():
     network = StandIn()
     compiled = torch.compile(network, backend="eager")
@@ -351,6 +352,7 @@ def test_a_command_that_fails_is_told_with_the_end_of_its_output(tmp_path, monke
     assert (tmp_path / "nnUNet-HCP-seed0" / "nnunet.log").read_text().startswith(str(tmp_path / "raw"))
 
 
+@pytest.mark.slow
 def test_the_suite_needs_no_nnunet():
     script = "import sys; sys.modules['nnunetv2'] = None; import mupkg.nnunet.bridge, mupkg.stages"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

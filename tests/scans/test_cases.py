@@ -1,8 +1,5 @@
 """What a case must be: a finite 3D scan, and a binary label on its grid; every fault is named with the way out."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -259,17 +256,15 @@ def test_values_that_are_no_hu_are_refused_everywhere_by_one_rule(hu, how):
     assert femoral_heads(image).reason == f"not a CT in HU: {reason}"
 
 
-REAL = Path(os.environ.get("MUPKG_REALDATA", "none"))
 CTS = ["ct_totalsegmentator/ts_example_image.nii.gz"]
 CTS += [f"rt_sts/{patient}/CT/nifti/image/image.nii.gz" for patient in ("STS_001", "STS_002")]
 MRS = ["mr_ucla/UCLA0001_image.nii.gz", "rt_sts/STS_001/MR_T1/nifti/image/image.nii.gz"]
 MRS += [f"promise12_128/Case{number}_image.nii.gz" for number in ("01", "11", "40")]
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no real scans at hand (MUPKG_REALDATA)")
 @pytest.mark.parametrize("name", [*CTS, *MRS])
-def test_real_cts_are_in_hu_and_real_mrs_are_not(name):
-    voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(REAL / name)))[::2, ::2, ::2].astype(np.float32)
+def test_real_cts_are_in_hu_and_real_mrs_are_not(real_scan, name):
+    voxels = sitk.GetArrayFromImage(sitk.ReadImage(real_scan(name)))[::2, ::2, ::2].astype(np.float32)
     assert bool(not_in_hu(voxels)) == (name in MRS)
     if name in CTS:
         assert not not_in_hu(ringed(voxels, -3024)) and not not_in_hu(with_metal(voxels))

@@ -9,11 +9,6 @@ import SimpleITK as sitk
 
 from mupkg.scans.files import read_scan, write_image
 
-REAL_SERIES = Path(os.environ.get("MUPKG_REALDATA", "")) / "mr_ucla" / "dicom" / "T2"
-needs_series = pytest.mark.skipif(
-    "MUPKG_REALDATA" not in os.environ or not REAL_SERIES.is_dir(), reason="no DICOM series under MUPKG_REALDATA"
-)
-
 
 def volume(shape=(5, 8, 10), dtype=np.int16) -> sitk.Image:
     image = sitk.GetImageFromArray(np.random.default_rng(0).integers(-1000, 1000, shape).astype(dtype))
@@ -64,6 +59,17 @@ def test_one_channel_of_a_4d_file(tmp_path):
     for channel in (2, -1):
         with pytest.raises(ValueError, match=rf"mr\.nii\.gz: has 2 channels, no channel {channel}"):
             read_scan(tmp_path / "mr.nii.gz", channel=channel)
+
+
+@pytest.mark.parametrize("kind", [sitk.sitkFloat32, sitk.sitkFloat64])
+def test_only_the_chosen_volume_must_hold_numbers(tmp_path, kind):
+    good = sitk.Cast(volume(), kind)
+    (bad := sitk.Image(good))[1, 2, 3] = np.nan
+    sitk.WriteImage(sitk.JoinSeries([good, bad]), str(tmp_path / "mr.nii.gz"))
+    found = read_scan(tmp_path / "mr.nii.gz", channel=0)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), sitk.GetArrayFromImage(good))
+    with pytest.raises(ValueError, match=r"mr\.nii\.gz: 1 voxel\(s\) in it are NaN or infinite; export"):
+        read_scan(tmp_path / "mr.nii.gz", channel=1)
 
 
 def test_what_is_no_scan_is_refused_by_name(tmp_path):
@@ -151,10 +157,9 @@ def test_a_dicom_series_with_a_slice_missing_is_refused(tmp_path):
         read_scan(tmp_path)
 
 
-@needs_series
-def test_a_real_dicom_series_is_the_nifti_made_of_it():
-    series = read_scan(REAL_SERIES)
-    nifti = read_scan(REAL_SERIES.parents[1] / "UCLA0001_image.nii.gz")
+def test_a_real_dicom_series_is_the_nifti_made_of_it(real_scan):
+    series = read_scan(real_scan("mr_ucla/dicom/T2"))
+    nifti = read_scan(real_scan("mr_ucla/UCLA0001_image.nii.gz"))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(series), sitk.GetArrayFromImage(nifti))
     np.testing.assert_allclose(series.GetOrigin(), nifti.GetOrigin(), atol=1e-4)
     np.testing.assert_allclose(series.GetSpacing(), nifti.GetSpacing(), atol=1e-6)

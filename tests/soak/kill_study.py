@@ -3,11 +3,12 @@
     python tests/soak/kill_study.py FOLDER [--kills 20] [--seed 0]      in an empty folder, or one that is not there
 
 A kill takes Snakemake, papermill and the kernels at once, as a power cut would. Its moment is told by a file: a
-notebook begins, a training has left its checkpoint, or a file is being written (its writer is then stopped first,
-so that the kill surely falls into the writing). After each kill the study is started again. Every file that bears a
-final name must be whole, and what was finished before a kill must not be made again. At the end weights, tables and
-predictions must be those of the undisturbed study, to the bit. Times are left out.
-The kills are listed in FOLDER/kills.csv.
+notebook begins, a training has left its checkpoint, or a file is being written (its writer then stops before the
+file takes its name, so that the kill surely falls into the writing). After each kill the study is started again.
+Where the work that a moment falls into is done already, this is said, and the work is removed and done again. Every
+file that bears a final name must be whole, and what was finished before a kill must not be made again. At the end
+weights, tables and predictions must be those of the undisturbed study, to the bit. Times are left out.
+The kills are listed in FOLDER/kills.csv, the files and how they compare in FOLDER/compared.csv.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,13 +39,29 @@ import pandas as pd
 import psutil
 import SimpleITK as sitk
 
+from mupkg.scans import writing
 from mupkg.stages.runs import load_tensors
 
 ROOT = Path(__file__).parents[2]
 MARK = "MUPKG_SOAK"
 OUT = "outputs/smoke"
 STUDY, TRIAL = "smoke", "trials/smoke"  # of notebooks/studies
+SAME, WHOLE, TIMED = "the same to the bit", "whole, not compared", "with times in it, not compared"
 RENAMED = "        os.replace(temporary, path)\n"  # of `whole_file`: what was written takes its name
+ORDER = "stop"  # a file beside the study's Snakefile: the pattern of temporary files whose writer stops before that
+STOPS = f"""        _stop_if_told(temporary)
+{RENAMED}"""
+STOP = f"""
+
+def _stop_if_told(temporary):
+    import fnmatch, signal
+
+    study = Path(os.environ[{MARK!r}]).resolve()
+    pattern = (study / {ORDER!r}).read_text(encoding="utf-8") if (study / {ORDER!r}).exists() else ""
+    if temporary.resolve().is_relative_to(study):
+        if fnmatch.fnmatch(str(temporary.resolve().relative_to(study)), pattern):
+            os.kill(os.getpid(), signal.SIGSTOP)
+"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,7 @@ TRIAL_MOMENTS = (  # each with the notebook's own target, so that the runs come 
 
 
 def workplace(folder: Path) -> Path:
-    """A copy of what a study runs, so that data, outputs and Snakemake's notes are its own; it writes slowly."""
+    """A copy of what a study runs, so that data, outputs and Snakemake's notes are its own; writers stop if told."""
     folder.mkdir(parents=True)
     shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
     for name in ("notebooks", "mupkg"):
@@ -122,10 +139,10 @@ def workplace(folder: Path) -> Path:
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         )
     shutil.copytree(ROOT / "data" / "demo", folder / "data" / "demo")  # notebook 07 tests one of its runs
-    writing = folder / "mupkg" / "data" / "writing.py"
-    before, after = writing.read_text(encoding="utf-8").split(RENAMED)
-    slowly = "        __import__('time').sleep(0.02)\n"  # some would live for 0.2 ms, too short to stop their writer
-    writing.write_text(before + slowly + RENAMED + after, encoding="utf-8")
+    copy = folder / Path(writing.__file__).relative_to(ROOT)
+    before, after = copy.read_text(encoding="utf-8").split(RENAMED)
+    # some temporary files live for 0.2 ms, too short to be seen and their writer stopped from outside
+    copy.write_text(before + STOPS + after + STOP, encoding="utf-8")
     return folder
 
 
@@ -142,6 +159,7 @@ def start(folder: Path, targets: Sequence[str] = (), study: str = STUDY) -> subp
 
 def finish(folder: Path, targets: Sequence[str] = (), study: str = STUDY) -> None:
     """Run the study to its end."""
+    (folder / ORDER).unlink(missing_ok=True)
     process = start(folder, targets, study)
     try:
         if process.wait(timeout=900):
@@ -199,21 +217,36 @@ def stopped_while_writing(path: Path) -> bool:
     return False
 
 
+def executed(folder: Path, moment: Moment) -> dict[Path, int]:
+    """The moment's notebook, if it has been run to its end, and when that was."""
+    notebooks = stamps(folder, f"{moment.folder}/{moment.notebook}_*.ipynb")
+    return {path: stamp for path, stamp in notebooks.items() if ".running." not in path.name}
+
+
 def wait_for(folder: Path, moment: Moment, start_study: Callable[[], subprocess.Popen]) -> Path | None:
-    """Start the study; the new file that tells the moment. None if its notebook, or the study, ended without it."""
-    told_by, ends = f"{moment.folder}/{moment.file}", f"{moment.folder}/{moment.notebook}_*.ipynb"
-    before = stamps(folder, told_by) | stamps(folder, ends)
+    """Start the study; the new file that tells the moment. None if its notebook, or the study, ended before it."""
+    pattern = f"{moment.folder}/{moment.file}"
+    before, executed_before = stamps(folder, pattern), executed(folder, moment)
+    (folder / ORDER).write_text(pattern if moment.in_a_file else "", encoding="utf-8")
     process = start_study()
-    new = lambda pattern: [p for p, stamp in stamps(folder, pattern).items() if before.get(p) != stamp]  # noqa: E731
     while process.poll() is None:
-        for path in new(told_by):
+        for path in (path for path, stamp in stamps(folder, pattern).items() if before.get(path) != stamp):
             if not moment.in_a_file or stopped_while_writing(path):
                 time.sleep(moment.delay)
-                return path
-        if [path for path in new(ends) if ".running." not in path.name]:
+                return path if executed(folder, moment) == executed_before else None
+        if executed(folder, moment) != executed_before:
             return None
         time.sleep(0.001 if moment.in_a_file else 0.02)
     return None
+
+
+def undo(folder: Path, moment: Moment) -> None:
+    """Remove what the moment's notebook has made, so that it is made again; of a folder of reports, the notebook."""
+    if "report" in Path(moment.folder).parts:
+        for path in executed(folder, moment):
+            path.unlink()
+    else:
+        shutil.rmtree(folder / moment.folder, ignore_errors=True)
 
 
 def finished(folder: Path) -> dict[Path, int]:
@@ -281,22 +314,38 @@ def read_whole(path: Path) -> object:
     return None
 
 
-def differences(folder: Path, wanted: Path) -> list[str]:
-    """What is not the same in two finished studies: files that are not in both, and contents to the bit."""
-    found = []
+def compared(folder: Path, wanted: Path) -> pd.DataFrame:
+    """Every file of two finished studies, its kind and how it compares; whole pictures count as whole, no more."""
+    rows = []
     names = [
         {p.relative_to(f) for top in ("data", "outputs") for p in (f / top).rglob("*") if p.is_file()}
         for f in (folder, wanted)
     ]
     visible, expected = ({name for name in some if not name.name.startswith(".")} for some in names)
-    found += [f"{name}: is in one of them only" for name in sorted(visible ^ expected)]
-    for name in sorted(visible & expected):
-        kind = name.suffix
-        if kind == ".ipynb" or name.name == "run.json":
-            continue
-        if read_whole(folder / name) != read_whole(wanted / name):
-            found.append(f"{name}: differs")
-    return found
+    for name in sorted(visible | expected):
+        if name not in visible & expected:
+            outcome = "is in one of them only"
+        elif name.suffix == ".ipynb" or name.name == "run.json":
+            outcome = TIMED
+        else:
+            contents = [read_whole(place / name) for place in (folder, wanted)]
+            outcome = "differs" if contents[0] != contents[1] else SAME if contents[0] is not None else WHOLE
+        rows.append({"file": str(name), "kind": name.suffix, "outcome": outcome})
+    return pd.DataFrame(rows)
+
+
+def differences(table: pd.DataFrame) -> list[str]:
+    """What is not the same: files that are not in both studies, or not to the bit."""
+    return [f"{row.file}: {row.outcome}" for row in table.itertuples() if row.outcome not in (SAME, WHOLE, TIMED)]
+
+
+def summary(table: pd.DataFrame) -> str:
+    """How many files of which kinds compare how, a line an outcome."""
+    lines = []
+    for outcome, kinds in pd.crosstab(table["kind"], table["outcome"]).items():
+        share = ", ".join(f"{number} {kind}" for kind, number in kinds.items() if number)
+        lines.append(f"  {kinds.sum()} {outcome}: {share}")
+    return "\n".join(lines)
 
 
 def says_nothing(folder: Path) -> list[str]:
@@ -316,6 +365,28 @@ def says_nothing(folder: Path) -> list[str]:
     return faults
 
 
+def meet(folder: Path, moment: Moment, study: str) -> tuple[Path | None, int, set[Path]]:
+    """Kill the study at this moment: the file that told it, how many processes, and whose work was done again for it.
+
+    A moment that did not come before its notebook's end gets a second chance, in work that is done again.
+    """
+    undone = set()
+    # the notebook alone: what ran beside it could be past its own moment
+    targets = [f"{moment.folder}/{path.name}" for path in (ROOT / "notebooks").glob(f"{moment.notebook}_*.ipynb")]
+    for delay in (moment.delay, moment.delay / 2):
+        if executed(folder, moment):
+            print(f"{moment.notebook} {moment.file}: is past; the notebook's work is done again", flush=True)
+            undo(folder, moment)
+            undone.add(folder / moment.folder)
+        try:
+            told_by = wait_for(folder, replace(moment, delay=delay), partial(start, folder, targets, study))
+        finally:
+            killed = kill(folder)
+        if told_by:
+            break
+    return told_by, killed, undone
+
+
 def kill_study(
     folder: Path, moments: Sequence[Moment], targets: Sequence[str] = (), study: str = STUDY
 ) -> pd.DataFrame:
@@ -325,14 +396,9 @@ def kill_study(
     """
     rows, kept = [], []
     for number, moment in enumerate(moments, start=1):
-        begun, own = time.monotonic(), list(targets)
-        if moment.folder == REPORT or study == TRIAL:  # its notebook alone, else another order may leave moments out
-            names = (ROOT / "notebooks").glob(f"{moment.notebook}_*.ipynb")
-            own = [f"{moment.folder}/{path.name}" for path in names]
-        try:
-            told_by = wait_for(folder, moment, partial(start, folder, own, study))
-        finally:
-            killed = kill(folder)
+        begun = time.monotonic()
+        told_by, killed, undone = meet(folder, moment, study)
+        kept = [{p: stamp for p, stamp in done.items() if not undone & {*p.parents}} for done in kept]
         files = [path for top in ("data", "outputs") for path in (folder / top).rglob("*") if path.is_file()]
         parts = [path for path in files if ".part." in path.name]
         row = {"kill": number, **asdict(moment), "met": told_by is not None}
@@ -367,20 +433,23 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=len(MOMENTS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    folder, tables, faults = arguments.folder.resolve() / uuid.uuid4().hex[:8], [], []
+    folder, tables, comparisons, faults = arguments.folder.resolve() / uuid.uuid4().hex[:8], [], [], []
     for study, moments in ((STUDY, chosen(arguments.kills, arguments.seed)), (TRIAL, TRIAL_MOMENTS)):
         whole, killed = (workplace(folder / study / name) for name in ("whole", "killed"))
         finish(whole, study=study)
         tables.append(kill_study(killed, moments, study=study).assign(study=study))
-        faults += differences(killed, whole)
+        comparisons.append(compared(killed, whole).assign(study=study))
+        faults += differences(comparisons[-1])
+        print(f"{study}, killed {len(moments)} times and undisturbed:\n{summary(comparisons[-1])}", flush=True)
     table = pd.concat(tables)
     table.to_csv(arguments.folder / "kills.csv", index=False)
+    pd.concat(comparisons).to_csv(arguments.folder / "compared.csv", index=False)
     faults += [fault for column in ("half_written", "redone") for fault in table[column] if fault]
     faults += says_nothing(folder / STUDY / "whole")
     faults += [f"{row.notebook} {row.file}: this moment did not come" for row in table[~table["met"]].itertuples()]
     faults += [f"kill {row.kill}: there was no process" for row in table[table["processes"] == 0].itertuples()]
-    print(f"{table['met'].sum()} kills of {len(table)}")
-    sys.exit("\n".join(faults) if faults else print("the same as undisturbed, to the bit"))
+    print(f"{table['met'].sum()} moments of {len(table)} came and were met")
+    sys.exit("\n".join(faults) if faults else print("nothing is lost, half written or made twice"))
 
 
 if __name__ == "__main__":

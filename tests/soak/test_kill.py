@@ -3,8 +3,12 @@
 `make soak` kills them at many more moments.
 """
 
+import os
 import shutil
+import subprocess
+import sys
 
+import kill_study as kill_study_module
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,12 +28,14 @@ from kill_study import (
     Moment,
     alive,
     chosen,
+    compared,
     differences,
     finish,
     finished,
     half_written,
     kill_study,
     says_nothing,
+    wait_for,
     workplace,
     writes,
 )
@@ -57,7 +63,7 @@ def test_three_kills_leave_no_trace(undisturbed, tmp_path):
     assert kills["parts"].str.contains(".part.")[:2].all(), kills
     assert (kills["half_written"] == "").all(), kills
     assert (kills["redone"] == "").all() and kills["done"].iloc[-1] > 0, kills
-    assert differences(folder, undisturbed) == []
+    assert differences(compared(folder, undisturbed)) == []
     assert says_nothing(undisturbed) == []
     assert not alive(folder)
 
@@ -76,8 +82,62 @@ def test_a_trial_killed_in_its_second_arm_trains_nothing_twice(tmp_path):
     kills = kill_study(killed, [Moment("03", SECOND_ARM, "checkpoint.safetensors")], target, TRIAL)
     assert kills["met"].all() and (kills["half_written"] == "").all(), kills
     assert (kills["redone"] == "").all() and (kills["done"] == len(done)).all(), kills
-    assert differences(killed, whole) == []
+    assert differences(compared(killed, whole)) == []
     assert not alive(killed)
+
+
+def test_a_writer_stops_before_its_file_takes_its_name(tmp_path):
+    """Regression: on a busy machine some files were there and gone before anybody looked."""
+    folder = workplace(tmp_path / "a study")
+    script = "from mupkg.scans.writing import whole_file\n"
+    script += "for name in 'ab':\n    with whole_file(f'data/x/{name}.csv') as path:\n        path.write_text(name)\n"
+
+    def start():
+        environment = os.environ | {kill_study_module.MARK: str(folder)}
+        return subprocess.Popen([sys.executable, "-c", script], cwd=folder, env=environment, start_new_session=True)
+
+    path = wait_for(folder, writes("00", "data/x", "b.csv"), start)
+    assert path.read_text() == "b" and path.name.endswith(".part.b.csv")
+    assert kill_study_module.kill(folder) == 1
+    assert [path.name for path in (folder / "data" / "x").glob("[!.]*")] == ["a.csv"]
+
+
+TOY = f"""
+import os, time
+from pathlib import Path
+run = Path({RUN!r})
+run.mkdir(parents=True, exist_ok=True)
+if (run / "03_toy.ipynb").exists():
+    raise SystemExit
+(run / "03_toy.running.ipynb").touch()
+(run / "frame").exists() or (run / "frame").write_text("written once")
+for name in ("checkpoint", "metrics.csv"):
+    time.sleep(0.3)
+    (run / name).write_text("a,b\\n")
+time.sleep(1.5)
+os.replace(run / "03_toy.running.ipynb", run / "03_toy.ipynb")
+"""
+
+
+def test_a_moment_that_is_past_is_made_to_come_and_after_one_that_never_does_the_next_ones_do(
+    tmp_path, monkeypatch, capsys
+):
+    """Regression: a film's first frame was there from before, the study ran to its end, and the rest was missed."""
+
+    def toy(folder, targets=(), study=""):
+        command, environment = [sys.executable, "-c", TOY], os.environ | {kill_study_module.MARK: str(folder)}
+        return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
+
+    monkeypatch.setattr(kill_study_module, "start", toy)
+    monkeypatch.setattr(kill_study_module, "half_written", lambda folder: [])
+    (tmp_path / RUN).mkdir(parents=True)
+    (tmp_path / RUN / "frame").write_text("from before")
+    moments = [Moment("03", RUN, file) for file in ("frame", "checkpoint", "absent", "frame", "metrics.csv")]
+    moments.append(Moment("03", RUN, "checkpoint", 2.6))  # too late: the notebook has ended by then
+    kills = kill_study(tmp_path, moments)
+    assert kills["met"].tolist() == [True, True, False, True, True, True]
+    assert (kills["processes"] == [1, 1, 0, 1, 1, 1]).all()
+    assert capsys.readouterr().out.count("is past; the notebook's work is done again") == 4
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -114,7 +174,7 @@ def test_a_file_that_is_cut_or_differs_is_noticed(undisturbed, tmp_path):
             copy = folder / path.relative_to(undisturbed)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
-    assert half_written(folder) == [] and differences(folder, undisturbed) == []
+    assert half_written(folder) == [] and differences(compared(folder, undisturbed)) == []
     cut = [next(folder.rglob(f"*{kind}")) for kind in (".safetensors", ".nii.gz", ".mha", ".npy", ".png", ".svg")]
     cut += [folder / STAGE1 / "regions.csv", folder / RUN / "run.json", *folder.rglob("03_*.ipynb")]
     for path in cut:
@@ -128,7 +188,7 @@ def test_a_file_that_is_cut_or_differs_is_noticed(undisturbed, tmp_path):
     voxels.flat[0] += 1
     np.save(region, voxels)
     (RUN_WITHOUT := folder / RUN / "metrics.csv").unlink()
-    assert differences(folder, undisturbed) == [
+    assert differences(compared(folder, undisturbed)) == [
         f"{RUN_WITHOUT.relative_to(folder)}: is in one of them only",
         f"{region.relative_to(folder)}: differs",
     ]

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from mupkg.metrics import calibration, segmentation_metrics
 from mupkg.scans.cases import Case
 from mupkg.stages import evaluation
-from mupkg.stages.evaluation import evaluate_elsewhere, measure
+from mupkg.stages.evaluation import evaluate_elsewhere, mask_metrics
 from mupkg.stages.inference import Pipeline, load_network, segment
 from mupkg.stages.localization import NotLocated
 
@@ -47,6 +47,7 @@ def test_a_run_is_measured_on_the_scans_own_grid(cohort, regions, copied, bones)
     assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_harder_scans_change_the_metrics_and_nothing_else(cohort, regions, copied, bones):
     plain = evaluation.evaluate_run(copied, cohort, regions)
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
@@ -116,19 +117,20 @@ def test_metrics_are_in_mm_of_the_scan():
     label.SetSpacing((2.0, 3.0, 5.0))
     shifted = sitk.GetImageFromArray(np.roll(voxels, 1, axis=0))
     shifted.CopyInformation(label)
-    found = measure(shifted, Case("a", label, label))
+    found = mask_metrics(shifted, Case("a", label, label))
     assert found["DSC"] == 0.5 and found["HD"] == 5.0
 
 
 # On another cohort
 
 
+@pytest.mark.slow
 def test_on_its_own_cohort_it_is_what_segmenting_gives(cohort, run_folder):
     ids = cohort.ids("test")
     table = evaluate_elsewhere(run_folder, cohort, ids)
     assert table["case_id"].tolist() == ids and table["located"].all()
     case = cohort.case(ids[0])
-    expected = measure(segment(case.image, run_folder), case)
+    expected = mask_metrics(segment(case.image, run_folder), case)
     assert {name: table[name].iloc[0] for name in expected} == pytest.approx(expected, nan_ok=True)
 
 

@@ -42,6 +42,7 @@ def probability_of(voxels):
 # From a scan to a mask
 
 
+@pytest.mark.slow
 def test_a_mask_lies_on_the_scans_own_grid(scan, run_folder):
     mask = segment(scan, run_folder)
     assert same_grid(mask, scan) and mask.GetPixelID() == sitk.sitkUInt8
@@ -178,6 +179,7 @@ def test_a_whole_probability_map_is_an_option(scan, run_folder, monkeypatch, hea
     assert starts == [box, None, None]
 
 
+@pytest.mark.slow
 def test_of_a_4d_scan_the_channel_that_the_run_was_trained_on_is_taken(scan, run_folder, heads, tmp_path):
     """Regression: "choose a channel" was said, where there was none to choose."""
     copied = shutil.copytree(run_folder, tmp_path / "run")

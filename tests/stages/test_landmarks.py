@@ -1,8 +1,5 @@
 """Femoral heads: on phantoms with known centres, on things that are no hips, and on real scans where given."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -11,17 +8,6 @@ from mupkg.data.phantom import make_phantom
 from mupkg.stages.landmarks import FemoralHeads, femoral_heads
 
 COARSE = (4.0, 2.5, 2.5)
-REALDATA = Path(os.environ.get("MUPKG_REALDATA", ""))
-REAL_CT = REALDATA / "ct_totalsegmentator" / "ts_example_image.nii.gz"
-REAL_FEMORA = REALDATA / "ct_totalsegmentator" / "ts_example_femoral_label.nii.gz"
-REAL_MR = REALDATA / "mr_ucla" / "UCLA0001_image.nii.gz"
-real = "MUPKG_REALDATA" in os.environ
-needs_ct = pytest.mark.skipif(
-    not (real and REAL_CT.is_file()), reason="MUPKG_REALDATA does not name a folder with the CT"
-)
-needs_mr = pytest.mark.skipif(
-    not (real and REAL_MR.is_file()), reason="MUPKG_REALDATA does not name a folder with the MR"
-)
 
 
 def errors_mm(heads: FemoralHeads, truth) -> list[float]:
@@ -146,9 +132,11 @@ def test_no_hips_gives_none_and_a_reason(hu):
 
 
 @pytest.fixture(scope="module")
-def real_ct():
+def real_ct(real_scan):
     """The real CT and the deepest point of each femur's label, left first."""
-    image, label = sitk.ReadImage(str(REAL_CT)), sitk.ReadImage(str(REAL_FEMORA)) > 0
+    names = (f"ct_totalsegmentator/ts_example_{name}.nii.gz" for name in ("image", "femoral_label"))
+    image, label = (sitk.ReadImage(real_scan(name)) for name in names)
+    label = label > 0
     femora = sitk.RelabelComponent(sitk.ConnectedComponent(label))
     points = []
     for femur in (1, 2):
@@ -158,7 +146,6 @@ def real_ct():
     return image, sorted(points, reverse=True)
 
 
-@needs_ct
 @pytest.mark.parametrize("turn_deg", [-15, 0, 15])
 @pytest.mark.parametrize(
     "shift_mm, noise_hu", [((0, 0, 0), 0), ((0, 0, 0), 40), ((50, 30, 0), 40), ((-60, -30, 0), 0)]
@@ -168,17 +155,14 @@ def test_real_ct(real_ct, turn_deg, shift_mm, noise_hu):
     assert max(errors_mm(femoral_heads(image), truth)) < 10
 
 
-@needs_ct
 @pytest.mark.parametrize("how", ["flipped", "permuted"])
 def test_real_ct_reoriented(real_ct, how):
     assert max(errors_mm(femoral_heads(reorient(real_ct[0], how)), real_ct[1])) < 10
 
 
-@needs_ct
 def test_real_ct_cut_above_the_heads(real_ct):
     assert is_doubt(femoral_heads(real_ct[0][:, :, 20:]))
 
 
-@needs_mr
-def test_real_mr():
-    assert is_doubt(femoral_heads(sitk.ReadImage(str(REAL_MR))))
+def test_real_mr(real_scan):
+    assert is_doubt(femoral_heads(sitk.ReadImage(real_scan("mr_ucla/UCLA0001_image.nii.gz"))))

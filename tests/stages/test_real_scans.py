@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from mupkg.configurations import build, configuration
 from mupkg.data import Cohort, PatchSource, Preparation
-from mupkg.data.build import source_from_dicom, sources_from_pattern, write_cohort
+from mupkg.data.build import sources_from_pattern, write_cohort
 from mupkg.data.preprocessing import prepare, resample
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import light_unet
@@ -24,18 +23,19 @@ from mupkg.stages.evaluation import evaluate_run
 from mupkg.stages.inference import copy_localizer, load_localizer
 from mupkg.stages.prediction import mean_dice
 
-REAL = Path(os.environ.get("MUPKG_REALDATA") or "missing")
-MR = REAL / "promise12_128"
-UCLA = REAL / "mr_ucla"
-pytestmark = pytest.mark.skipif(not MR.is_dir(), reason="no real scans: MUPKG_REALDATA does not name their folder")
 REGION_MM = (100.0, 100.0, 100.0)
 
 
+def mr_sources(real_scan) -> list[Source]:
+    folder = real_scan("promise12_128")
+    return sources_from_pattern(folder, "{case}_image.nii.gz", "{case}_label.nii.gz", modality="MR")
+
+
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cohort]:
+def chain(real_scan, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cohort]:
     """Both stages trained for a few seconds on four real MR cases."""
+    sources = mr_sources(real_scan)
     folder = tmp_path_factory.mktemp("real")
-    sources = sources_from_pattern(MR, "{case}_image.nii.gz", "{case}_label.nii.gz", modality="MR")
     chosen = [source for source in sources if source.case_id in ("Case13", "Case14", "Case16", "Case21")]
     cohort = write_cohort(
         folder / "cohort", chosen, Preparation(modality="MR", spacing_mm=(3, 2.5, 2.5)), split_seed=0
@@ -97,18 +97,16 @@ def test_predictions_lie_on_the_scans_own_grid_and_segment_repeats_them(chain):
         assert (sitk.GetArrayFromImage(again) == sitk.GetArrayFromImage(prediction)).all()
 
 
-def test_a_dicom_series_is_the_same_scan_as_its_nifti(chain):
-    source = source_from_dicom(UCLA / "dicom" / "T2", modality="MR")[0]
-    case, nifti = source.read(), read_scan(UCLA / "UCLA0001_image.nii.gz")
-    assert case.label is None
-    assert grid_difference(sitk.DICOMOrient(nifti, "LPS"), sitk.DICOMOrient(case.image, "LPS")) is None
-    same = [sitk.GetArrayFromImage(sitk.DICOMOrient(i, "LPS")).astype(float) for i in (nifti, case.image)]
+def test_a_dicom_series_is_the_same_scan_as_its_nifti(real_scan):
+    series, nifti = read_scan(real_scan("mr_ucla/dicom/T2")), read_scan(real_scan("mr_ucla/UCLA0001_image.nii.gz"))
+    assert grid_difference(sitk.DICOMOrient(nifti, "LPS"), sitk.DICOMOrient(series, "LPS")) is None
+    same = [sitk.GetArrayFromImage(sitk.DICOMOrient(i, "LPS")).astype(float) for i in (nifti, series)]
     assert np.array_equal(*same)
 
 
-def test_the_body_outline_keeps_every_real_prostate_whole():
+def test_the_body_outline_keeps_every_real_prostate_whole(real_scan):
     preparation = Preparation(modality="MR", spacing_mm=(3, 2.5, 2.5))
-    for source in sources_from_pattern(MR, "{case}_image.nii.gz", "{case}_label.nii.gz", modality="MR"):
+    for source in mr_sources(real_scan):
         case = source.read()
         kept = np.count_nonzero(sitk.GetArrayFromImage(prepare(case, preparation).label))
         whole = np.count_nonzero(sitk.GetArrayFromImage(resample(case.label, preparation.spacing_mm, label=True)))
