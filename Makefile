@@ -1,5 +1,7 @@
 # make demo    installs, runs the quick study on phantoms from raw scans to tables and figures, says where to look
 # make trial   a question with replicates and a protocol: make trial TRIAL=e1; see notebooks/studies/trials
+# make keep    keeps the finished runs of a study as small tables: make keep STUDY=trials
+# make results writes RESULTS.md and outputs/reference/README.md from the kept tables
 # make claims  recomputes the figures of README.md from outputs/reference
 # make check   lints and runs the tests that are not slow: a minute and a half; what one runs before every commit
 # make test    lints and runs all tests, every notebook among them
@@ -10,7 +12,7 @@
 # make soak    kills a smoke study KILLS times (23) and a smoke trial, and compares them with undisturbed ones
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
-.PHONY: setup study trial reference claims demo demo-pair check test test-real test-environment test-itkwidgets test-nnunet soak lint lab lessons gallery bench clean
+.PHONY: setup study trial keep reference results claims demo demo-pair check test test-real test-environment test-itkwidgets test-nnunet soak lint lab lessons gallery bench clean
 
 PYTHON ?= python3
 CORES ?= 2
@@ -98,13 +100,20 @@ KILLS ?= 23
 soak: setup
 	$(BIN)/python tests/soak/kill_study.py outputs/soak --kills $(KILLS)
 
-# What a trial has measured, kept as small tables under outputs/reference, with a page made from them; and whether
-# that page and README.md still say what the tables say.
+# What a trial has measured, kept as small tables under outputs/reference; then RESULTS.md and the pages anew.
 reference: setup
 	mkdir -p outputs/reference/$(TRIAL)
 	cp outputs/*/report/$(TRIAL)/*.csv outputs/*/report/$(TRIAL)/*.png outputs/reference/$(TRIAL)/
-	cp notebooks/studies/trials/$(TRIAL).yaml outputs/reference/$(TRIAL)/protocol.yaml
-	$(BIN)/python tests/test_claims.py
+	cp $(firstword $(wildcard notebooks/studies/trials/$(TRIAL).yaml notebooks/studies/$(TRIAL).yaml)) outputs/reference/$(TRIAL)/protocol.yaml
+	$(BIN)/python -m mupkg.trials.pages
+
+results: setup
+	$(BIN)/python -m mupkg.trials.pages
+
+# Every finished run of a study as small tables in outputs/reference/runs, to be committed: neither a batch nor
+# notebook 10 trains it again.
+keep: setup
+	$(BIN)/python -m mupkg.trials.kept outputs/$(STUDY)
 
 claims: setup
 	$(BIN)/python -m pytest tests/test_claims.py

@@ -12,6 +12,8 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from mupkg.parameters import DataSettings, EvaluationSettings, VisualizationSettings
+from mupkg.stages.runs import STAGE1
+from mupkg.trials.kept import kept_runs
 from mupkg.trials.protocol import Study
 
 try:
@@ -24,6 +26,9 @@ PREPARE = {"cohort": STUDY.cohort, "size": STUDY.size, "data_folder": STUDY.data
 PREPARE |= {"source_folder": STUDY.source_folder} if STUDY.source_folder else {}
 COMMON = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size, **FOLDERS}
 RUNS = list(STUDY.runs)
+# A trial's runs that are kept as small tables (make keep) are not trained again.
+KEPT = kept_runs(STUDY.study, STUDY.told) if STUDY.trial else {*()}
+TRAINED = [run for run in RUNS if run not in KEPT]
 for place in (folder for name in (DATA, OUT) for folder in (Path(name), *Path(name).parents)):
     if place.exists() and not place.is_dir():
         raise WorkflowError(f"{place}: is a file in a folder's place; move it, or set data_folder or outputs_folder")
@@ -46,7 +51,7 @@ if GPUS > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
 
 
 # Where the runs' own parameters name a stage 1 (one a fold), it is theirs; else the study has one.
-STAGE1 = {run: told.get("stage1", "stage1") for run, told in STUDY.runs.items()}
+STAGE1_OF = {run: told.get("stage1", STAGE1) for run, told in STUDY.runs.items()}
 FOLDS = {told["stage1"]: {"replicate": told["replicate"]} for told in STUDY.runs.values() if "stage1" in told}
 
 
@@ -58,7 +63,7 @@ if STUDY.trial and STUDY.trial.by_parameter:
 wildcard_constraints:
     trial_notebook="|".join(TRIAL_NOTEBOOKS),
     run=r"[^/]+-seed\d+",
-    stage1=r"stage1(-replicate\d+)?",
+    stage1=STAGE1 + r"(-replicate\d+)?",
 
 
 rule all:
@@ -122,8 +127,8 @@ rule stage1:
 rule stage2:
     input:
         "notebooks/03_stage2_training.ipynb",
-        lambda w: f"{OUT}/{STAGE1[w.run]}/regions.csv",
-        lambda w: f"{OUT}/{STAGE1[w.run]}/fingerprint.json",
+        lambda w: f"{OUT}/{STAGE1_OF[w.run]}/regions.csv",
+        lambda w: f"{OUT}/{STAGE1_OF[w.run]}/fingerprint.json",
     output:
         OUT + "/{run}/metrics.csv",
         notebook=OUT + "/{run}/03_stage2_training.ipynb",
@@ -139,7 +144,7 @@ rule stage2:
 rule analyse_trial:
     input:
         "notebooks/{trial_notebook}.ipynb",
-        expand(OUT + "/{run}/metrics.csv", run=RUNS),
+        expand(OUT + "/{run}/metrics.csv", run=TRAINED),
     output:
         notebook=f"{OUT}/report/{STUDY.trial.name if STUDY.trial else '-'}/" + "{trial_notebook}.ipynb",
     params:
@@ -208,7 +213,7 @@ def first_test_scan(wildcards, input):
 rule segment_a_patient:
     input:
         "notebooks/09_segment_a_patient.ipynb",
-        f"{OUT}/stage1/regions.csv",
+        f"{OUT}/{STAGE1}/regions.csv",
         f"{OUT}/{RUNS[-1]}/metrics.csv",
     output:
         notebook=f"{OUT}/report/09_segment_a_patient.ipynb",

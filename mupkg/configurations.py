@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from mupkg.losses import BoundaryTaskLoss, DrawnCrossEntropy, InfoNCELoss, SegmentationMetricLoss, VoxelMetricLoss
+from mupkg.losses import (
+    MARGIN,
+    BoundaryTaskLoss,
+    DrawnCrossEntropy,
+    InfoNCELoss,
+    SegmentationMetricLoss,
+    VoxelMetricLoss,
+)
 from mupkg.models import BACKBONES
-from mupkg.samplers import SAMPLERS, whole_number
+from mupkg.samplers import SAMPLERS, Sampler, whole_number
 
 TABLE_II = (
     *("UNet", "UNet++", "MetricUNet-R-Sep", "MetricUNet-R", "MetricUNet-H", "MetricUNet++-H", "MetricUNet-C"),
@@ -77,7 +85,7 @@ def build(
     anchors: int = 20,
     pairs: int = 1,
     threshold: float = 0.1,
-    margin: float = 0.7,
+    margin: float = MARGIN,
     weight: float = 0.01,
     pair_weight: float = 0.1,
     pair_distance: float = 0.01,
@@ -110,11 +118,7 @@ def build(
     sizes = {name: whole_number(name, value) for name, value in (sizes | {"num_classes": num_classes}).items()}
     # All samplers and losses are built for every configuration, because they check the options.
     options = {"anchors": anchors, "pairs": pairs, "threshold": threshold}
-    options["near_negatives"] = configuration.near_negatives
-    samplers = {
-        letter: sampler(**{name: options[name] for name in options.keys() & signature(sampler).parameters.keys()})
-        for letter, sampler in SAMPLERS.items()
-    }
+    samplers = _samplers(options | {"near_negatives": configuration.near_negatives})
     metric_loss = VoxelMetricLoss(margin, pair_weight, pair_distance, normalize, hinge)
     if not configuration.positive_pair:
         metric_loss.pair_weight = 0.0
@@ -125,15 +129,23 @@ def build(
         metric_loss = DrawnCrossEntropy()
     chosen = [samplers[letter] for letter in configuration.samplers]
     loss = SegmentationMetricLoss(chosen, metric_loss, weight, shuffled=control == "shuffled", dice=dice)
-    if configuration.separate:
-        sizes["separate"] = True
-    if configuration.backbone == "VNet":
+    sizes |= {"separate": True} if configuration.separate else {}
+    return BACKBONES[configuration.backbone].network(**sizes), _own_loss(configuration.backbone, dice) or loss
+
+
+def _samplers(options: Mapping[str, Any]) -> dict[str, Sampler]:
+    """Every sampler with those of the options that it has."""
+    own = {letter: options.keys() & signature(sampler).parameters.keys() for letter, sampler in SAMPLERS.items()}
+    return {letter: SAMPLERS[letter](**{name: options[name] for name in names}) for letter, names in own.items()}
+
+
+def _own_loss(backbone: str, dice: bool) -> SegmentationMetricLoss | None:
+    """The loss of a backbone that has one of its own."""
+    if backbone == "VNet":
         if dice:
             raise ValueError("VNet: dice would do nothing, because the Dice loss is its only loss; leave it out")
-        loss = SegmentationMetricLoss(dice_alone=True)
-    elif configuration.backbone == "BoundaryFCN":
-        loss = BoundaryTaskLoss(weight=1.0, dice=dice)
-    return BACKBONES[configuration.backbone].network(**sizes), loss
+        return SegmentationMetricLoss(dice_alone=True)
+    return BoundaryTaskLoss(weight=1.0, dice=dice) if backbone == "BoundaryFCN" else None
 
 
 def _refuse_idle(chosen: Configuration, control: str | None, infonce: float | None, hinge: bool, normalize: bool):

@@ -18,6 +18,7 @@ from mupkg.models import SegmentationOutput
 from mupkg.samplers import Labels, Sampler, VoxelTuples, contour, real_number, shuffle_roles, switch
 
 IGNORED = -100  # the label of voxels that neither cross-entropy nor the samplers look at
+MARGIN = 0.7  # sigma
 Vectors = Float[Tensor, "t e"]  # gathered embeddings, a row a tuple
 Valid = Bool[Tensor, " t"]  # the tuples that count
 Scalar = Float[Tensor, ""]
@@ -72,7 +73,7 @@ class VoxelMetricLoss(TupleLoss):
 
     def __init__(
         self,
-        margin: float = 0.7,
+        margin: float = MARGIN,
         pair_weight: float = 0.0,
         pair_distance: float = 0.01,
         normalize: bool = False,

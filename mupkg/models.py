@@ -21,7 +21,7 @@ MULTIPLE = 2**POOLINGS  # heights and widths must be multiples of this
 VNET_MULTIPLE = 16  # VNet's four poolings: depths, heights and widths of its blocks
 LAST_BLOCK_REACH = 2  # voxels that the last block's two 3 x 3 convolutions look beyond their own
 
-Window = tuple[slice, slice]  # rows and columns; starts and stops are even
+Crop = tuple[slice, slice]  # rows and columns; starts and stops are even
 
 
 class SegmentationOutput(NamedTuple):
@@ -46,7 +46,7 @@ def double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 def merged(
-    up: nn.Module, merge: nn.Module, below: Tensor, skips: Sequence[Tensor], window: Window | None = None
+    up: nn.Module, merge: nn.Module, below: Tensor, skips: Sequence[Tensor], window: Crop | None = None
 ) -> Tensor:
     """A decoder's block: `below` up-sampled, behind it the skips, and their convolutions.
 
@@ -99,7 +99,7 @@ class SegmentationNetwork(nn.Module):
         self.add_decoder(widths, embedding_dim)
         self.separate = separate
 
-    def forward(self, images: Float[Tensor, "n c h w"], window: Window | None = None) -> SegmentationOutput:
+    def forward(self, images: Float[Tensor, "n c h w"], window: Crop | None = None) -> SegmentationOutput:
         """Logits and embeddings on the images' grid, or of a window of it. ValueError: H or W is no multiple of 8."""
         height, width = images.shape[-2:]
         if height % MULTIPLE or width % MULTIPLE:
@@ -115,7 +115,7 @@ class UNet(SegmentationNetwork):
     def add_decoder(self, widths: list[int], embedding_dim: int) -> None:
         self.up, self.merge = _decoder(widths, embedding_dim)
 
-    def embed(self, images: Float[Tensor, "n c h w"], window: Window | None) -> Float[Tensor, "n e *window"]:
+    def embed(self, images: Float[Tensor, "n c h w"], window: Crop | None) -> Float[Tensor, "n e *window"]:
         """Voxel embeddings: the output of the last up-sampling block, after its last ReLU."""
         return _decoded(self.up, self.merge, self.encode(images), window)
 
@@ -137,7 +137,7 @@ def _decoder(widths: list[int], embedding_dim: int) -> tuple[nn.ModuleList, nn.M
 
 
 def _decoded(
-    ups: nn.ModuleList, merges: nn.ModuleList, encoded: Sequence[Tensor], window: Window | None
+    ups: nn.ModuleList, merges: nn.ModuleList, encoded: Sequence[Tensor], window: Crop | None
 ) -> Float[Tensor, "n e *window"]:
     *skips, features = encoded
     for level, (up, merge) in enumerate(zip(ups, merges, strict=True), start=1):
@@ -164,7 +164,7 @@ class BoundaryFCN(UNet):
         self.distance = nn.Conv2d(embedding_dim, 1, 1)
         self.head[0] = conv_bn_relu(2 * embedding_dim + 1, embedding_dim, kernel=1)
 
-    def embed(self, images: Float[Tensor, "n c h w"], window: Window | None) -> Float[Tensor, "n e *window"]:
+    def embed(self, images: Float[Tensor, "n c h w"], window: Crop | None) -> Float[Tensor, "n e *window"]:
         """The features of both decoders, and the map of the distance."""
         encoded = self.encode(images)
         features = _decoded(self.up, self.merge, encoded, window)
@@ -187,7 +187,7 @@ class UNetPlusPlus(SegmentationNetwork):
                 self.up[f"{level}_{column}"] = nn.ConvTranspose2d(widths[level + 1], out, 2, stride=2)
                 self.merge[f"{level}_{column}"] = double_conv(out + column * widths[level], out)
 
-    def embed(self, images: Float[Tensor, "n c h w"], window: Window | None) -> Float[Tensor, "n e *window"]:
+    def embed(self, images: Float[Tensor, "n c h w"], window: Crop | None) -> Float[Tensor, "n e *window"]:
         """Voxel embeddings: the last node of the full-resolution level."""
         rows = [[self.down[0](images)]]  # rows[level] holds the nodes of a level, column by column
         for block in self.down[1:]:

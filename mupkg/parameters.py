@@ -47,9 +47,9 @@ from mupkg.data.build import (
     sources_from_table,
     sources_of_replicates,
 )
-from mupkg.data.preprocessing import Grid, Preparation, Window
+from mupkg.data.preprocessing import CT_WINDOW, Grid, HuRange, Preparation
 from mupkg.models import BACKBONES, MULTIPLE, VNET_MULTIPLE, Backbone
-from mupkg.stages.runs import MOST, Shift
+from mupkg.stages.runs import MAX_CHANNELS, STAGE1, Shift, run_name
 
 Size = Literal["smoke", "quick", "paper"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -259,6 +259,7 @@ class Tag(Enum):
     NETWORK = "says which network is trained, and on what"
     TRAINING = "reaches the weights, at least their last digits"
     SPEED = "reaches the speed, and at most the weights' last digits"
+    LOOP = "is an argument of `stages.training.train`"
     METRIC = "reaches networks with samplers only"
     BLOCKS = "reaches 3D networks only"
 
@@ -297,13 +298,14 @@ class CohortSettings(SizedSettings):
     source_folder: AnyPath | None = None
     modality: Literal["CT", "MR"] = "CT"
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = OF_SIZE
-    window_hu: Window = (-160.0, 240.0)
+    window_hu: HuRange = CT_WINDOW
     image_pattern: Pattern = "{case}_image.nii.gz"
     label_pattern: Pattern = "{case}_label.nii.gz"
     label_values: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     channel: Annotated[int, Field(ge=0)] | None = None
     roi: RoiName | Annotated[tuple[RoiName, ...], Field(min_length=1)] = "Prostate"
     hash_patients: bool = False
+    fill_gaps: bool = False
     phantoms: Annotated[int, Field(ge=3, le=100_000)] = OF_SIZE
     replicates: Annotated[int, Field(ge=1, le=1000)] | None = None
     test_phantoms: Annotated[int, Field(ge=1, le=100_000)] = 100
@@ -326,6 +328,8 @@ class CohortSettings(SizedSettings):
             raise ValueError(
                 f"hash_patients is for DICOM; of source {self.source!r} the names of files and patients stay"
             )
+        if self.fill_gaps and self.source != "dicom_rt":
+            raise ValueError(f"fill_gaps is for contours, source 'dicom_rt'; source {self.source!r} has none")
         modality = {"phantoms": "CT", "promise12": "MR", "decathlon": "MR"}.get(self.source, self.modality)
         if self.modality != modality:
             raise ValueError(f"source {self.source!r} is {modality}; set modality to {modality!r}")
@@ -366,8 +370,8 @@ class CohortSettings(SizedSettings):
             case "decathlon":
                 return sources_from_decathlon(folder, **{k: v for k, v in options.items() if v is not None})
             case "dicom_rt":
-                options = {"modality": self.modality, "hash_patients": self.hash_patients}
-                return sources_from_dicom_rt(folder, self.roi, **options)
+                options = {"hash_patients": self.hash_patients, "fill_gaps": self.fill_gaps}
+                return sources_from_dicom_rt(folder, self.roi, modality=self.modality, **options)
         return source_from_dicom(folder, modality=self.modality)
 
     @property
@@ -396,7 +400,7 @@ class StudySettings(Settings):
 
     @property
     def stage1_path(self) -> Path:
-        return self.study_path / getattr(self, "stage1", "stage1")  # a training may have one of its own
+        return self.study_path / getattr(self, "stage1", STAGE1)  # a training may have one of its own
 
     @property
     def report_path(self) -> Path:
@@ -406,14 +410,14 @@ class StudySettings(Settings):
 class TrainingSettings(SizedSettings, StudySettings):
     """What both trainings are told."""
 
-    seed: Annotated[Seed, Tag.NAME, Tag.TRAINING] = 0
+    seed: Annotated[Seed, Tag.NAME, Tag.TRAINING, Tag.LOOP] = 0
     replicate: Annotated[Annotated[int, Field(ge=0)] | None, Tag.NAME] = None
-    stage1: Annotated[FolderName, Tag.NAME] = "stage1"
-    steps: Annotated[Steps, Tag.TRAINING] = OF_SIZE
+    stage1: Annotated[FolderName, Tag.NAME] = STAGE1
+    steps: Annotated[Steps, Tag.TRAINING, Tag.LOOP] = OF_SIZE
     batch_size: Annotated[BatchSize, Tag.TRAINING] = OF_SIZE
     patch_size: Annotated[PatchSize, Tag.TRAINING] = OF_SIZE
-    learning_rate: Annotated[PositiveFloat, Tag.TRAINING] = OF_SIZE
-    precision: Annotated[Literal["no", "bf16", "fp16"], Tag.TRAINING] = "no"
+    learning_rate: Annotated[PositiveFloat, Tag.TRAINING, Tag.LOOP] = OF_SIZE
+    precision: Annotated[Literal["no", "bf16", "fp16"], Tag.TRAINING, Tag.LOOP] = "no"
 
     @model_validator(mode="after")
     def _enough_to_normalise(self) -> Self:
@@ -427,6 +431,11 @@ class TrainingSettings(SizedSettings, StudySettings):
         network, training = (self._of(tag) for tag in (Tag.NETWORK, Tag.TRAINING))
         return network | {"training": training} | data
 
+    @property
+    def optimization(self) -> dict[str, Any]:
+        """What `train` is told of these settings."""
+        return self._of(Tag.LOOP)
+
     def _of(self, tag: Tag) -> dict[str, Any]:
         return self.model_dump(mode="json", include=tagged(type(self), tag))
 
@@ -435,7 +444,7 @@ class Stage1Settings(TrainingSettings, Grid):
     """Notebook 02: the localizer and the region."""
 
     stage: ClassVar[str] = "stage1"
-    filters: Annotated[PositiveInt, Field(le=MOST["filters"]), Tag.NETWORK] = OF_SIZE
+    filters: Annotated[PositiveInt, Field(le=MAX_CHANNELS["filters"]), Tag.NETWORK] = OF_SIZE
 
     def made_by(self, **data: Any) -> dict[str, Any]:
         """The same, with the voxel size and the region."""
@@ -481,16 +490,16 @@ class Stage2Settings(MetricOptions, TrainingSettings):
     arm: Annotated[FolderName | None, Tag.NAME] = None
     training_cases: PositiveInt | None = None
     label_noise_mm: Annotated[float, Field(ge=0, le=20)] = 0.0
-    base_filters: Annotated[PositiveInt, Field(le=MOST["base_filters"]), Tag.NETWORK] = OF_SIZE
-    embedding_dim: Annotated[PositiveInt, Field(le=MOST["embedding_dim"]), Tag.NETWORK] = OF_SIZE
-    validate_every: Annotated[PositiveInt, Tag.TRAINING] = OF_SIZE
-    choose_from: Annotated[float, Field(ge=0, le=1), Tag.TRAINING] = OF_SIZE
-    momentum: Annotated[float, Field(ge=0, lt=1), Tag.TRAINING] = 0.9
-    weight_decay: Annotated[NonNegativeFloat, Tag.TRAINING] = 1e-4
-    channels_last: Annotated[bool, Tag.TRAINING, Tag.SPEED] = True
-    compile: Annotated[bool, Tag.TRAINING, Tag.SPEED] = False
+    base_filters: Annotated[PositiveInt, Field(le=MAX_CHANNELS["base_filters"]), Tag.NETWORK] = OF_SIZE
+    embedding_dim: Annotated[PositiveInt, Field(le=MAX_CHANNELS["embedding_dim"]), Tag.NETWORK] = OF_SIZE
+    validate_every: Annotated[PositiveInt, Tag.TRAINING, Tag.LOOP] = OF_SIZE
+    choose_from: Annotated[float, Field(ge=0, le=1), Tag.TRAINING, Tag.LOOP] = OF_SIZE
+    momentum: Annotated[float, Field(ge=0, lt=1), Tag.TRAINING, Tag.LOOP] = 0.9
+    weight_decay: Annotated[NonNegativeFloat, Tag.TRAINING, Tag.LOOP] = 1e-4
+    channels_last: Annotated[bool, Tag.TRAINING, Tag.SPEED, Tag.LOOP] = True
+    compile: Annotated[bool, Tag.TRAINING, Tag.SPEED, Tag.LOOP] = False
     deterministic: Annotated[bool, Tag.TRAINING, Tag.SPEED] = False
-    workers: Annotated[int, Field(ge=0, le=64), Tag.SPEED] = 0
+    workers: Annotated[int, Field(ge=0, le=64), Tag.SPEED, Tag.LOOP] = 0
     depth: Annotated[int, Field(ge=VNET_MULTIPLE, le=1024, multiple_of=VNET_MULTIPLE), Tag.BLOCKS] = OF_SIZE
     film: Annotated[bool, Tag.SPEED] = False
     test_last: Annotated[bool, Tag.SPEED] = False
@@ -522,7 +531,7 @@ class Stage2Settings(MetricOptions, TrainingSettings):
 
     @property
     def run_path(self) -> Path:
-        return self.study_path / f"{self.arm or self.configuration}-seed{self.seed}"
+        return self.study_path / run_name(self.arm or self.configuration, self.seed)
 
     @property
     def patches(self) -> dict[str, Any]:
@@ -578,7 +587,7 @@ class NnunetSettings(SizedSettings, StudySettings):
     epochs: Annotated[PositiveInt, Field(le=10**5)] = OF_SIZE
     iterations: Annotated[PositiveInt, Field(le=10**5)] = OF_SIZE
     batch: BatchSize | None = OF_SIZE
-    width: Annotated[PositiveInt, Field(le=MOST["base_filters"])] | None = OF_SIZE
+    width: Annotated[PositiveInt, Field(le=MAX_CHANNELS["base_filters"])] | None = OF_SIZE
 
     @property
     def nnunet_path(self) -> Path:

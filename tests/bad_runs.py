@@ -119,7 +119,7 @@ def on_prepared(spoil: Callable[[Path], object], name: str) -> Callable[[Path], 
         folder = study.parent / "phantoms"
         (path,) = folder.glob(name)
         spoil(path)
-        cohort = Cohort.read(folder, check_voxels=False)
+        cohort = Cohort.read(folder)
         return lambda: [cohort.preparation, cohort.prepared("phantom-0000")]
 
     return spoiled

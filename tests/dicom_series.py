@@ -12,7 +12,8 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, 
 
 ROOT = "1.2.826.0.1.3680043.8.498."  # of pydicom's own UIDs
 
-Contour = tuple[str, np.ndarray]  # its geometric type, and its points (n, 3) in mm
+Contour = tuple[str | None, np.ndarray] | tuple[str | None, np.ndarray, dict[str, object]]
+# its geometric type (None leaves it out), its points (n, 3) in mm, and further fields
 
 
 def item(**values: object) -> Dataset:
@@ -90,9 +91,13 @@ def write_structures(
     series: str = f"{ROOT}1",
     frame: str = f"{ROOT}9",
     kind: str = CTImageStorage,
+    numbers: Iterable[int] | None = None,
+    decimals: int = 3,
+    **tags: object,
 ) -> Path:
-    """A structure set with just what readers need: ROIs by name, each with its contours."""
+    """A structure set with just what readers need: ROIs by name, each with its contours; and further fields."""
     rois = list(rois.items() if isinstance(rois, Mapping) else rois)
+    numbers = list(range(len(rois)) if numbers is None else numbers)
     image = item(ReferencedSOPClassUID=kind, ReferencedSOPInstanceUID=f"{series}.1")
     referred = item(SeriesInstanceUID=series, ContourImageSequence=[image])
     study = item(RTReferencedSeriesSequence=[referred])
@@ -105,22 +110,27 @@ def write_structures(
         ReferencedFrameOfReferenceSequence=[item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[study])],
         StructureSetROISequence=[
             item(ROINumber=number, ROIName=name, ReferencedFrameOfReferenceUID=frame)
-            for number, (name, _) in enumerate(rois)
+            for number, (name, _) in zip(numbers, rois, strict=True)
         ],
         ROIContourSequence=[
             item(
                 ReferencedROINumber=number,
                 ContourSequence=[
                     item(
-                        ContourGeometricType=kind,
-                        NumberOfContourPoints=len(points),
-                        ContourData=[f"{value:.3f}" for value in np.ravel(points)],
+                        **({} if kind is None else {"ContourGeometricType": kind}),
+                        **{
+                            "NumberOfContourPoints": len(points),
+                            "ContourData": [f"{value:.{decimals}f}" for value in np.ravel(points)],
+                        }
+                        | (more[0] if more else {}),
                     )
-                    for kind, points in contours
+                    for kind, points, *more in contours
                 ],
             )
-            for number, (_, contours) in enumerate(rois)
+            for number, (_, contours) in zip(numbers, rois, strict=True)
         ],
         RTROIObservationsSequence=[],
     )
+    for keyword, value in tags.items():
+        setattr(structures, keyword, value) if value is not None else delattr(structures, keyword)
     return save(structures, path)

@@ -51,6 +51,7 @@ WRONG = {  # of every parameter of every notebook: a wrong type and a value out 
         "channel": ("T2", -1),
         "roi": (7, ""),
         "hash_patients": ("perhaps", 2),
+        "fill_gaps": ("perhaps", 2),
         "phantoms": ("many", 10**9),
         "replicates": ("many", 0),
         "test_phantoms": ("many", 0),

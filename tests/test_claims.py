@@ -1,259 +1,164 @@
-"""Every figure of a trial that README.md and outputs/reference/README.md state follows from tables: `make claims`.
+"""Every figure of a trial that README, RESULTS and METHOD state follows from kept tables: `make claims`.
 
-`python tests/test_claims.py` writes outputs/reference/README.md anew, from the tables alone; README.md quotes it.
+`make results` writes RESULTS.md and outputs/reference anew, from each trial's cases.csv alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 
 from mupkg.report import results
-from mupkg.trials import statistics
-from mupkg.trials.protocol import Study, Trial
+from mupkg.stages.runs import PLATEAU_DSC
+from mupkg.trials import pages, statistics
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = ROOT / "outputs" / "reference"
-PAGE = REFERENCE / "README.md"
-LEAST = 0.75  # of validation DSC; a run that reaches it has left the plateau
-TRIALS = sorted(path.parent.name for path in REFERENCE.glob("*/cases.csv"))
-DECIMALS = {"DSC": 3, "DSC_all": 3, "ASD": 2, "HD95": 2, "surface_DSC_2mm": 3, "Brier": 4, "ECE": 4}
-TITLES = {"DSC_all": "DSC, all", "ASD": "ASD mm", "HD95": "HD95 mm", "surface_DSC_2mm": "surface DSC, 2 mm"}
-OF_NNUNET = ["DSC", "DSC_all", "ASD", "HD95"]
-OUTCOMES = (*DECIMALS, "validation_area")
-
-ABOUT = """# What the trials measured
-
-Generated from the tables in these folders by `python tests/test_claims.py`; `make claims` fails where it no longer
-holds. README.md, "Answers", says what follows. Nothing here is measured on patients, except where it says MR.
-
-A row of a table of arms is the mean ± standard deviation over replicates of the mean over test cases. DSC and mm are
-measured with the largest component, "all" without. A collapsed run finds no prostate. An answer gives the verdict,
-the mean difference, its 95 % interval over cases and replicates, and p after Holm over the contrasts of the protocol.
-"""
+TRIALS = pages.finished_trials()
 
 
-@cache
-def cases(name: str, shift: str = "") -> pd.DataFrame:
-    return pd.read_csv(REFERENCE / name / f"cases{shift}.csv", dtype={"case_id": str})
+def unwrapped(path: str) -> str:
+    return " ".join((ROOT / path).read_text(encoding="utf-8").split())
 
 
-def protocol_text(name: str) -> str:
-    return (REFERENCE / name / "protocol.yaml").read_text(encoding="utf-8")
+# The pages and the tables they are made of
 
 
-@cache
-def protocol(name: str) -> Trial:
-    return Study.checked(yaml.safe_load(protocol_text(name))).trial
-
-
-def measured(name: str) -> list[str]:
-    """The outcomes that every run of a trial has."""
-    found = cases(name).groupby(["configuration", "seed"]).count().gt(0).all()
-    return [outcome for outcome in OUTCOMES if found.get(outcome, False)]
-
-
-def arms(name: str) -> Iterator[str]:
-    """A row of a table for each arm: means over cases, mean ± std over replicates, and how many collapsed."""
-    fallen = results.mostly_empty_on_test(cases(name))["configuration"].value_counts()
-    for arm, rows in cases(name).groupby("configuration", sort=False):
-        by_replicate = rows.groupby(results.trainings(rows))[[n for n in measured(name) if n in DECIMALS]].mean()
-        with np.errstate(invalid="ignore"):  # inf - inf
-            mean, std = by_replicate.mean(), by_replicate.std()
-        cells = [f"{mean[n]:.{k}f} ± {std[n]:.{k}f}" if np.isfinite(mean[n]) else "infinite" for n, k in of(mean)]
-        yield f"| {arm} | {' | '.join(cells)} | {fallen.get(arm, 0)} of {len(by_replicate)} |"
-
-
-def of(mean: pd.Series) -> Iterator[tuple[str, int]]:
-    return ((outcome, DECIMALS[outcome]) for outcome in mean.index)
-
-
-def judged(name: str, shift: str = "") -> pd.DataFrame:
-    """The arms, and the levels of the trial's factors if it has any."""
-    return statistics.with_main_effects(cases(name, shift), protocol(name).levels)
-
-
-def compared(name: str, outcomes: list[str], shift: str = "") -> pd.DataFrame:
-    trial = protocol(name)
-    named = [(*pair, trial.primary) for pair in trial.pairs] if trial.primary in outcomes and not shift else []
-    margins = {trial.primary: trial.margin, f"{trial.primary}_all": trial.margin}
-    return statistics.contrasts(judged(name, shift), trial.pairs, outcomes, margins=margins, named=named)
-
-
-def answers(name: str) -> Iterator[str]:
-    """The trial's answer to each contrast of its protocol, on its primary outcome."""
-    yield from compared(name, [protocol(name).primary])["answer"]
-
-
-def others(name: str) -> Iterator[str]:
-    """On the other outcomes."""
-    if outcomes := [outcome for outcome in measured(name) if outcome != protocol(name).primary]:
-        yield from compared(name, outcomes)["answer"]
-
-
-def shifted(name: str) -> Iterator[str]:
-    """The primary outcome on harder scans."""
-    for path in sorted(REFERENCE.glob(f"{name}/cases_*.csv")):
-        shift = path.stem.removeprefix("cases")
-        for answer in compared(name, [protocol(name).primary], shift)["answer"]:
-            yield f"{shift.removeprefix('_')}: {answer}"
-
-
-def single_seeds(name: str) -> Iterator[str]:
-    """What a study with one seed would have reported of each contrast."""
-    trial = protocol(name)
-    for arm, against in trial.pairs:
-        d = statistics.differences(judged(name), arm, against, trial.primary)
-        p, means = statistics.papers_t_test(d), d.mean()
-        better, worse = ((p < 0.05) & (means > 0)).sum(), ((p < 0.05) & (means < 0)).sum()
-        yield (
-            f"{arm} against {against}: p < .05 in {better + worse} of {len(p)} replicates, {better} times better and "
-            f"{worse} times worse; differences from {means.min():+.3f} to {means.max():+.3f}, "
-            f"standard deviation {means.std():.3f}"
-        )
-
-
-def mixed(name: str) -> Iterator[str]:
-    """Of a factorial trial: the interactions that each effect may be instead."""
-    yield from (f"{factor}: {others}" for factor, others in statistics.aliases(protocol(name).levels).items())
-
-
-def trained(name: str) -> Iterator[str]:
-    """How many runs of each arm have left the plateau, and how good these are."""
-    histories, tested = pd.read_csv(REFERENCE / name / "validations.csv"), cases(name)
-    if "fold" in tested:  # k folds are k replicates
-        tested = tested.assign(seed=tested["seed"] * tested["fold"].nunique() + tested["fold"])
-    best = histories.groupby(["configuration", "replicate"], sort=False)["validation_dsc"].max()
-    test = tested.groupby(["configuration", "seed"])["DSC"].mean()
-    for arm, values in best.groupby("configuration", sort=False):
-        left = values[values > LEAST]
-        dsc = test.loc[left.index]
-        yield f"| {arm} | {len(left)} of {len(values)} | {dsc.mean():.3f} ± {dsc.std():.3f} |"
-
-
-def section(name: str) -> Iterator[str]:
-    """What a trial asked, as its protocol says, and everything that its tables answer."""
-    comment = [line.removeprefix("#").strip() for line in protocol_text(name).split("\n\n")[0].splitlines()]
-    comment = comment[: next(n for n, line in enumerate([*comment, "study:"]) if line.startswith(("make", "study:")))]
-    yield f"## {name}\n\n" + "\n".join(f"> {line}" for line in comment)
-    columns = [TITLES.get(n, n) for n in measured(name) if n in DECIMALS]
-    yield table(["arm", *columns, "collapsed"], arms(name))
-    for title, lines in {
-        "The answer": answers(name),
-        "Each effect is mixed with interactions": mixed(name),
-        "On other outcomes": others(name),
-        "On harder scans": shifted(name),
-        "What one seed would have told, by the paper's test over cases": single_seeds(name),
-    }.items():
-        if points := "\n".join(f"* {line}" for line in lines):
-            yield f"**{title}**\n\n{points}"
-    yield table(["arm", f"best validation DSC above {LEAST}", "their test DSC"], trained(name))
-    yield from (f"![]({path.relative_to(REFERENCE).as_posix()})" for path in sorted((REFERENCE / name).glob("*.png")))
-
-
-def nnunet() -> Iterator[str]:
-    """nnU-Net without and with the branch, and ours of that replicate: mean ± std over the cases of a training."""
-    found = pd.read_csv(REFERENCE / "nnunet" / "per_case.csv", dtype={"case_id": str})
-    ours = cases("e1").query("seed == 1")
-    assert set(ours["case_id"]) == set(found["case_id"])
-    for name, rows in pd.concat([found, ours]).groupby("configuration", sort=False):
-        with np.errstate(invalid="ignore"):  # inf - inf
-            mean, std = (rows[OF_NNUNET].agg(how) for how in ("mean", "std"))
-        cells = [f"{mean[n]:.{k}f} ± {std[n]:.{k}f}" if np.isfinite(mean[n]) else "infinite" for n, k in of(mean)]
-        yield f"| {name} | {' | '.join(cells)} | {len(rows)} |"
-
-
-def nnunets_section() -> Iterator[str]:
-    yield "## nnunet\n\n" + (REFERENCE / "nnunet" / "protocol.md").read_text(encoding="utf-8").strip()
-    yield table(["run", *(TITLES.get(n, n) for n in OF_NNUNET), "cases"], nnunet())
-
-
-def table(columns: list[str], rows: Iterator[str]) -> str:
-    return "\n".join([f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|", *rows])
-
-
-@cache
-def page() -> str:
-    parts = [part for name in TRIALS for part in section(name)]
-    return "\n\n".join([ABOUT.strip(), *parts, *nnunets_section()]) + "\n"
-
-
-def unwrapped(text: str) -> str:
-    return " ".join(text.split())
-
-
-TOLD = unwrapped((ROOT / "README.md").read_text(encoding="utf-8").split("## Answers")[1].split("**PROMISE12")[0])
-ROWS = [line for line in page().splitlines() if line.startswith("| ") and "±" in line]
-FIGURE = "|".join(
-    [
-        r"[+-]\d+\.\d+ \[[^]]+\]",
-        r"p < \.05 in \d+ of \d+ replicates, \d+ times better and \d+ times worse",
-        r"differences from [+-]\d\.\d+ to [+-]\d\.\d+, standard deviation \d\.\d+",
-        r"p = [\de.-]+\d",
-        r"\d+\.\d+ ± \d+\.\d+",
-    ]
-)
-
-
-def stated(text: str = TOLD) -> list[str]:
-    """Every figure of a trial in README.md's answers: intervals, counts and spreads, and means with their ±."""
-    return re.findall(FIGURE, text)
-
-
-def test_the_page_is_what_the_tables_say():
-    assert PAGE.read_text(encoding="utf-8") == page(), "run `python tests/test_claims.py`, then see README.md"
-
-
-def beginnings(text: str, mark: str) -> set[str]:
-    parts = text.split(mark)
-    return {mark.join(parts[:n]) for n in range(1, len(parts) + 1)}
-
-
-@cache
-def founded() -> list[str]:
-    """Every sentence and row of the page, and every beginning of one; the longest first."""
-    claimed = {told for name in TRIALS for claim in (answers, others, shifted, single_seeds) for told in claim(name)}
-    sentences = {part for told in claimed for part in beginnings(told, "; ")}
-    sentences |= {told.partition("; ")[2] for name in TRIALS for told in single_seeds(name)}  # the differences alone
-    rows = {part + " |" for row in ROWS for part in beginnings(row.removesuffix(" |"), " | ") if "±" in part}
-    paper = results.published(4)
-    printed = {f"{mean:.2f} ± {std:.2f} mm" for mean, std in zip(paper["HD95_mean"], paper["HD95_std"], strict=True)}
-    return sorted(sentences | rows | printed, key=len, reverse=True)
-
-
-def unfounded(text: str) -> list[str]:
-    """The figures of a text that stand in no sentence and no row of the page, nor in the beginning of one."""
-    for told in founded():
-        text = text.replace(told, "")
-    return stated(text)
-
-
-def test_the_readme_says_what_the_tables_say():
-    assert len(stated()) > 15 and unfounded(TOLD) == []
+@pytest.mark.parametrize(("path", "made"), [(pages.PAGE, pages.reference_page), (pages.RESULTS, pages.results_page)])
+def test_the_page_is_what_the_tables_say(path, made):
+    assert path.read_text(encoding="utf-8") == made(), "run `make results`"
 
 
 @pytest.mark.parametrize("name", TRIALS)
-def test_the_readme_answers_every_trial(name):
-    assert any(answer.split(";")[0] in TOLD for answer in answers(name))
+def test_every_shipped_table_is_what_the_cases_give(name):
+    derived = pages.derived_tables(name)
+    shipped = {path.stem for path in (pages.REFERENCE / name).glob("*.csv")}
+    assert {*derived} <= shipped
+    for table, expected in derived.items():
+        made, kept = as_read(StringIO(expected.to_csv(index=False))), as_read(pages.REFERENCE / name / f"{table}.csv")
+        assert made.shape == kept.shape, table
+        cells = zip(made.to_numpy().ravel(), kept.to_numpy().ravel(), strict=True)
+        assert [pair for pair in cells if not same(*pair)] == [], table
 
 
-@pytest.mark.parametrize("row", list(nnunet()))
-def test_the_readme_has_every_row_of_nnunet(row):
-    assert row in TOLD
+def as_read(source: Path | StringIO) -> pd.DataFrame:
+    return pd.read_csv(source, header=None, dtype=str, keep_default_na=False)
 
 
-@pytest.mark.parametrize("figure", sorted({*stated()}))
-def test_a_figure_that_does_not_follow_is_found(figure):
-    changed = re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit[0]) + 1) % 10), figure)
-    assert changed in unfounded(TOLD.replace(figure, changed))
+def same(ours: str, theirs: str) -> bool:
+    try:
+        return bool(np.isclose(float(ours), float(theirs), rtol=1e-6, atol=1e-12, equal_nan=True))
+    except ValueError:
+        return ours == theirs
 
 
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+# README.md: its figures are RESULTS.md's
+
+
+WORDS = ("equivalent", "benefit", "harm", "undecided", "not judged")
+FIGURE = r"[+-]?\d*\.\d+(?: ± \d+\.\d+)?(?: \[[^\]]*\d[^\]]*\])?(?: \(90 %\))?|\d+ of \d+"
+
+
+def finding() -> str:
+    return unwrapped("README.md").split("**What it found")[1].split("<!-- end of the finding -->")[0]
+
+
+@cache
+def statements() -> str:
+    return unwrapped("RESULTS.md")
+
+
+def unfounded(text: str) -> list[str]:
+    """The figures of a text that RESULTS.md lacks, and the verdicts that stand beside another effect there."""
+    judged = re.findall(rf"({FIGURE}), ({'|'.join(WORDS)})", text)
+    rows = [f"{effect} | {verdict}" for effect, verdict in judged]
+    return [claim for claim in [*re.findall(FIGURE, text), *rows] if claim not in statements()]
+
+
+def test_what_the_readme_found_stands_in_the_results():
+    assert len(re.findall(rf"(?:{FIGURE}), (?:{'|'.join(WORDS)})", finding())) == 3
+    assert unfounded(finding()) == []
+
+
+# METHOD.md: figures of two sections, from the tables
+
+
+@cache
+def validations(name: str) -> pd.Series:
+    table = pd.read_csv(pages.REFERENCE / name / "validations.csv")
+    return table.groupby(["configuration", "replicate"])["validation_dsc"]
+
+
+def measured_in_method() -> list[str]:
+    """Sentences of METHOD.md that state what was measured, with their figures from the tables."""
+    best = validations("plateau").max()
+    never = int((best <= PLATEAU_DSC).sum())
+    e1 = validations("e1").max()
+    chances = statistics.published_rankings(results.published(3)).set_index("row")
+    after_c = chances.loc["MetricUNet-HR":].filter(regex=" sd 0$")
+    lowest, highest = after_c.min(axis=None), after_c.max(axis=None)
+    fourth = results.published(3).set_index("configuration", drop=False).loc[["UNet", "MetricUNet-HCP"]]
+    hcp = statistics.published_rankings(fourth, replicate_sds=(0.01,)).filter(like="r = ").max(axis=None)
+    simulated = pd.read_csv(pages.REFERENCE / "simulation" / "alarms.csv").set_index("trials")
+    return [
+        f"{never} of the 40 never left",
+        f"At 0.1 and 1200 steps all {int((e1 > PLATEAU_DSC).sum())} of E1 left",
+        f"only R over R-Sep ({chances.filter(regex=' sd 0.01$').loc['MetricUNet-R'].max():.3f})".replace("(0.", "(."),
+        f"the chance that the ranking is false is {lowest:.2f} to {highest:.2f}".replace(" 0.", " ."),
+        f"HCP over UNet (.046) is beyond chance even at .010 ({hcp:.4f})".replace("(0.", "(."),
+        *(row.sentence for row in simulated.itertuples()),
+    ]
+
+
+def test_method_says_what_the_tables_say():
+    text = unwrapped("METHOD.md")
+    assert [sentence for sentence in measured_in_method() if sentence not in text] == []
+
+
+# Thirty mutations of numbers and verdict words are caught
+
+
+def mutations(text: str, number: int, rng: np.random.Generator, figure: str = FIGURE) -> list[str]:
+    """Copies of a text with one digit of a figure, or one verdict, changed."""
+    places = [*re.finditer(rf"{figure}|{'|'.join(WORDS)}", text)]
+    changed = []
+    for place in rng.choice(len(places), number, replace=False):
+        old = places[place][0]
+        if old in WORDS:
+            new = WORDS[(WORDS.index(old) + 1) % len(WORDS)]
+        else:
+            digit = rng.choice([n for n, letter in enumerate(old) if letter.isdigit()])
+            new = f"{old[:digit]}{(int(old[digit]) + 1) % 10}{old[digit + 1 :]}"
+        changed.append(text[: places[place].start()] + new + text[places[place].end() :])
+    return changed
+
+
+def test_mutations_of_the_results_are_caught():
+    truth = pages.results_page()
+    assert all(text != truth for text in mutations(pages.RESULTS.read_text(encoding="utf-8"), 20, rng()))
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(30)
+
+
+def test_mutations_of_the_readme_are_caught():
+    for text in mutations(finding(), 7, rng()):
+        assert unfounded(text), text
+
+
+def test_mutations_of_the_method_are_caught():
+    for sentence in measured_in_method():
+        for text in mutations(sentence, 1, rng(), r"\d"):
+            assert text not in unwrapped("METHOD.md")
+
+
+def test_a_sentence_with_another_verdict_is_refused():
+    spec = {"trial": "e1", "arm": "HCP", "against": "UNet", "verdict": "benefit"}
+    with pytest.raises(ValueError, match="is equivalent, not benefit"):
+        pages.result_row(spec)

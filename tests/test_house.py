@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import io
 import json
 import os
@@ -367,6 +368,41 @@ def test_links_in_the_pages_lead_somewhere():
     links = [(page, link) for page in pages for link in LINK.findall((ROOT / page).read_text(encoding="utf-8"))]
     assert links
     assert not [f"{page}: {link}" for page, link in links if not (ROOT / page.parent / link).exists()]
+
+
+WINGS = ("report", "trials", "explore", "nnunet", "data.phantom", "stages.film", "scans.dicom_rt")
+CORE = """
+from mupkg.configurations import build
+from mupkg.data import Cohort, PatchSource, Preparation, prepare
+from mupkg.data.build import write_cohort
+from mupkg.parameters import Stage2Settings
+from mupkg.stages import Regions, card, locate, segment, train
+from mupkg.stages.evaluation import evaluate_run
+from mupkg.stages.regions import write_regions
+"""
+
+
+def run_python(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_core_does_without_the_wings():
+    hidden = [f"mupkg.{wing}" for wing in WINGS]
+    run_python(f"import sys\nsys.modules |= dict.fromkeys({hidden})\n{CORE}")
+    for name in hidden:  # or the test would hide nothing
+        assert importlib.util.find_spec(name)
+
+
+@pytest.mark.parametrize(("names", "lines"), [("segment", 2700), ("segment, train", 3300)])
+def test_what_segmenting_and_training_load_stays_small_enough_to_read(names, lines):
+    """And it needs no reader of DICOM, no figures and no notebook."""
+    script = f"import sys\nfrom mupkg.stages import {names}\n"
+    script += "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'mupkg'), sep='\\n')\n"
+    files = run_python(script).split()
+    assert files and sum(len(Path(file).read_text(encoding="utf-8").splitlines()) for file in files) <= lines
+    run_python(script.replace("\n", "\nsys.modules |= dict.fromkeys(['pydicom', 'matplotlib', 'IPython'])\n", 1))
 
 
 def test_the_readmes_example_of_an_own_network_runs():

@@ -36,9 +36,9 @@ from mupkg.parameters import (
     check_name,
     tagged,
 )
-from mupkg.stages.runs import MOST, load_tensors, require
+from mupkg.stages.runs import MAX_CHANNELS, load_tensors, require
 from mupkg.trials.protocol import ParameterStudySettings, Study, TrialSettings
-from mupkg.trials.statistics import contrasts, with_main_effects
+from mupkg.trials.statistics import contrasts
 
 PARAMETERS = """configuration: str = "MetricUNet-HCP"  # a row of Table II
 seed: int = 0  # of weights
@@ -226,7 +226,7 @@ def test_a_number_that_no_memory_holds_is_refused(name, most):
 @pytest.mark.parametrize(("settings", "name"), [(Stage1Settings, "filters"), (Stage2Settings, "base_filters")])
 def test_what_may_be_trained_may_be_loaded(settings, name):
     """Regression: a width was trained with that the saved file is then refused for."""
-    widest = {n: most for n, most in MOST.items() if n in settings.model_fields}
+    widest = {n: most for n, most in MAX_CHANNELS.items() if n in settings.model_fields}
     require(settings(**widest).model_dump(), (name,), Path("w"))
     for wide in widest:
         with pytest.raises(ValueError, match=wide):
@@ -471,8 +471,8 @@ def test_the_chosen_source_is_asked(monkeypatch, tmp_path):
     assert asked["sources_from_decathlon"] == ((tmp_path,), {"label_values": (2,), "channel": 1})
     CohortSettings(source="dicom", source_folder=str(tmp_path)).sources()
     assert asked["source_from_dicom"] == ((tmp_path,), {"modality": "CT"})
-    CohortSettings(source="dicom_rt", roi=[" CTV "], hash_patients=True, **common).sources()
-    options = {"modality": "MR", "hash_patients": True}
+    CohortSettings(source="dicom_rt", roi=[" CTV "], hash_patients=True, fill_gaps=True, **common).sources()
+    options = {"modality": "MR", "hash_patients": True, "fill_gaps": True}
     assert asked["sources_from_dicom_rt"] == ((tmp_path, ("CTV",)), options)
 
 
@@ -738,7 +738,7 @@ def test_a_factor_is_a_letter_of_the_configuration_or_a_setting_of_two_values():
     runs = [
         {"configuration": arm, "seed": s, "case_id": c, "DSC": dsc[arm]} for arm in dsc for s in (0, 1) for c in "xy"
     ]
-    judged = contrasts(with_main_effects(pd.DataFrame(runs), trial.levels), trial.pairs, ["DSC"])
+    judged = contrasts(pd.DataFrame(runs), trial.pairs, ["DSC"], means=trial.means)
     assert judged["mean_difference"].tolist() == pytest.approx([0.05, -0.03, -0.02])
     heavy = {"metric_weight": 0.1}
     arms = {"A": R, "B": R | {"margin": 1.0}, "C": R | heavy, "D": R | heavy | {"margin": 1.0}}

@@ -122,7 +122,7 @@ def write_cohort(
             target = folder / path.relative_to(making)
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
-        cohort = Cohort.read(folder, check_voxels=False)
+        cohort = Cohort.read(folder)
         write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint(), "source": kind}) + "\n")
     return cohort
 
@@ -428,7 +428,12 @@ def source_from_dicom(folder: str | Path, *, modality: str) -> list[Source]:
 
 
 def sources_from_dicom_rt(
-    folder: str | Path, roi: str | Sequence[str] = "Prostate", *, modality: str = "CT", hash_patients: bool = False
+    folder: str | Path,
+    roi: str | Sequence[str] = "Prostate",
+    *,
+    modality: str = "CT",
+    hash_patients: bool = False,
+    fill_gaps: bool = False,
 ) -> list[Source]:
     """Every series of a modality below a folder that an ROI was drawn on, with that ROI as its label.
 
@@ -439,6 +444,7 @@ def sources_from_dicom_rt(
         roi: the ROI's name; or several names or patterns such as "prostate_*", of which the first that fits counts.
             As in TG-263, case does not matter.
         hash_patients: give pseudonyms instead of IDs in the table, too.
+        fill_gaps: interpolate contours on slices that were left out; the table then says so, under `roi_notes`.
 
     Raises:
         CohortError: with every damaged file, every patient without contours, every series without exactly one such
@@ -446,5 +452,5 @@ def sources_from_dicom_rt(
     """
     from mupkg.scans.dicom_rt import contoured_cases  # a wing: cohorts of masks do without it
 
-    cases = contoured_cases(folder, roi, modality=modality, hash_patients=hash_patients)
+    cases = contoured_cases(folder, roi, modality=modality, hash_patients=hash_patients, fill_gaps=fill_gaps)
     return [Source(*case) for case in cases]

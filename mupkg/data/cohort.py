@@ -23,13 +23,14 @@ import numpy as np
 import pandas as pd
 
 from mupkg.data.preprocessing import Preparation, Prepared, array_spacing
-from mupkg.scans.cases import Case, CohortError, checked_case, essence, grid_difference, name_faults, spelt_alike
+from mupkg.scans.cases import Case, CohortError, essence, grid_difference, name_faults, spelt_alike
 from mupkg.scans.files import access_named, no_access, read_scan
 from mupkg.scans.writing import fingerprint
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("case_id", "image", "label", "split")
 FINGERPRINT = "fingerprint.json"
+PHANTOMS = "phantoms"  # a source
 OPTIONAL = ("split", "patient", "modality")  # columns of a table from elsewhere
 TEXT = (*COLUMNS, "patient", "modality", "source", "fallback")
 HEADS = [f"head_{side}_{axis}" for side in ("left", "right") for axis in "xyz"]
@@ -44,27 +45,14 @@ class Cohort:
     table: pd.DataFrame
 
     @classmethod
-    def read(cls, folder: str | Path, *, check_voxels: bool = True) -> Cohort:
-        """Read and check a cohort.
-
-        Args:
-            check_voxels: also read every volume (same grid, binary label, not empty, finite); stages that run
-                on a cohort that notebook 00 has just checked leave this out.
+    def read(cls, folder: str | Path) -> Cohort:
+        """Read and check a cohort's table; its volumes were checked when it was built, and are trusted since.
 
         Raises:
-            CohortError: with every fault of every case, each naming the case, the file and the way out.
+            CohortError: with every fault of the table, each naming the case, the file and the way out.
         """
         table = read_table(Path(folder) / "cohort.csv")
-        cohort = cls(Path(folder), table.set_index("case_id", drop=False).rename_axis(None))
-        faults = []
-        for case_id in cohort.table.index if check_voxels else ():
-            try:
-                cohort.case(case_id)
-            except ValueError as error:
-                faults.append(str(error))
-        if faults:
-            raise CohortError(faults)
-        return cohort
+        return cls(Path(folder), table.set_index("case_id", drop=False).rename_axis(None))
 
     @property
     def preparation(self) -> Preparation:
@@ -90,7 +78,7 @@ class Cohort:
         return Cohort(self.folder, of_replicate(self.table, replicate))
 
     def case(self, case_id: str) -> Case:
-        """One case with its scan and label on their own grid, checked."""
+        """One case with its scan and label on their own grid, as they were checked when the cohort was built."""
         if case_id not in self.table.index:
             raise CohortError([f"case {case_id}: is not in {self.folder / 'cohort.csv'}"])
         row = self.table.loc[case_id]
@@ -105,7 +93,12 @@ class Cohort:
         if all(column in row and np.isfinite(row[column]) for column in HEADS):
             heads = [float(row[column]) for column in HEADS]
             known["femoral_heads"] = (tuple(heads[:3]), tuple(heads[3:]))
-        return checked_case(case_id, image, label, image_name=row["image"], label_name=str(row["label"]), **known)
+        if label is not None:
+            if difference := grid_difference(image, label):
+                changed = f"lies no longer on the grid of {row['image']} ({difference}); run notebook 00 again"
+                raise CohortError([f"case {case_id}: {row['label']}: {changed}"])
+            label.CopyInformation(image)  # the same up to rounding; SimpleITK wants it to the last digit
+        return Case(case_id, image, label, **known)
 
     def cases(self, split: str | None = None) -> Iterator[Case]:
         """The cases of one split, or all, read one after the other."""
@@ -117,10 +110,14 @@ class Cohort:
         return fingerprint([self.folder / "cohort.csv", *volumes])
 
     @property
+    def of_phantoms(self) -> bool:
+        """Whether all its scans are made up: phantoms are no patients."""
+        return bool(self.table["case_id"].str.startswith("phantom-").all())
+
+    @property
     def described(self) -> str:
-        """What its figures are measured on, as every table must say: phantoms are no patients."""
-        on_phantoms = self.table["case_id"].str.startswith("phantom").all()
-        return "PHANTOMS (made-up CT), not patients" if on_phantoms else f"cohort {self.folder.name}"
+        """What its figures are measured on, as every table must say."""
+        return "PHANTOMS (made-up CT), not patients" if self.of_phantoms else f"cohort {self.folder.name}"
 
     def _prepared(self, case_id: str) -> list[Path]:
         """The case's prepared image, and its label if the table names one."""

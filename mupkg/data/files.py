@@ -1,5 +1,6 @@
 """The old path of `mupkg.scans.files`, which others import."""
 
-from mupkg.scans.files import access_named, files_below, no_access, one_volume, read_scan, read_series, write_image
+from mupkg.scans.cases import one_volume
+from mupkg.scans.files import access_named, files_below, no_access, read_scan, read_series, write_image
 
 __all__ = ["access_named", "files_below", "no_access", "one_volume", "read_scan", "read_series", "write_image"]

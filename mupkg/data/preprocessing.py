@@ -1,4 +1,4 @@
-"""Preparing a scan (METHOD.md section 1): working grid, body crop, intensities to 0..255.
+"""Preparing a scan (METHOD.md, "Preparing a scan"): working grid, body crop, intensities to 0..255.
 
 The prepared volume is uint8, so that a cohort is small and can be memory-mapped; the networks see it / 255.
 Arrays are (z, y, x) and spacings are given in that order; SimpleITK's own sizes and points are (x, y, z).
@@ -13,8 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
-from mupkg.scans.cases import Case, Point
-from mupkg.scans.files import MOST_VOXELS
+from mupkg.scans.cases import MOST_VOXELS, Case, Point
 
 BODY_GRID_MM = 4.0  # the body's outline is needed to a few mm only
 BODY_THRESHOLD_HU = -400.0
@@ -29,7 +28,8 @@ def _is_interval(window: tuple[float, float]) -> tuple[float, float]:
     return window
 
 
-Window = Annotated[tuple[float, float], AfterValidator(_is_interval)]
+HuRange = Annotated[tuple[float, float], AfterValidator(_is_interval)]
+CT_WINDOW: HuRange = (-160.0, 240.0)  # reading R1
 
 
 Extent = Annotated[float, Field(strict=True, gt=0, le=1000)]  # mm; strict: True is no length
@@ -45,7 +45,7 @@ class Preparation(BaseModel):
         (1.0, 1.0, 1.0), description="working grid (z, y, x)"
     )
     channel: int | None = Field(None, ge=0, description="which volume of a 4D file; None: files are 3D")
-    window_hu: Window = Field((-160.0, 240.0), description="CT window that becomes 0..255 (reading R1)")
+    window_hu: HuRange = Field(CT_WINDOW, description="CT window that becomes 0..255 (reading R1)")
 
 
 class Grid(BaseModel):

@@ -26,17 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from mupkg import progress
-from mupkg.data.cohort import FINGERPRINT, Cohort
+from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import SegmentationOutput
 from mupkg.scans.files import write_image
 from mupkg.scans.writing import write_text
 from mupkg.stages.evaluation import measured, write_metrics
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import METRICS, OUTSIDE, PREDICTIONS, RUN, read_run, write_json, write_run
+from mupkg.stages.runs import METRICS, NNUNET_RUNS, PREDICTIONS, RUN, parse_run_name, read_run, write_json, write_run
 
 VERSION = "2.6.0"  # a later one needs torchvision
-TRAINERS = dict(zip(OUTSIDE, ("nnUNetTrainerChosen", "nnUNetTrainerMetricHCP"), strict=True))  # by the run's name
+TRAINERS = dict(zip(NNUNET_RUNS, ("nnUNetTrainerChosen", "nnUNetTrainerMetricHCP"), strict=True))  # by the run's name
 DATASET, PLANS, REDUCED = "Dataset001_regions", "nnUNetPlans", "nnUNetPlansReduced"
 EPOCHS, ITERATIONS, SEED = (f"MUPKG_NNUNET_{name}" for name in ("EPOCHS", "ITERATIONS", "SEED"))  # environment
 MODEL, TEST = "nnunet", "test"  # nnU-Net's results in a run's folder, and its predictions in there
@@ -132,7 +132,7 @@ def export(regions: Regions, cohort: Cohort, folder: Path) -> None:
     raw, preprocessed = (folder / name for name in ("raw", "preprocessed"))
     for place in (raw, preprocessed):
         shutil.rmtree(place, ignore_errors=True)
-    ids = {split: regions.ids(split) for split in ("train", "validation", "test")}
+    ids = {split: regions.ids(split) for split in SPLITS}
     learnt = ids["train"] + ids["validation"]
     for case_id in progress(learnt + ids["test"], desc="writing", unit="case"):
         images = "imagesTr" if case_id in learnt else "imagesTs"
@@ -252,7 +252,7 @@ def predict(run_folder: Path, folder: Path) -> None:
 
 
 def _trainer(run_folder: Path) -> str:
-    return TRAINERS[run_folder.name.rpartition("-seed")[0]]
+    return TRAINERS[parse_run_name(run_folder)[0]]
 
 
 def _places(run_folder: Path, folder: Path) -> dict[str, Path]:

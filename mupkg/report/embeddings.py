@@ -11,14 +11,13 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import nn
 
-from mupkg.losses import VoxelMetricLoss, squared_distance
+from mupkg.losses import MARGIN, squared_distance
 from mupkg.stages.voxels import embed_voxels
 
 if TYPE_CHECKING:  # slow to import
     from sklearn.decomposition import PCA
 
 Projection = Literal["PCA", "t-SNE", "UMAP"]
-MARGIN = VoxelMetricLoss().margin
 SILHOUETTE_VOXELS = 2000  # it needs all pairs of voxels
 
 

@@ -30,6 +30,7 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.lines import Line2D
 from PIL import ImageDraw, ImageFont
 
+from mupkg.data.preprocessing import CT_WINDOW
 from mupkg.metrics import with_unit
 from mupkg.report.embeddings import EmbeddedVoxels, principal_axes
 from mupkg.samplers import VoxelTuples
@@ -49,7 +50,6 @@ ROLES = {"anchor": ("x", YELLOW), "positive": (".", SKY), "negative": ("o", VERM
 TEACHES = {"active": VERMILLION, "satisfied": "silver"}  # tuples
 HEAT = "inferno"  # of probabilities
 PLANES = {"axial": "RL", "coronal": "RL", "sagittal": "AP"}  # and which sides of the patient lie left and right
-CT_WINDOW = (-160, 240)
 # The axes stay where they were put, whatever rcParams say; layout="none" is forgotten when the figure is saved.
 FIXED = PlaceHolderLayoutEngine(adjust_compatible=True, colorbar_gridspec=True)
 BAR_MM = 20
@@ -151,16 +151,12 @@ def draw_plane(
     Front up and the patient's right on the left, or head up. Outlines by colour.
     """
     axis = list(PLANES).index(plane)
-    height, width = (n * s for i, (n, s) in enumerate(zip(volume.shape, spacing_mm, strict=True)) if i != axis)
-    extent = (0, width, height, 0)
     # slices are stored from the feet upwards; coronal and sagittal views show the head on top
     cut = (lambda v: v.take(index, axis)) if plane == "axial" else (lambda v: v.take(index, axis)[::-1])
-    low, high = window or (volume.min(), volume.max())
-    ax.imshow(cut(volume), cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="nearest")
-    for colour, mask in (masks or {}).items():
-        draw_contour(ax, cut(mask), colour, extent)
-    mark_plane(ax, plane, f"{plane}, slice {index}")
-    ax.set_axis_off()
+    lines = [(colour, 2.8, cut(mask), 0.5) for colour, mask in (masks or {}).items()]
+    spacing_mm = [s for other, s in enumerate(spacing_mm) if other != axis]
+    name, window = f"{plane}, slice {index}", window or (volume.min(), volume.max())
+    draw_slice(ax, cut(volume), lines, spacing_mm, name=name, plane=plane, window=window)
 
 
 def mix(
@@ -217,19 +213,28 @@ def slice_png(
 
 def draw_slice(
     ax: Axes,
-    pixels: UInt8[np.ndarray, "y x 3"],
-    lines: Sequence[tuple[str, int, Float[np.ndarray, "y x"], float]],
+    pixels: np.ndarray,
+    lines: Sequence[tuple[str, float, np.ndarray, float]],
     spacing_mm: Sequence[float],
     *,
     name: str,
-    title: str,
+    title: str = "",
+    plane: str = "axial",
+    window: tuple[float, float] | None = None,
 ) -> None:
-    """The same as `slice_png` on axes of a figure, with a name and a title."""
-    ax.imshow(pixels, aspect=spacing_mm[1] / spacing_mm[2])
+    """A slice, grey or in colours, at its true proportions on axes in mm, with contours, a name and a title.
+
+    Args:
+        lines: of each contour the colour, twice the width in points, values and the level that they cross.
+        spacing_mm: of rows and columns, perhaps behind that of the slices. window: of grey values, else 0 to 255.
+    """
+    height, width = np.multiply(pixels.shape[:2], spacing_mm[-2:])
+    extent, (low, high) = (0, width, height, 0), window or (0, 255)
+    ax.imshow(pixels, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="nearest")
     for colour, wide, values, level in lines:
-        draw_contour(ax, values, colour, level=level, width=wide / 2)
-    mark_plane(ax, "axial", name, spacing_mm[2])
-    ax.set_title(title, fontsize=9)
+        draw_contour(ax, values, colour, extent, level, wide / 2)
+    mark_plane(ax, plane, name)
+    ax.set_title(title, fontsize=9, y=1.0)  # a given y spares a search for it
     ax.set_axis_off()
 
 
@@ -315,15 +320,12 @@ def heatmap_and_contours(
     """Fig. 1: for each network the foreground probability of one slice, and below it the two contours."""
     size = (3.2 * len(probabilities), 6.4)
     figure, axes = plt.subplots(2, len(probabilities), figsize=size, squeeze=False, layout="constrained")
-    extent = (0, region.shape[2] * spacing_mm[2], region.shape[1] * spacing_mm[1], 0)
     for (top, bottom), (name, probability) in zip(axes.T, probabilities.items(), strict=True):
-        heat = top.imshow(probability[index], cmap=HEAT, vmin=0, vmax=1, extent=extent, interpolation="nearest")
-        top.set(title=name)
-        mark_plane(top, "axial", f"axial, slice {index}")
-        top.set_axis_off()
+        heat = colormaps[HEAT](probability[index])
+        draw_slice(top, heat, [], spacing_mm, name=f"axial, slice {index}", title=name)
         masks = {TRUTH: truth, PREDICTION: probability > 0.5}
         draw_plane(bottom, region, spacing_mm, "axial", index, masks, (0, 255))
-    figure.colorbar(heat, ax=axes[0], label="foreground probability")
+    figure.colorbar(ScalarMappable(cmap=HEAT), ax=axes[0], label="foreground probability")
     figure.suptitle(f"{case_id}, slice {index}", fontsize=10)
     contour_legend(figure, BOTH)
     return figure
@@ -470,12 +472,8 @@ def film_strip(rows: Sequence[Sequence[FilmFrame]]) -> Figure:
     figure.subplots_adjust(0.3 / wide, 1.2 / high, 1 - 0.1 / wide, 1 - 0.5 / high, wspace=0.12, hspace=0.3)
     for number, frames in enumerate(rows):
         for frame, top, bottom in zip(frames, axes[2 * number], axes[2 * number + 1], strict=True):
-            top.imshow(mix(frame.grey, frame.probability, opacity=0.6))
-            draw_contour(top, frame.truth, TRUTH)
-            mark_plane(top, "axial", "axial", frame.spacing_mm[2])
-            top.set_aspect(frame.spacing_mm[1] / frame.spacing_mm[2])
-            top.set_axis_off()
-            top.set_title(frame.title, fontsize=9, y=1.0)  # a given y spares a search for it
+            pixels, truth = mix(frame.grey, frame.probability, opacity=0.6), (TRUTH, 2.8, frame.truth, 0.5)
+            draw_slice(top, pixels, [truth], frame.spacing_mm, name="axial", title=frame.title)
             draw_points(bottom, frame.points, frame.kind, frame.axes)
             bottom.set(xlim=frame.limits[0], ylim=frame.limits[1])
             bottom.set_title(frame.numbers, fontsize=9, y=1.0)

@@ -18,7 +18,7 @@ from mupkg.models import BACKBONES
 from mupkg.parameters import Stage2Settings, Tag, tagged
 from mupkg.scans.writing import whole_file
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import OUTSIDE, RUN, Shift, metrics_name, read_run
+from mupkg.stages.runs import NNUNET_RUNS, RUN, Shift, metrics_name, parse_run_name, read_run
 
 
 def finished_runs(
@@ -36,11 +36,9 @@ def finished_runs(
     """
     rows = []
     for path in sorted(Path(study).glob("*-seed*/metrics.csv")):
-        name, _, number = path.parent.name.rpartition("-seed")
-        if not number.isdecimal():
-            raise ValueError(f"{path.parent}: is not named <configuration>-seed<number>; rename or move it")
-        if configurations or name not in OUTSIDE:
-            rows.append({"configuration": name, "seed": int(number), "folder": path.parent})
+        name, number = parse_run_name(path.parent)
+        if configurations or name not in NNUNET_RUNS:
+            rows.append({"configuration": name, "seed": number, "folder": path.parent})
     table = pd.DataFrame(rows, columns=["configuration", "seed", "folder"])
     of_seed, way_out = "", "run notebook 03"
     if seed is not None:

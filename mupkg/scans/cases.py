@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
@@ -15,11 +16,12 @@ Point = tuple[float, float, float]  # physical (x, y, z) in mm, as SimpleITK giv
 
 MIN_SLICES = 3
 SAME_GRID = 0.1  # grids are the same if their corners agree to this share of a voxel
-RIGHT_ANGLE = 1e-3  # how far from 0 the cosine between two axes may be; NIfTI cannot hold more
+RIGHT_ANGLE = 1e-3  # the largest cosine between two axes, as NIfTI holds them; the least volume that three span
 SPACING_MM = (0.01, 100.0)  # what a scan's voxels may measure
 FARTHEST_MM = 1e6  # from the scanner's origin; beyond, rounding moves voxels
 LOWEST_HU = -1150.0  # of air, with its noise; what is below is padding
 PROSTATE_ML = (2.0, 500.0)  # what a prostate's contour may measure
+MOST_VOXELS = 2**30  # what claims more is broken, or no scan of a pelvis
 WHOLE_NUMBER = 1e-3  # how far label values may be off (files that store them with a slope)
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -42,6 +44,23 @@ class Case:
     modality: str = "CT"  # "CT" (Hounsfield units) or "MR"
     split: str | None = None  # "train", "validation" or "test"
     femoral_heads: tuple[Point, Point] | None = None  # left, right; phantoms know them
+
+
+def one_volume(image: sitk.Image, channel: int | None, name: str | Path) -> sitk.Image:
+    """The 3D volume that an image is, or of a 4D one the channel's; ValueError naming the image if there is none."""
+    size = image.GetSize()
+    if len(size) == 4 and (channel is not None or size[3] == 1):
+        if not 0 <= (channel or 0) < size[3]:
+            last = size[3] - 1
+            raise ValueError(f"{name}: has {last + 1} channels, no channel {channel}; choose one from 0 to {last}")
+        image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, channel or 0])
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        components = image.GetNumberOfComponentsPerPixel()
+        raise ValueError(
+            f"{name}: {image.GetDimension()}D with {components} component(s) per voxel, not a 3D scalar volume; "
+            "of a 4D file choose a channel when the cohort is made (notebook 00), or save the volume alone"
+        )
+    return image
 
 
 def grid_difference(image: sitk.Image, label: sitk.Image) -> str | None:
@@ -162,18 +181,7 @@ def checked_case(
             )
         try:
             label = binary_label(label, label_values)
-            mask = sitk.GetArrayFromImage(label)
-            volume = label_volume_ml(label)
-            if mask.all() or not mask.any():
-                wanted = "" if label_values is None else f" of value {tuple(label_values)}"
-                found = "is foreground everywhere" if mask.all() else f"has no foreground{wanted}"
-                faults.append(f"{label_name}: {found}; correct the contour or leave the case out")
-            elif not PROSTATE_ML[0] <= volume <= PROSTATE_ML[1]:
-                least, most = PROSTATE_ML
-                faults.append(
-                    f"{label_name}: its foreground measures {volume:.3g} ml, a prostate {least:g} to {most:g}; "
-                    "correct the contour, label_values or the spacing, or leave the case out"
-                )
+            _check_foreground(label, label_values)
         except ValueError as error:
             faults.append(f"{label_name}: {error}")
     if faults:
@@ -181,6 +189,20 @@ def checked_case(
     if label is not None:
         label.CopyInformation(image)  # the same up to rounding; SimpleITK wants it to the last digit
     return Case(case_id, image, label, **known)
+
+
+def _check_foreground(label: sitk.Image, values: Sequence[int] | None) -> None:
+    """ValueError if a binary label cannot be that of a prostate."""
+    mask, volume, (least, most) = sitk.GetArrayViewFromImage(label), label_volume_ml(label), PROSTATE_ML
+    if mask.all() or not mask.any():
+        wanted = "" if values is None else f" of value {tuple(values)}"
+        fault = "is foreground everywhere" if mask.all() else f"has no foreground{wanted}"
+        raise ValueError(f"{fault}; correct the contour or leave the case out")
+    if not least <= volume <= most:
+        raise ValueError(
+            f"its foreground measures {volume:.3g} ml, a prostate {least:g} to {most:g}; correct the contour, "
+            "label_values or the spacing, or leave the case out"
+        )
 
 
 def label_volume_ml(label: sitk.Image) -> float:

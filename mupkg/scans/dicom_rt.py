@@ -1,15 +1,18 @@
 """Planning scans and their contours: DICOM structure sets (RTSTRUCT) read as masks, masks written as structure sets.
 
 A contour is a closed polygon in the plane of one slice, its points in mm. A voxel belongs to a region of interest
-(ROI) if its centre lies inside an odd number of the ROI's contours on its slice. This even-odd rule covers holes,
-keyholes and islands alike. Attributes are those of DICOM PS3.3, C.8.8.5 (structure set) and C.8.8.6 (contours).
+(ROI) if its centre lies inside an odd number of the ROI's contours on its slice, or on one of them. This even-odd
+rule covers holes, keyholes and islands alike. A contour that is stored twice counts once; contours that cross are
+refused.
+Attributes are those of DICOM PS3.3, C.8.8.5 (structure set) and C.8.8.6 (contours).
 """
 
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,22 +28,26 @@ from contourpy import contour_generator
 from matplotlib.path import Path as Polygon
 from pydicom import Dataset, FileMetaDataset, dcmread
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
+from scipy.ndimage import distance_transform_edt
+from scipy.spatial import KDTree
 
 from mupkg import __version__
 from mupkg.scans.cases import Case, CohortError, checked_case, essence, grid_difference, spelt_alike
 from mupkg.scans.files import access_named, files_below, read_series
-from mupkg.scans.geometry import HEADER, Series, dicom_header, series_geometry, series_image
-from mupkg.scans.headers import Fault, named
+from mupkg.scans.geometry import AGREE, HEADER, Series, dicom_header, series_geometry, series_image
+from mupkg.scans.headers import MALFORMED, Fault, named
 from mupkg.scans.writing import whole_file
 
 NO_DEVICE = "Research software, no medical device: not for diagnosis or treatment planning."
 RESEARCH = "Research, no medical device"  # where there is room for 64 characters
 SCANS = ("CT", "MR")  # modalities that contours are drawn on
-OFF_PLANE = 0.1  # of the slice distance; a contour farther from every slice was drawn on one that is not there
+OFF_PLANE = 0.25  # of the slice distance; a contour farther from every slice was drawn on one that is not there
+ONE_OUTLINE = 0.5  # of a voxel; two large contours that run closer for half their way are versions of one
 PATIENT_AND_STUDY = {  # what a structure set repeats from its slices, and the most characters that DICOM allows
     **{"PatientName": 64, "PatientID": 64, "PatientBirthDate": 8, "PatientSex": 16, "ReferringPhysicianName": 64},
     **{"StudyInstanceUID": 64, "StudyDate": 8, "StudyTime": 16, "StudyID": 16, "AccessionNumber": 16},
 }
+VERSION = {"date": "StructureSetDate", "label": "StructureSetLabel", "approval": "ApprovalStatus"}
 STUDY = "1.2.840.10008.3.1.2.3.1"  # SOP class of a detached study; retired, but the standard still asks for it here
 
 
@@ -73,17 +80,36 @@ class Roi(NamedTuple):
     series: set[str]  # UIDs
     kinds: set[str]  # SOP classes of its slices
     contours: list[Dataset]
-    drawn: int  # how many contours it has, also where they were not kept
+    contour_count: int  # also where they were not kept
+    owner: tuple[str, ...]  # the patient, however the ID is spelt
+    uid: str  # of the structure set
+    version: str  # of the structure set: its date, label and approval
+    fault: str  # why nobody can tell which contours are its own
 
     def __str__(self) -> str:
         return f"{self.path}: patient {self.patient}, ROI {self.name!r}"
 
     def drawn_on(self, found: dict[Key, Found]) -> list[Key]:
-        """The series it names; if that is not there, those of its frame and kind, for a copy has a new UID."""
-        same = [key for key in found if key.frame == self.frame != ""]
-        named = [key for key in found if key.series in self.series and (key in same or "" in (key.frame, self.frame))]
-        alike = [key for key in same if found[key].modality in SCANS]
-        return named or [key for key in alike if found[key].kind in self.kinds or not self.kinds]
+        """The series it names; if that is not there, those of its patient, frame and kind: a copy has a new UID."""
+        named = [key for key in found if key.series in self.series]
+        if named:
+            return [key for key in named if key.frame == self.frame or "" in (key.frame, self.frame)]
+        alike = [key for key in found if key.frame == self.frame != "" and found[key].modality in SCANS]
+        alike = [key for key in alike if found[key].kind in self.kinds or not self.kinds]
+        return [key for key in alike if _owner(found[key].patient) == self.owner]
+
+
+class Outline(NamedTuple):
+    """A closed contour on its slice."""
+
+    height: float  # mm along the slices' normal, where it was drawn
+    xy: np.ndarray  # (n, 2), its points in voxels
+    tolerance: np.ndarray  # (2,), in voxels, within which a voxel's centre lies on it
+    xor: bool  # made to be combined with others, whether they cross or not
+
+
+def _owner(patient: str) -> tuple[str, ...]:
+    return essence(spelt_alike(patient))
 
 
 def pseudonym(patient: str) -> str:
@@ -91,7 +117,7 @@ def pseudonym(patient: str) -> str:
 
     It keeps IDs out of sight, but whoever has a list of the IDs can find them again.
     """
-    return hashlib.sha256("\0".join(essence(spelt_alike(patient))).encode()).hexdigest()[:12]
+    return hashlib.sha256("\0".join(_owner(patient)).encode()).hexdigest()[:12]
 
 
 def list_dicom(folder: str | Path, *, hash_patients: bool = False, damaged: list[str] | None = None) -> pd.DataFrame:
@@ -112,7 +138,7 @@ def list_dicom(folder: str | Path, *, hash_patients: bool = False, damaged: list
     for roi in (roi for rois in _structures(paths, faults) for roi in rois):
         for key in roi.drawn_on(found) or [Key(min(roi.series, default=""), roi.frame)]:
             told = (found[key].modality, found[key].slices) if key in found else ("", 0)
-            rows.append((roi.patient, key.series, *told, roi.name, roi.drawn, str(roi.path)))
+            rows.append((roi.patient, key.series, *told, roi.name or None, roi.contour_count, str(roi.path)))
             bare.pop(key, None)
     if damaged is not None:
         damaged += faults
@@ -169,117 +195,292 @@ def _rois(path: Path) -> list[Roi]:
     """All ROIs of a structure set; ValueError naming the file if it is none, or damaged."""
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; check its name")
-    contours, series, kinds, rois = defaultdict(list), defaultdict(set), defaultdict(set), []
+    contours, series, kinds = defaultdict(list), defaultdict(set), defaultdict(set)
     with access_named(path), named(path, "a structure set"):
         header = dicom_header(path)
         if header is None or header.get("SOPClassUID") != RTStructureSetStorage:
             raise Fault("is not a DICOM structure set (RTSTRUCT)", "give the file that holds the contours")
         structures = dcmread(path, force=True)
-        for item in structures.ROIContourSequence:
-            contours[int(item.ReferencedROINumber)] += item.get("ContourSequence") or []
+        for item in structures.get("ROIContourSequence") or []:  # a template has none
+            if item.get("ContourSequence"):
+                contours[int(item.ReferencedROINumber)].append(item.ContourSequence)
         for frame in structures.get("ReferencedFrameOfReferenceSequence") or []:
             for study in frame.get("RTReferencedStudySequence") or []:
                 for one in study.get("RTReferencedSeriesSequence") or []:
                     series[frame.FrameOfReferenceUID].add(str(one.SeriesInstanceUID))
                     images = one.get("ContourImageSequence") or []
                     kinds[frame.FrameOfReferenceUID] |= {str(image.ReferencedSOPClassUID) for image in images}
+        items = structures.StructureSetROISequence if contours else structures.get("StructureSetROISequence") or []
+        numbers = Counter(int(item.ROINumber) for item in items)
         patient = str(structures.get("PatientID") or "").strip()
-        for item in structures.StructureSetROISequence:
+        version = ", ".join(f"{word} {structures.get(name) or 'unknown'}" for word, name in VERSION.items())
+        structure_set = _owner(patient), str(structures.get("SOPInstanceUID") or ""), version
+        rois = []
+        for item in items or [Dataset()]:  # so that an empty set is listed, too
             frame = str(item.get("ReferencedFrameOfReferenceUID") or structures.get("FrameOfReferenceUID") or "")
-            known = str(item.get("ROIName") or "").strip(), frame, series[frame], kinds[frame]
-            drawn = contours[int(item.ROINumber)]
-            rois.append(Roi(path, patient, *known, drawn, len(drawn)))
+            number, name = int(item.get("ROINumber") or 0), str(item.get("ROIName") or "").strip()
+            own = [contour for sequence in contours[number] for contour in sequence]
+            fault = f"its number {number} is used twice, so nobody can tell which contours it has"
+            fault *= numbers[number] > 1 or len(contours[number]) > 1
+            of_roi = name, frame, series[frame], kinds[frame], own, len(own)
+            rois.append(Roi(path, patient, *of_roi, *structure_set, fault))
     return rois
+
+
+def _fitting(rois: Iterable[Roi], name: str) -> list[Roi]:
+    """In each structure set the ROIs of this name; else those that differ in blanks or capitals, or fit a pattern."""
+    hits: list[Roi] = []
+    spelt, pattern = _spelt(name), _spelt(name).casefold().replace("[", "[[]")
+    for alike in (
+        lambda roi: roi.name == name,
+        lambda roi: _spelt(roi.name) == spelt,
+        lambda roi: fnmatchcase(_spelt(roi.name).casefold(), pattern),
+    ):
+        sets = {roi.path for roi in hits}
+        hits += [roi for roi in rois if roi.path not in sets and alike(roi)]
+    return hits
+
+
+def _spelt(name: str) -> str:
+    """A name whose letters are composed, and whose blanks of any kind are single ones."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def _one(rois: Sequence[Roi], names: Sequence[str], where: str) -> Roi:
     """The ROI that has the first name or pattern any has, with contours if it can be; ValueError if it is not one."""
     hits: list[Roi] = []
-    for among in ([roi for roi in rois if roi.drawn], rois):
+    contoured = [roi for roi in rois if roi.contour_count]
+    for among in (contoured, rois):
         for name in names:
-            exact = [roi for roi in among if roi.name == name]
-            hits = hits or exact or [roi for roi in among if fnmatchcase(roi.name.casefold(), name.casefold())]
-    if len(hits) != 1:
-        wanted, there = " or ".join(map(repr, names)), ", ".join(sorted({roi.name for roi in rois})) or "none"
-        if hits:
-            there = " and ".join(f"{roi.name!r} in {roi.path.name}" for roi in hits)
-        raise ValueError(f"{where}: has {len(hits) or 'no'} ROIs {wanted}, but {there}; name another, or mend it")
+            hits = hits or _fitting(among, name)
+    if len(hits) == 1 and hits[0].version.endswith("REJECTED"):
+        others = [roi for name in names for roi in _fitting(contoured, name) if roi.path != hits[0].path]
+        hits += {roi.path: roi for roi in others}.values()
+        if not others:
+            warnings.warn(f"{hits[0]}: is taken, though its structure set is REJECTED", stacklevel=3)
+    wanted = " or ".join(map(repr, names))
+    if not hits:
+        there = ", ".join(sorted({roi.name for roi in rois} - {""})) or "none"
+        raise ValueError(f"{where}: has no ROIs {wanted}, but {there}; name another, or mend it")
+    sets = {roi.path: roi for roi in hits}
+    if len(sets) > len({roi.uid or roi.path for roi in hits}):
+        raise ValueError(f"{where}: has one structure set twice, {' and '.join(map(str, sets))}; keep one of them")
+    if len(hits) > 1:
+        several, cure = len(sets) > 1, "keep one structure set" if len(sets) > 1 else "name another, or mend it"
+        there = " and ".join(f"{roi.name!r} in {roi.path.name}" + f" ({roi.version})" * several for roi in hits)
+        raise ValueError(f"{where}: has {len(hits)} ROIs {wanted}, but {there}; {cure}")
+    if hits[0].fault:
+        raise ValueError(f"{hits[0]}: {hits[0].fault}; export it again")
     return hits[0]
 
 
 def _series_of(roi: Roi, found: dict[Key, Found]) -> Key:
     """The series it was drawn on; ValueError if that is not there, or if it may be one of several."""
-    keys = roi.drawn_on(found)
-    there = ", ".join(key.series for key in keys or found) or "none"
+    keys, here = roi.drawn_on(found), [key for key in found if key.series in roi.series]
+    uids = ", ".join(dict.fromkeys(key.series for key in keys or here))
+    if len({key.series for key in keys}) > 1:
+        raise ValueError(f"{roi}: may be of {len(keys)} series, {uids}; keep one of them in the folder")
+    if len(keys) != 1 and here:
+        frames = " and ".join(f"{found[key].slices} slices in {key.frame or 'none'}" for key in here)
+        fault = f"was drawn on series {uids} in frame of reference {roi.frame}, which has {frames}"
+        raise ValueError(f"{roi}: {fault}; export both again from one system")
     if not keys:
-        told = f"{', '.join(sorted(roi.series)) or 'unknown'} of frame of reference {roi.frame or 'unknown'}"
-        raise ValueError(f"{roi}: was drawn on series {told}, but here is {there}; choose the folder of that series")
-    if len(keys) > 1:
-        raise ValueError(f"{roi}: may be of {len(keys)} series, {there}; keep one of them in the folder")
+        others = [key for key in found if key.frame == roi.frame != "" and _owner(found[key].patient) != roi.owner]
+        there = ", ".join(key.series + " of another patient" * (key in others) for key in found) or "none"
+        named = f"{', '.join(sorted(roi.series)) or 'unknown'} of frame of reference {roi.frame or 'unknown'}"
+        raise ValueError(f"{roi}: was drawn on series {named}, but here is {there}; choose the folder of that series")
     if keys[0].series not in roi.series:
-        warnings.warn(
-            f"{roi}: was drawn on a series that is not there; taken for {there}, of its frame", stacklevel=3
-        )
+        warnings.warn(f"{roi}: was drawn on a series that is not there; taken for {uids}, of its frame", stacklevel=3)
+    if _owner(found[keys[0]].patient) != roi.owner:
+        warnings.warn(f"{roi}: was drawn on series {uids}, which has another patient ID", stacklevel=3)
     return keys[0]
 
 
-def read_rtstruct(path: str | Path, series_folder: str | Path, roi: str) -> sitk.Image:
+def read_rtstruct(path: str | Path, series_folder: str | Path, roi: str, *, fill_gaps: bool = False) -> sitk.Image:
     """An ROI as a mask: uint8, 0 or 1, on the series' own grid, slices in the order SimpleITK reads them.
+
+    What was taken for something else (a contour beside its slice, an unknown type) is warned of, and stands in the
+    mask's metadata under "notes".
 
     Args:
         path: the structure set.
         series_folder: where its series lies; of several there, the one that the structure set refers to.
-        roi: the ROI's name; case counts only where nothing else tells two names apart.
+        roi: the ROI's name; case and blanks count only where nothing else tells two names apart.
+        fill_gaps: interpolate shapes on slices that were left out between contoured ones.
 
     Raises:
         ValueError: naming file, patient, ROI and slice, if the structure set is of another series, or the ROI is not
-            there, is there twice, has no contours, or has some that are open, outside the volume or on no slice.
+            there, is there twice, has no contours, leaves slices out between them, or has some that are open, that
+            cross, lack points, or lie outside the volume, on no slice, or beside one another on one slice.
     """
     found, _, faults = _found(Path(series_folder))
     if faults:
         raise CohortError(faults)
     one = _one(_rois(Path(path)), [roi], str(path))
-    return _mask(one, series_geometry(series_folder, found[_series_of(one, found)].files))
+    return _mask(one, series_geometry(series_folder, found[_series_of(one, found)].files), fill_gaps)
 
 
-def _mask(roi: Roi, series: Series) -> sitk.Image:
-    """Voxel centres inside an odd number of the ROI's contours, on the grid that the series is read on."""
+def _points(contour: Dataset) -> tuple[np.ndarray, float]:
+    """A contour's points (n, 3) in mm, moved by its offset; and how many it claims to have."""
+    data, count = (contour.get_item(name) for name in ("ContourData", "NumberOfContourPoints"))
+    text = b"" if data is None or data.value is None else data.value  # pydicom is slow, and reads no more than 64 kB
+    try:
+        points = np.array(text.strip(b" \0").split(b"\\") if text else [], float)
+    except ValueError as error:
+        raise Fault(f"has a contour of points that are no decimal numbers ({error})", "export it again") from error
+    if not points.size or points.size % 3 or not np.isfinite(points).all():
+        raise Fault("has a contour without x, y and z of every point", "export it again")
+    points = points.reshape(-1, 3) + np.array(contour.get("ContourOffsetVector") or (0, 0, 0), float)
+    return points, float(count.value) if count is not None and count.value else len(points)
+
+
+def _outlines(roi: Roi, series: Series, faults: dict[str, set], notes: Counter[str]) -> dict[int, list[Outline]]:
+    """The ROI's closed contours by slice; what is wrong with others becomes faults, by where they lie in mm."""
     heights = series.positions @ series.axes[:, 2]
-    mask, marks = np.zeros((len(heights), *series.size[::-1]), np.uint8), []
-    faults: dict[str, set[float]] = defaultdict(set)
-    for contour in roi.contours:
-        kind, numbers = str(contour.get("ContourGeometricType")), contour.get("ContourData") or []
-        points = np.array(numbers, float)
-        if not points.size or points.size % 3 or not np.isfinite(points).all():
-            raise ValueError(f"{roi}: has a contour without x, y and z of every point; export it again")
-        points = points.reshape(-1, 3)
+    step, outlines, marks = np.diff(heights).min(), defaultdict(list), []
+    for number, contour in enumerate(roi.contours, start=1):
+        kind = str(contour.get("ContourGeometricType") or "")
+        try:
+            points, claimed = _points(contour)
+        except MALFORMED as error:
+            raise ValueError(f"{roi}: {error} (contour {number} of {roi.contour_count})") from error
         along = points @ series.axes[:, 2]
         z = int(np.abs(heights - along.mean()).argmin())
         xy = (points - series.positions[z]) @ series.axes[:, :2] / series.spacing
-        if kind == "POINT":
+        off, steps = np.abs(along - heights[z]).max(), np.linalg.norm(np.diff(points, axis=0), axis=1)
+        numbers = claimed == points.size and np.linalg.norm(points[0] - points[-1]) <= 2 * steps.max(initial=0)
+        if kind == "POINT" or (not kind and len(points) == 1):
             marks.append(along[0])  # which is passed over beside contours
-        elif not kind.startswith("CLOSED"):
+        elif kind not in ("", "INTERPOLATED_PLANAR") and not kind.startswith("CLOSED"):
             faults[f"is {kind}, so it encloses nothing; close it in the planning system"].add(along[0])
-        elif np.abs(along - heights[z]).max() > OFF_PLANE * np.diff(heights).min():
+        elif claimed > len(points) and not numbers:  # which some programs count in place of points
+            faults["has fewer points than it says; export it again"].add(along[0])
+        elif off > OFF_PLANE * step:
             faults["lies on no slice; give the whole series that it was drawn on"].add(along[0])
         elif (xy < -1).any() or (xy > series.size).any():
             faults["leads out of its slice; give the series that it was drawn on, uncropped"].add(along[0])
         else:
-            low, high = np.maximum(np.floor(xy.min(0)), 0).astype(int), np.ceil(xy.max(0)).astype(int) + 1
-            part = mask[z, low[1] : high[1], low[0] : high[0]]
-            rows, columns = np.indices(part.shape)
-            centres = np.c_[columns.ravel() + low[0], rows.ravel() + low[1]]
-            part ^= Polygon(xy).contains_points(centres).reshape(part.shape)
+            written = 0.01 if np.allclose(points, points.round(2), rtol=0, atol=1e-6) else 0.001  # mm, as precise
+            outlines[z].append(Outline(along.mean(), xy, written / np.array(series.spacing), kind.endswith("XOR")))
+            notes["moved onto their slices"] += off > AGREE * step
+            notes["of no type or INTERPOLATED_PLANAR taken as closed"] += not kind.startswith("CLOSED")
+            notes["whose number of points is wrong"] += claimed != len(points)
+            notes["moved by their ContourOffsetVector"] += bool(np.any(contour.get("ContourOffsetVector") or 0))
     if roi.contours and len(marks) == len(roi.contours):
         faults["is a POINT, so it encloses nothing; draw the outline"] |= {*marks}
+    return outlines
+
+
+def _on_edge(outline: Outline, shape: tuple[int, int]) -> np.ndarray:
+    """Which voxels' centres (rows, columns) a closed polygon leads through, within its tolerance."""
+    edge, start, run = np.zeros(shape, bool), outline.xy, np.roll(outline.xy, -1, 0) - outline.xy
+    for axis in (0, 1):  # where each of its lines crosses columns, then rows
+        low = np.ceil(start[:, axis] + np.minimum(0, run[:, axis]) - outline.tolerance[axis])
+        high = np.floor(start[:, axis] + np.maximum(0, run[:, axis]) + outline.tolerance[axis])
+        n = np.maximum(high - low + 1, 0).astype(int)
+        line = np.repeat(np.arange(len(n)), n)
+        at = low[line] + np.arange(len(line)) - np.repeat(np.cumsum(n) - n, n)
+        share = np.clip((at - start[line, axis]) / np.where(run[:, axis], run[:, axis], 1)[line], 0, 1)
+        across = start[line, 1 - axis] + share * run[line, 1 - axis]
+        hit = np.abs(across - across.round()) <= outline.tolerance[1 - axis]
+        places = np.c_[at, across.round()][hit].astype(int)[:, :: 1 if axis else -1]  # row, column
+        edge[tuple(places[((places >= 0) & (places < shape)).all(1)].T)] = True
+    return edge
+
+
+def _meeting(first: Outline, inner: np.ndarray, second: Outline, other: np.ndarray) -> str:
+    """How two contours of a slice, and the voxels in them, meet: "same", "crossing", or "": nested, or apart."""
+    if (first.xy.max(0) < second.xy.min(0)).any() or (second.xy.max(0) < first.xy.min(0)).any():
+        return ""
+    courses = []
+    for xy in (first.xy, second.xy):
+        closed = np.r_[xy, xy[:1]]
+        length = np.r_[0, np.linalg.norm(np.diff(closed, axis=0), axis=1).cumsum()]
+        at = np.linspace(0, length[-1], 2 + int(length[-1] / AGREE))
+        courses.append(np.c_[[np.interp(at, length, closed[:, axis]) for axis in (0, 1)]].T)
+    apart = [KDTree(a).query(b[::5])[0] for a, b in (courses, courses[::-1])]
+    if max(far.max() for far in apart) <= AGREE:
+        return "same"
+    both, small, large = np.count_nonzero(inner & other), *sorted(map(np.count_nonzero, (inner, other)))
+    versions = 2 * both > large and min(map(np.median, apart)) < ONE_OUTLINE  # of one outline, no organ and its hole
+    return "crossing" if both and (both < small or versions) else ""
+
+
+def _plane(outlines: list[Outline], shape: tuple[int, int]) -> tuple[np.ndarray, str]:
+    """Which voxels' centres lie inside an odd number of a slice's contours, or on one; and why that is in doubt."""
+    plane, edges, before = np.zeros(shape, bool), np.zeros(shape, bool), []
+    for outline in outlines:
+        xy, run = outline.xy, np.roll(outline.xy, -1, 0) - outline.xy
+        low, high = np.floor(xy.min(0)).clip(0), np.ceil(xy.max(0) + 1).clip(max=shape[::-1])
+        columns, rows = np.mgrid[low[0] : high[0], low[1] : high[1]].reshape(2, -1).astype(int)
+        inner, edge = np.zeros(shape, bool), _on_edge(outline, shape)
+        inner[rows, columns] = Polygon(xy).contains_points(np.c_[columns, rows])
+        inner &= ~edge
+        if (
+            not inner.any()
+            and abs(xy[:, 0] @ run[:, 1] - xy[:, 1] @ run[:, 0]) / 2 > np.linalg.norm(run, axis=1).sum()
+        ):
+            return plane, "runs round twice; export it again"
+        met = {_meeting(outline, inner, *other) for other in before if not outline.xor}
+        if "crossing" in met:
+            return plane, "crosses another one, or nearly follows it; keep the right one in the planning system"
+        if "same" not in met:
+            plane, edges = plane ^ inner, edges | edge
+            before.append((outline, inner))
+    return plane | edges, ""
+
+
+def _mask(roi: Roi, series: Series, fill_gaps: bool) -> sitk.Image:
+    """The ROI's voxels on the grid that the series is read on; ValueError with all that is wrong with contours."""
+    heights = series.positions @ series.axes[:, 2]
+    mask, faults, notes = np.zeros((len(heights), *series.size[::-1]), bool), defaultdict(set), Counter()
+    outlines, contoured = _outlines(roi, series, faults, notes), []
+    step, levels = np.diff(heights).min(), [one.height for drawn in outlines.values() for one in drawn]
+    for z, drawn in outlines.items():
+        places = {one.height for one in drawn}
+        mask[z], fault = _plane(drawn, mask.shape[1:])
+        if max(places) - min(places) > AGREE * step:
+            fault = "shares its slice with one at another height; give the series that it was drawn on"
+        if fault:
+            faults[fault] |= places
+        if mask[z].any() or max(len(one.xy) for one in drawn) > 2:  # a single click contours no slice
+            contoured.append(z)
+    gaps = np.setdiff1d(np.arange(min(contoured, default=0), max(contoured, default=0)), contoured)
+    if gaps.size and not fill_gaps and not faults:
+        apart = np.median(np.diff(np.unique(np.round(levels, 2))))
+        cure = "draw it" if apart < 1.5 * step else f"give the series that it was drawn on, {apart:.2f} mm a slice"
+        faults[f"is missing between others; {cure}, or set fill_gaps"] |= {*heights[gaps]}
+    elif gaps.size and not faults:
+        if empty := _fill(mask, gaps, heights, series.spacing):
+            faults["is missing, and those beside it do not overlap; draw it"] |= {*heights[empty]}
+        notes[f"interpolated (fill_gaps) at {', '.join(f'{height:.2f}' for height in heights[gaps])} mm"] += len(gaps)
     if faults:
-        at = {fault: ", ".join(f"{height:.2f}" for height in sorted(places)) for fault, places in faults.items()}
+        at = {fault: ", ".join(dict.fromkeys(f"{z:.2f}" for z in sorted(places))) for fault, places in faults.items()}
         span = f"slices lie at {heights[0]:.2f} to {heights[-1]:.2f} mm"
         raise ValueError("\n".join(f"{roi}: the contour at {at[fault]} mm {fault} ({span})" for fault in faults))
     if not mask.any():
         what = "encloses the centre of no voxel" if roi.contours else "has no contours"
         raise ValueError(f"{roi}: {what}; draw it, or leave the scan out")
-    return series_image(series, mask, label=True)
+    image = series_image(series, mask.astype(np.uint8), label=True)
+    if told := "; ".join(f"{n} contour(s) {note}" for note, n in notes.items() if n):
+        image.SetMetaData("notes", told)
+        warnings.warn(f"{roi}: {told}", stacklevel=3)
+    return image
+
+
+def _fill(mask: np.ndarray, gaps: Iterable[int], heights: np.ndarray, spacing: Sequence[float]) -> list[int]:
+    """Shapes on these slices, by the signed distances to those below and above; gives those that stay empty."""
+    filled, empty = np.flatnonzero(mask.any((1, 2))), []
+    for z in gaps:
+        beside = [*filled[filled < z][-1:], *filled[filled > z][:1]]
+        if len(beside) == 2:
+            inside, outside = (
+                distance_transform_edt(m, (1e9, *spacing[::-1])) for m in (mask[beside], ~mask[beside])
+            )
+            share = np.interp(heights[z], heights[beside], [0, 1])
+            mask[z] = np.average(inside - outside, axis=0, weights=[1 - share, share]) > 0
+            empty += [] if mask[z].any() else [z]
+    return empty
 
 
 def write_rtstruct(
@@ -293,7 +494,8 @@ def write_rtstruct(
 ) -> None:
     """Write a mask as the one ROI of a structure set of its series: unapproved, and said to be research alone.
 
-    Contours run half-way between foreground and background, so that `read_rtstruct` gives the same mask.
+    Contours run half-way between foreground and background, so that `read_rtstruct` gives the same mask. (One with
+    empty slices inside it refuses.)
 
     Args:
         mask: foreground is not 0; on the series' grid.
@@ -302,14 +504,12 @@ def write_rtstruct(
         colour: red, green and blue, 0 to 255.
 
     Raises:
-        ValueError: if the folder holds no series, or several, or the mask is empty or not on its grid.
+        ValueError: if the mask is empty or not on the series' grid, or the series not `contourable`.
         OSError: if the file cannot be written; then nothing is.
     """
     series, images, contours = _series_for(mask, series_folder, path), [], []
     first = dcmread(series.files[0], stop_before_pixels=True, force=True)
-    frame = first.get("FrameOfReferenceUID")
-    if not frame:
-        raise ValueError(f"{series.files[0]}: has no FrameOfReferenceUID, which contours need; export it again")
+    frame = first.FrameOfReferenceUID
     for uid, number, position, plane in zip(
         series.uids, series.frames, series.positions, _planes(mask, series), strict=True
     ):
@@ -330,7 +530,12 @@ def write_rtstruct(
     date, time = datetime.now().strftime("%Y%m%d %H%M%S").split()
     structures = _item(
         SpecificCharacterSet="ISO_IR 192",
-        **{keyword: str(first.get(keyword) or "")[:most] for keyword, most in PATIENT_AND_STUDY.items()},
+        **{
+            keyword: "=".join(
+                group[:most] for group in str(first.get(keyword) or "").split("=")
+            )  # of a name's groups
+            for keyword, most in PATIENT_AND_STUDY.items()
+        },
         SOPClassUID=RTStructureSetStorage,
         **{"SOPInstanceUID": generate_uid(), "SeriesInstanceUID": generate_uid(), "SeriesNumber": 1},
         **{"SeriesDescription": RESEARCH, "Modality": "RTSTRUCT", "OperatorsName": ""},
@@ -382,9 +587,27 @@ def write_dicom_seg(
         segmentation.save_as(temporary)
 
 
-def _series_for(mask: sitk.Image, folder: str | Path, path: str | Path) -> Series:
-    """The series in a folder; ValueError if it is not one, or the mask is empty or not on its grid."""
+def contourable(folder: str | Path) -> Series:
+    """The series in a folder, if a structure set can refer to it; to be asked before a mask is made.
+
+    Raises:
+        ValueError: if the folder holds no series, or several, or its slices lack what contours refer to.
+    """
     series = series_geometry(folder)
+    header = dcmread(series.files[0], stop_before_pixels=True, force=True)
+    lacking = [name for name in ("StudyInstanceUID", "FrameOfReferenceUID") if not header.get(name)]
+    lacking += ["SOPInstanceUID of each slice"] * (len({*series.uids} - {""}) < len({*series.files}))
+    if lacking:
+        raise ValueError(
+            f"{series.files[0]}: has no {' and no '.join(lacking)}, which contours need; export the series again "
+            "with all fields, or write it as NIfTI (files.write_image(files.read_scan(folder), ...)) for a mask alone"
+        )
+    return series
+
+
+def _series_for(mask: sitk.Image, folder: str | Path, path: str | Path) -> Series:
+    """The series in a folder; ValueError if it cannot be contoured, or the mask is empty or not on its grid."""
+    series = contourable(folder)
     grid = series_image(series, np.zeros((len(series.uids), *series.size[::-1]), np.uint8), label=True)
     if difference := grid_difference(grid, mask):
         raise ValueError(f"{path}: the mask is not on the grid of {folder} ({difference}); resample it first")
@@ -415,7 +638,7 @@ def _item(**values: object) -> Dataset:
 
 
 def contoured_cases(
-    folder: str | Path, roi: str | Sequence[str], *, modality: str, hash_patients: bool
+    folder: str | Path, roi: str | Sequence[str], *, modality: str, hash_patients: bool, fill_gaps: bool
 ) -> list[tuple[str, Callable[[], Case], dict[str, object]]]:
     """Every series of a modality below a folder that an ROI was drawn on: its name, how to read it, what is known.
 
@@ -423,34 +646,41 @@ def contoured_cases(
     """
     folder, names = Path(folder), [roi] if isinstance(roi, str) else list(roi)
     found, paths, faults = _found(folder)
-    drawn, scans, cases = defaultdict(list), defaultdict(list), []
-    told = pseudonym if hash_patients else str
+    rois_of, scans, cases = defaultdict(list), defaultdict(list), []
+    shown = pseudonym if hash_patients else str
     for rois in _structures(paths, faults):
-        rois = [one._replace(patient=told(one.patient)) for one in rois]
+        rois = [one._replace(patient=shown(one.patient)) for one in rois]
         keys_of = [one.drawn_on(found) for one in rois]
+        if not any(one.contour_count for one in rois):
+            warnings.warn(f"{rois[0].path}: has no contours, so it is passed over", stacklevel=3)
+            continue
         for one, keys in zip(rois, keys_of, strict=True):
             for key in keys:
-                drawn[key].append(one)
-        if rois and not any(keys_of):
+                rois_of[key].append(one)
+        if not any(keys_of):
             with _kept(faults):
                 _series_of(rois[0], found)
     for key, scan in sorted(found.items(), key=lambda item: (item[1].patient, item[1].date, item[0])):
-        if scan.modality == modality:
-            scans[pseudonym(scan.patient)].append(key)
+        scans[pseudonym(scan.patient)].append(key)
     for name, keys in scans.items():
-        contoured = [key for key in keys if key in drawn]
+        others = [key for key in keys if key in rois_of and found[key].modality != modality]
+        keys = [key for key in keys if found[key].modality == modality]
+        contoured = [key for key in keys if key in rois_of]
+        if not keys:
+            continue
         patient, place = found[keys[0]].patient, found[keys[0]].files[0].parent
         if not patient:
             faults.append(f"{place}: has no Patient ID (0010,0020); fill it in")
         elif not contoured:
-            faults.append(f"{place}: patient {told(patient)} has no RTSTRUCT; add it, or take it away")
+            but = "".join(f", but one was drawn on {found[key].modality} series {key.series}" for key in others)
+            faults.append(f"{place}: patient {shown(patient)} has no RTSTRUCT{but}; add it, or take it away")
         for number, key in enumerate(contoured if patient else [], start=1):
-            patient, files = told(found[key].patient), found[key].files
+            patient, files = shown(found[key].patient), found[key].files
             with _kept(faults):
-                one = _one(drawn[key], names, f"{files[0].parent}: patient {patient}")
+                one = _one(rois_of[key], names, f"{files[0].parent}: patient {patient}")
                 _series_of(one, {other: found[other] for other in keys})
                 case_id = name + (f"-{number}" if len(contoured) > 1 else "")
-                cases.append(_contoured(case_id, files, one._replace(patient=patient), modality))
+                cases.append(_contoured(case_id, files, one._replace(patient=patient), modality, fill_gaps))
     if not (faults or cases):
         faults = [f"{folder}: holds no {modality} series; choose its folder, or set modality to what is there"]
     if faults:
@@ -462,19 +692,21 @@ def contoured_cases(
 
 
 def _contoured(
-    case_id: str, files: list[Path], roi: Roi, modality: str
+    case_id: str, files: list[Path], roi: Roi, modality: str, fill_gaps: bool
 ) -> tuple[str, Callable[[], Case], dict[str, object]]:
-    folder = files[0].parent
+    folder, columns = files[0].parent, {"patient": roi.patient, "label": roi.name, "roi": roi.name}
 
     def read() -> Case:
         try:
             one = _one(_rois(roi.path), [roi.name], str(roi.path))
-            label = _mask(one._replace(patient=roi.patient), series_geometry(folder, files))
+            label = _mask(one._replace(patient=roi.patient), series_geometry(folder, files), fill_gaps)
             image = read_series(folder, files)
         except ValueError as error:
             lines = str(error).splitlines()
             raise ValueError("\n".join(f"case {case_id}, patient {roi.patient}: {line}" for line in lines)) from error
+        if label.HasMetaDataKey("notes"):
+            columns["roi_notes"] = label.GetMetaData("notes")  # the table is written after its cases were read
         names = str(folder), str(roi.path)
         return checked_case(case_id, image, label, image_name=names[0], label_name=names[1], modality=modality)
 
-    return case_id, read, {"patient": roi.patient, "label": roi.name, "roi": roi.name}
+    return case_id, read, columns

@@ -13,6 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 from pydicom import dcmread
 
+from mupkg.scans.cases import MOST_VOXELS, one_volume
 from mupkg.scans.geometry import (
     RESAMPLE,
     check_affines,
@@ -27,7 +28,6 @@ from mupkg.scans.writing import whole_file
 TWO_FILES = (".mhd", ".nhdr", ".hdr", ".img")  # a header and its voxels apart: never whole at one stroke
 READERS = {".nii": "NiftiImageIO", ".nii.gz": "NiftiImageIO", ".nrrd": "NrrdImageIO"}
 READERS |= {".mha": "MetaImageIO", ".mhd": "MetaImageIO"}  # these formats say where voxels lie
-MOST_VOXELS = 2**30  # in one file; what claims more is broken, or no scan of a pelvis
 HEADER_BYTES = 2**20  # read of a file to see its header
 
 
@@ -70,23 +70,6 @@ def read_scan(path: str | Path, *, channel: int | None = None) -> sitk.Image:
             cure = RESAMPLE if "orthonormal" in str(error) else AGAIN
             raise ValueError(f"{path}: cannot be read as an image ({_reason(error)}); {cure}") from error
     return one_volume(image, channel, path)
-
-
-def one_volume(image: sitk.Image, channel: int | None, name: str | Path) -> sitk.Image:
-    """The 3D volume that an image is, or of a 4D one the channel's; ValueError naming the image if there is none."""
-    size = image.GetSize()
-    if len(size) == 4 and (channel is not None or size[3] == 1):
-        if not 0 <= (channel or 0) < size[3]:
-            last = size[3] - 1
-            raise ValueError(f"{name}: has {last + 1} channels, no channel {channel}; choose one from 0 to {last}")
-        image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, channel or 0])
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        components = image.GetNumberOfComponentsPerPixel()
-        raise ValueError(
-            f"{name}: {image.GetDimension()}D with {components} component(s) per voxel, not a 3D scalar volume; "
-            "of a 4D file choose a channel when the cohort is made (notebook 00), or save the volume alone"
-        )
-    return image
 
 
 def _reason(error: RuntimeError) -> str:

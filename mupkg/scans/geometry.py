@@ -21,10 +21,10 @@ from pydicom.tag import Tag
 from pydicom.uid import MediaStorageDirectoryStorage
 from scipy.ndimage import affine_transform
 
+from mupkg.scans.cases import RIGHT_ANGLE
 from mupkg.scans.headers import MALFORMED, WITH_AFFINE, Fault, named
 
 AGREE = 0.1  # of a voxel: what is no farther apart lies at the same place
-RIGHT_ANGLE = 1e-3  # the largest cosine between rows and columns; the least volume that three axes span
 WIDE_GAP = 1.5  # of the slices' thickness or usual distance: where slices are farther apart, some are missing
 SAME_PLACE = 0.5  # of the mean slice distance: closer slices show the same place twice
 MOST_LEAN = 1.5  # from the first to the last slice, against the way along their normal (48 degrees)
@@ -240,7 +240,8 @@ def _in_order(slices: list[dict[str, Any]]) -> Series:
         raise Fault("its slices lie beside one another", "give a folder with a stack of slices")
     gaps = np.diff(distances)
     if gaps.min() <= SAME_PLACE * gaps.mean():
-        first, second = (slices[gaps.argmin() + k]["name"] for k in (0, 1))
+        near = slices[gaps.argmin() : gaps.argmin() + 2]
+        first, second = (one["file" if near[0]["name"] == near[1]["name"] else "name"] for one in near)
         fault = f"{first} and {second} are only {gaps.min():.2f} mm apart: slices copied twice, or two acquisitions"
         raise Fault(fault, "keep one copy or acquisition in the folder")
     if gaps.max() > WIDE_GAP * max(np.median(gaps), *(one["thickness"] for one in slices)):

@@ -12,20 +12,63 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort, read_cases
+from mupkg.data.cohort import FINGERPRINT, PHANTOMS, SPLITS, Cohort, read_cases
 from mupkg.data.preprocessing import array_spacing
 from mupkg.metrics import headline, with_unit
 from mupkg.scans.cases import not_in_hu
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import METRICS, RUN, read_run
+from mupkg.stages.runs import METRICS, PLATEAU_DSC, RUN, read_run
 
-ALIKE = 0.1  # spacing and field of view may leave the range of the training scans by this share of it
+RANGE_TOLERANCE = 0.1  # spacing and field of view may leave the range of the training scans by this share of it
 UNKNOWN = "not recorded in run.json"
-RESEARCH_ONLY = "**For research only. This is no medical device: not for diagnosis, not for treatment planning.**"
-LICENCE = (
-    "The software that made and reads these weights is under Apache-2.0. The weights follow the terms of the data "
-    "they were trained on, too; whoever passes them on has to know those terms."
-)
+CARD = """\
+# Model card: {run}
+
+**For research only. This is no medical device: not for diagnosis, not for treatment planning.**
+
+## Data and training
+
+|  |  |
+| --- | --- |
+| configuration | {configuration} |
+| seed, steps | {seed}, {steps} |
+| cohort | {cohort} |
+| fingerprint of its regions | {data_fingerprint} |
+| source | {source} |
+| modality | {modality} |
+| split | {split} |
+| training scans: voxels (z, y, x) | {voxels} |
+| training scans: field (z, y, x) | {field} |
+| written | {written}, commit {commit} |
+
+## Results
+
+{results}
+
+## Limits
+
+* It knows nothing of scans unlike those above, and gives no warning when it is wrong.{unfit}
+* Its test cases come from the same cohort: nothing here tells how it does on another scanner's.
+* Every mask has to be looked at, slice by slice.
+
+## Licence
+
+The software that made and reads these weights is under Apache-2.0. The weights follow the terms of the data they \
+were trained on, too; whoever passes them on has to know those terms.
+"""
+SOURCES = {PHANTOMS: "phantoms: made-up CT, no patients"}  # in words, where the name does not do
+UNFIT = {
+    PHANTOMS: "\n* It was trained and tested on made-up scans: it must not be applied to patients at all.",
+    None: "\n* What it was trained on is not recorded: take it for unfit for patients.",
+}
+UNTESTED = f"**Not tested: {METRICS} is missing, so nothing is known of how well this run does.**"
+
+
+class _Recorded(dict):
+    """What is not there is unknown."""
+
+    def __missing__(self, key: str) -> str:
+        return UNKNOWN
 
 
 def trained_on(cohort: Cohort, regions: Regions, training_cases: int | None = None) -> dict[str, Any]:
@@ -43,8 +86,9 @@ def trained_on(cohort: Cohort, regions: Regions, training_cases: int | None = No
         np.array([json.loads(text) for text in cohort.table.loc[ids["train"], column]])
         for column in ("spacing_zyx_mm", "size_zyx")
     )
+    recorded = json.loads((cohort.folder / FINGERPRINT).read_bytes())
     data = {
-        "source": json.loads((cohort.folder / FINGERPRINT).read_bytes()).get("source"),
+        "source": PHANTOMS if cohort.of_phantoms else recorded.get("source"),
         "modality": cohort.preparation.modality,
         "cases": {split: len(names) for split, names in ids.items()},
         "spacing_mm": _range(spacing),
@@ -69,27 +113,13 @@ def card(run_folder: str | Path) -> str:
     """
     run_folder = Path(run_folder)
     record = read_run(run_folder / RUN)
-    told, data = record.get("parameters") or {}, record.get("data") or {}
-    facts = {
-        "configuration": told.get("configuration", UNKNOWN),
-        "seed, steps": f"{told.get('seed', UNKNOWN)}, {told.get('steps', UNKNOWN)}",
-        "cohort": told.get("cohort", UNKNOWN),
-        "fingerprint of its regions": record.get("data_fingerprint", UNKNOWN),
-        "source": _source(data.get("source")),
-        "modality": data.get("modality", UNKNOWN),
-        "split": _split(data),
-        "training scans: voxels (z, y, x)": _shown(data.get("spacing_mm")),
-        "training scans: field (z, y, x)": _shown(data.get("extent_mm")),
-        "written": f"{record.get('written', UNKNOWN)}, commit {record.get('commit') or UNKNOWN}",
-    }
-    lines = [
-        f"# Model card: {run_folder.name}",
-        RESEARCH_ONLY,
-        "## Data and training",
-        _table(["", ""], facts.items()),
-    ]
-    lines += ["## Results", *_results(run_folder, record), "## Limits", _limits(data), "## Licence", LICENCE]
-    return "\n\n".join(lines) + "\n"
+    parameters, data = record.get("parameters") or {}, record.get("data") or {}
+    source = data.get("source")
+    facts = {"run": run_folder.name, "results": _results(run_folder, record), "unfit": UNFIT.get(source, "")}
+    facts |= {"source": SOURCES.get(source, source or UNKNOWN), "split": _split(data)}
+    facts |= {"voxels": _shown(data.get("spacing_mm")), "field": _shown(data.get("extent_mm"))}
+    facts |= {"commit": record.get("commit") or UNKNOWN}
+    return CARD.format_map(_Recorded(record | data | parameters | facts))
 
 
 def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:
@@ -116,14 +146,10 @@ def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:
             differences.append(f"The {what} of the training scans: {UNKNOWN}, so not compared.")
             continue
         low, high = np.array(data[key])
-        if (value < low * (1 - ALIKE)).any() or (value > high * (1 + ALIKE)).any():
+        if (value < low * (1 - RANGE_TOLERANCE)).any() or (value > high * (1 + RANGE_TOLERANCE)).any():
             here = _shown([value.round(3).tolist()] * 2)
             differences.append(f"This scan's {what}: {here} (z, y, x); the training scans': {_shown(data[key])}.")
     return differences
-
-
-def _source(source: str | None) -> str:
-    return {None: UNKNOWN, "phantoms": "phantoms: made-up CT, no patients"}.get(source, source)
 
 
 def _split(data: dict[str, Any]) -> str:
@@ -142,40 +168,25 @@ def _shown(span: list[list[float]] | None) -> str:
     return " × ".join(parts) + " mm"
 
 
-def _table(header: list[str], rows: Any) -> str:
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows])
-
-
-def _results(run_folder: Path, record: dict[str, Any]) -> list[str]:
+def _results(run_folder: Path, record: dict[str, Any]) -> str:
     said = []
-    if record.get("collapsed"):
-        said.append("**Collapsed: this run found no prostate in any validation case. Do not use it.**")
+    if record.get("never_left_plateau", record.get("collapsed")):  # as older runs call it
+        said.append(f"**Its validation DSC never was above {PLATEAU_DSC:g}: this run never left the plateau.**")
     if not (run_folder / METRICS).is_file():
-        return [*said, f"**Not tested: {METRICS} is missing, so nothing is known of how well this run does.**"]
+        return "\n\n".join([*said, UNTESTED])
     metrics = read_cases(run_folder / METRICS, "test the run again with notebook 03")
     seed = (record.get("parameters") or {}).get("seed", UNKNOWN)
     said.append(
         f"{len(metrics)} test case(s), one training (seed {seed}); mean ± standard deviation over cases, with the "
-        "largest component alone, on the scans' own grids. n is less where a "
-        "metric is undefined. Another seed would give other numbers."
+        "largest component alone, on the scans' own grids. n is less where a metric is undefined. Another seed would "
+        "give other numbers."
     )
-    rows = []
+    rows = ["| metric | mean ± sd | n |", "| --- | --- | --- |"]
     for name in headline():
         values = metrics[name].dropna() if name in metrics else ()
         if len(values):
             mean, n = f"{values.mean():.3f}", len(values)  # an infinite distance (an empty mask) makes its mean inf
             with np.errstate(invalid="ignore"):
-                rows.append((with_unit(name), mean if n == 1 else f"{mean} ± {values.std():.3f}", n))
+                rows.append(f"| {with_unit(name)} | {mean if n == 1 else f'{mean} ± {values.std():.3f}'} | {n} |")
     lowest = [f"Lowest DSC of a case: {metrics['DSC'].min():.3f}."] if "DSC" in metrics else []
-    return [*said, _table(["metric", "mean ± sd", "n"], rows), *lowest]
-
-
-def _limits(data: dict[str, Any]) -> str:
-    limits = ["It knows nothing of scans unlike those above, and gives no warning when it is wrong."]
-    if data.get("source") == "phantoms":
-        limits.append("It was trained and tested on made-up scans: it must not be applied to patients at all.")
-    elif "source" not in data or data["source"] is None:
-        limits.append("What it was trained on is not recorded: take it for unfit for patients.")
-    limits.append("Its test cases come from the same cohort: nothing here tells how it does on another scanner's.")
-    limits.append("Every mask has to be looked at, slice by slice.")
-    return "\n".join(f"* {limit}" for limit in limits)
+    return "\n\n".join([*said, "\n".join(rows), *lowest])

@@ -24,8 +24,7 @@ from mupkg.data.preprocessing import (
     to_scan_grid,
 )
 from mupkg.models import UNet, is_3d, layout_of, light_unet
-from mupkg.scans.cases import Point, checked_case, label_volume_ml
-from mupkg.scans.files import one_volume
+from mupkg.scans.cases import Point, checked_case, label_volume_ml, one_volume
 from mupkg.scans.writing import whole_file
 from mupkg.stages.localization import COARSE_CHANNELS, Location, locate
 from mupkg.stages.prediction import Box, predict_volume

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mupkg.metrics import dice
-from mupkg.models import MULTIPLE, VNET_MULTIPLE, SegmentationOutput, Window, is_3d
+from mupkg.models import MULTIPLE, VNET_MULTIPLE, Crop, SegmentationOutput, is_3d
 
 Box = tuple[slice, slice, slice]  # voxels (z, y, x); rows and columns start at even ones
 
@@ -34,7 +34,7 @@ def run_slices(
     middle: Int[np.ndarray, " n"],
     channels: int,
     precision: Literal["no", "bf16"] = "no",
-    window: Window | None = None,
+    window: Crop | None = None,
 ) -> SegmentationOutput:
     """Logits and embeddings of some slices of a volume, float32; padded to a multiple of 8 and cut back.
 

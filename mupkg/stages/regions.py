@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from torch import nn
 
 from mupkg import progress
-from mupkg.data.cohort import FINGERPRINT, Cohort, of_replicate, read_cases, recorded_cohort
+from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort, of_replicate, read_cases, recorded_cohort
 from mupkg.data.preprocessing import (
     Prepared,
     centroid,
@@ -156,7 +156,7 @@ def write_regions(
     folder, rows = Path(folder), []
     for name in ("regions.csv", FINGERPRINT):  # from here on the regions are in the making
         (folder / name).unlink(missing_ok=True)
-    ids = [case_id for split in ("train", "validation", "test") for case_id in cohort.ids(split)]
+    ids = [case_id for split in SPLITS for case_id in cohort.ids(split)]
     for case_id in progress(ids, desc="locating", unit="case"):
         case, prepared = cohort.case(case_id), cohort.prepared(case_id)
         location = locate(case, prepared.image, network, coarse_mm=coarse_mm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,8 +25,24 @@ from mupkg.scans.writing import whole_file, write_text
 BEST, LAST, CHECKPOINT = "weights.safetensors", "last.safetensors", "checkpoint.safetensors"
 HISTORY, RUN, METRICS, REGIONS, CARD = "history.csv", "run.json", "metrics.csv", "regions.csv", "card.md"
 FILM, PREDICTIONS = "film", "predictions"
-OUTSIDE = ("nnUNet", "nnUNet-HCP")  # runs of nnU-Net (notebook 11): metrics, but no weights of ours
+NNUNET_RUNS = ("nnUNet", "nnUNet-HCP")  # runs of nnU-Net (notebook 11): metrics, but no weights of ours
 Shift = Literal["noise", "contrast", "thick"]  # test scans made harder, see mupkg.stages.shifts
+
+
+PLATEAU_DSC = 0.75  # a training with a better validation has left the plateau
+STAGE1 = "stage1"  # the folder of a study's first stage
+
+
+def run_name(arm: str, seed: int) -> str:
+    """The folder of a run in its study: of an arm, that is a configuration or what a trial calls it, and a seed."""
+    return f"{arm}-seed{seed}"
+
+
+def parse_run_name(folder: Path) -> tuple[str, int]:
+    """Arm and seed of a run's folder; ValueError if it is not named like one."""
+    if not (match := re.fullmatch(r"(.+)-seed(\d+)", folder.name, re.ASCII)):
+        raise ValueError(f"{folder}: is not named <configuration>-seed<number>; rename or move it")
+    return match[1], int(match[2])
 
 
 def metrics_name(shift: Shift | None = None) -> str:
@@ -34,12 +51,12 @@ def metrics_name(shift: Shift | None = None) -> str:
 
 
 METRICS_LAST = "metrics_last.csv"  # of the last weights
-OF_SHIFTS = tuple(map(metrics_name, get_args(Shift)))
-OF_TESTS = (METRICS, METRICS_LAST, *OF_SHIFTS, PREDICTIONS)
-RESULTS = (BEST, LAST, HISTORY, RUN, *OF_TESTS, REGIONS, CARD, "fingerprint.json", FILM)  # of a run
+SHIFT_FILES = tuple(map(metrics_name, get_args(Shift)))
+TEST_FILES = (METRICS, METRICS_LAST, *SHIFT_FILES, PREDICTIONS)
+RUN_FILES = (BEST, LAST, HISTORY, RUN, *TEST_FILES, REGIONS, CARD, "fingerprint.json", FILM)  # of a run
 
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at
-MOST = {"base_filters": MOST_CHANNELS // MULTIPLE, "embedding_dim": MOST_CHANNELS, "filters": MOST_CHANNELS}
+MAX_CHANNELS = {"base_filters": MOST_CHANNELS // MULTIPLE, "embedding_dim": MOST_CHANNELS, "filters": MOST_CHANNELS}
 PACKAGES = ("mupkg", "torch", "SimpleITK", "numpy", "monai", "accelerate")
 
 
@@ -92,7 +109,7 @@ def require(metadata: Mapping[str, Any], names: Sequence[str], path: Path) -> No
     if missing:
         lacks = f"its metadata lacks {', '.join(missing)}"
         raise ValueError(f"{path}: holds weights of another network ({lacks}); copy this run's own file there")
-    for name, most in MOST.items():
+    for name, most in MAX_CHANNELS.items():
         if name in metadata and not (isinstance(metadata[name], int) and 0 < metadata[name] <= most):
             raise ValueError(f"{path}: cannot be a network of {name} {metadata[name]!r}; copy the file again")
 
@@ -114,6 +131,14 @@ def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], path: 
         ) from error
 
 
+def processor_name() -> str:
+    """The processor as Linux names it, else what Python knows of it: rounding depends on it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
 def provenance() -> dict[str, Any]:
     """Versions, commit, device and thread count of this process, and the time."""
     try:
@@ -132,6 +157,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

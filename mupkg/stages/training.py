@@ -23,35 +23,37 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mupkg import progress
 from mupkg.data.patches import PatchSource
-from mupkg.losses import SegmentationMetricLoss
+from mupkg.losses import LossTerms, SegmentationMetricLoss
 from mupkg.models import SegmentationOutput, layout_of
 from mupkg.scans.writing import machine_lock, whole_file
 from mupkg.stages.hardware import AUTOCAST, batches, check_speed, join_processes, machine_name, nearest
-from mupkg.stages.runs import BEST, CHECKPOINT, HISTORY, LAST, RESULTS, load_tensors, load_weights, save_tensors
+from mupkg.stages.runs import (
+    BEST,
+    CHECKPOINT,
+    HISTORY,
+    LAST,
+    PLATEAU_DSC,
+    RUN_FILES,
+    load_tensors,
+    load_weights,
+    save_tensors,
+)
 
 LOGS_PER_VALIDATION = 10
 
 
-def poly_learning_rate(initial: float, step: int, steps: int, power: float = 0.9, warm_up: int = 0) -> float:
-    """The learning rate of step number `step` (from 0) of `steps`: initial * (1 - step / steps) ** power (R8).
-
-    The first `warm_up` steps take a share of it that rises linearly to 1. The paper has no warm-up.
-    """
-    return initial * (1 - step / steps) ** power * min(1.0, (step + 1) / (warm_up + 1))
+def poly_learning_rate(initial: float, step: int, steps: int, power: float = 0.9) -> float:
+    """The learning rate of step number `step` (from 0) of `steps`: initial * (1 - step / steps) ** power (R8)."""
+    return initial * (1 - step / steps) ** power
 
 
-def collapsed(history: pd.DataFrame, choose_from: float = 0.0) -> bool:
-    """Whether a training has collapsed: even its best weights have a validation DSC of 0.
-
-    They find no prostate in any validation case, most often because the network calls every voxel background. Such
-    a run says nothing about its configuration, and its metrics must not enter a mean unmarked.
+def never_left_plateau(history: pd.DataFrame) -> bool:
+    """Whether no validation DSC is above `PLATEAU_DSC`; METHOD.md, "The plateau", says what such a run is worth.
 
     Args:
         history: what `train` returns, or a run's history.csv.
-        choose_from: as given to `train`.
     """
-    eligible = history["step"] >= choose_from * history["step"].max()
-    return bool(history.loc[eligible, "validation_dsc"].max() == 0)
+    return bool(history["validation_dsc"].max() <= PLATEAU_DSC)
 
 
 def train(
@@ -66,7 +68,6 @@ def train(
     metadata: Mapping[str, Any],
     seed: int = 0,
     learning_rate: float = 0.01,
-    warm_up: int = 0,
     power: float = 0.9,
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
@@ -90,7 +91,7 @@ def train(
         network: trained in place, on a GPU if there is one; it maps images to a `SegmentationOutput`.
         validate: returns the mean DSC of a network on the validation cases; gets the plain network, in float32.
         metadata: what made these weights; stored with them. A checkpoint with other metadata is not resumed.
-        seed: of the samplers' draws. warm_up: steps over which the rate rises first, see `poly_learning_rate`.
+        seed: of the samplers' draws.
         precision: "no" (float32), "bf16" or "fp16" (autocast; fp16 on a GPU only), of the training steps alone.
         channels_last, compile: memory layout and torch.compile. They change speed and rounding, and through
             rounding now and then a draw of the hard sampler.
@@ -105,7 +106,7 @@ def train(
             machine cannot do.
         FloatingPointError: if the loss or the validation DSC is no longer finite.
     """
-    _check(steps, validate_every, warm_up, choose_from)
+    _check(steps, validate_every, choose_from)
     accelerator = join_processes()
     device, processes = accelerator.device, accelerator.num_processes
     check_speed(device, precision, compile)
@@ -113,7 +114,7 @@ def train(
     network = network.to(device, memory_format=layout)
     optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay)
     scaler = GradScaler(device.type, enabled=precision == "fp16")
-    rates = [poly_learning_rate(learning_rate, step, steps, power, warm_up) for step in range(steps)]
+    rates = [poly_learning_rate(learning_rate, step, steps, power) for step in range(steps)]
     with _exclusive(Path(folder)) if accelerator.is_main_process else nullcontext():
         run = _Run(Path(folder), accelerator, network, optimizer, scaler, dict(metadata), choose_from * steps)
         run.begin(steps)
@@ -125,11 +126,9 @@ def train(
         return run.finish()
 
 
-def _check(steps: int, validate_every: int, warm_up: int, choose_from: float) -> None:
+def _check(steps: int, validate_every: int, choose_from: float) -> None:
     if steps < 1 or validate_every < 1:
         raise ValueError(f"steps and validate_every must be at least 1, not {steps} and {validate_every}")
-    if not 0 <= warm_up < steps:
-        raise ValueError(f"warm_up must be at least 0 and less than steps ({steps}), not {warm_up}")
     if not 0 <= choose_from <= 1:
         raise ValueError(f"choose_from must be a share of the steps, from 0 to 1, not {choose_from}")
 
@@ -139,6 +138,14 @@ def _forward(model: nn.Module, images: Tensor, precision: str) -> SegmentationOu
     with torch.autocast(images.device.type, AUTOCAST[precision], enabled=precision != "no"):
         output = model(images)
     return SegmentationOutput(*(tensor.float() for tensor in output))
+
+
+def _to_record(terms: LossTerms, active_shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What history.csv says of a step, by column, without its graph."""
+    values = {"loss": terms.total, "cross_entropy": terms.cross_entropy}
+    values |= {f"metric_{letter}": value for letter, value in terms.metric.items()}
+    values |= {f"active_{letter}": share for letter, share in active_shares.items()}
+    return {name: value.detach() for name, value in values.items()}
 
 
 def _loop(
@@ -176,11 +183,7 @@ def _loop(
         scaler.update()
 
         # Values stay on the device until a row is written, so that a GPU need not wait for the CPU.
-        values = {"loss": terms.total, "cross_entropy": terms.cross_entropy}
-        values |= {f"metric_{letter}": value for letter, value in terms.metric.items()}
-        shares = getattr(loss, "active_shares", {})  # a loss of somebody's own may have none
-        values |= {f"active_{letter}": share for letter, share in shares.items()}
-        window.append({name: value.detach() for name, value in values.items()})
+        window.append(_to_record(terms, getattr(loss, "active_shares", {})))  # a loss of somebody's own may have none
         done = step + 1
         if on_step and main:
             on_step(network, done)
@@ -235,7 +238,7 @@ class _Run:
             self.metadata["processes"] = self.accelerator.num_processes
         made_on = self._resume() if (self.folder / CHECKPOINT).exists() else []
         if not self.history and self.accelerator.is_main_process:  # else old results would be taken for this run's
-            for path in (self.folder / name for name in RESULTS):
+            for path in (self.folder / name for name in RUN_FILES):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         machine = machine_name(self.accelerator.device)
         if self.done < steps and made_on[-1:] != [machine]:

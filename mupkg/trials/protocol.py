@@ -33,6 +33,9 @@ from mupkg.parameters import (
     tagged,
 )
 from mupkg.samplers import SAMPLERS
+from mupkg.stages.runs import STAGE1, run_name
+from mupkg.trials.kept import kept_folder
+from mupkg.trials.statistics import MARGIN
 
 Side = str | Annotated[tuple[str, ...], Field(min_length=2)]  # of a contrast: an arm, or arms whose mean it is
 
@@ -60,7 +63,7 @@ class Trial(Settings):
     factors: tuple[str, ...] = ()
     descriptive: bool = False
     primary: Literal[*(name for name, metric in METRICS.items() if metric.of)] = "DSC"
-    margin: PositiveFloat = 0.01
+    margin: PositiveFloat = MARGIN
     varies: tuple[str, ...] = ()
     by_parameter: bool = False
 
@@ -99,6 +102,11 @@ class Trial(Settings):
         return [*contrasts, *(tuple(of) for of in self.levels.values())]
 
     @property
+    def margins(self) -> dict[str, float]:
+        """The margin of each outcome that has one: the primary, with and without the largest-component step."""
+        return {self.primary: self.margin, f"{self.primary}_all": self.margin}
+
+    @property
     def means(self) -> dict[str, list[str]]:
         """What `pairs` names that is the mean of several arms: the pooled sides and the factors' levels."""
         pooled = {side_name(side): [*side] for pair in self.contrasts for side in pair if not isinstance(side, str)}
@@ -119,9 +127,12 @@ class Trial(Settings):
 
     @property
     def as_in_the_paper(self) -> dict[str, str]:
-        """Of the arms that are nothing but a configuration, trained otherwise at most, which one."""
+        """Of each arm that is nothing but a configuration, perhaps with Table III's margin: which one."""
         alone = {"configuration", "seed_offset", "learning_rate", "steps"}
-        return {arm: given["configuration"] for arm, given in self.arms.items() if given.keys() <= alone}
+        plain = {
+            arm: {*given} - ({"margin"} if given.get("margin") == 1.0 else {*()}) for arm, given in self.arms.items()
+        }
+        return {arm: self.arms[arm]["configuration"] for arm, names in plain.items() if names <= alone}
 
     @property
     def told_by_arms(self) -> set[str]:
@@ -271,15 +282,20 @@ class Study(Settings):
         """What notebook 03 is told of each run beside the study's own, by the run's folder."""
         if self.trial is None:
             pairs = [(name, seed) for name in self.configurations for seed in self.seeds]
-            return {f"{name}-seed{seed}": {"configuration": name, "seed": seed} for name, seed in pairs}
+            return {run_name(name, seed): {"configuration": name, "seed": seed} for name, seed in pairs}
         runs, folds = {}, self.folds
         for replicate in range(self.trial.replicates):
             for arm, given in self.trial.arms.items():
                 told = {key: value for key, value in given.items() if key != "seed_offset"}
                 seed = replicate + given.get("seed_offset", 0)
-                own = {"stage1": f"stage1-replicate{replicate}"} if folds else {}
-                runs[f"{arm}-seed{seed}"] = {"arm": arm, "replicate": replicate, "seed": seed} | own | told
+                own = {"stage1": f"{STAGE1}-replicate{replicate}"} if folds else {}
+                runs[run_name(arm, seed)] = {"arm": arm, "replicate": replicate, "seed": seed} | own | told
         return runs
+
+    @property
+    def told(self) -> dict[str, dict[str, Any]]:
+        """All that notebook 03 is told of each run, by the run's folder: the study's own and the run's."""
+        return {run: {"size": self.size, **self.stage2, **own} for run, own in self.runs.items()}
 
     @model_validator(mode="after")
     def _parameters_of_the_notebooks(self) -> Self:
@@ -355,6 +371,11 @@ class TrialSettings(Settings):
     @property
     def study_path(self) -> Path:
         return repository() / self.outputs_folder / self.study.study
+
+    @property
+    def kept_path(self) -> Path:
+        """Where runs of this study are kept as small tables."""
+        return kept_folder(self.study.study)
 
     @property
     def report_path(self) -> Path:

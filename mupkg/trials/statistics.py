@@ -14,16 +14,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.special import nctdtrinc
-from scipy.stats import false_discovery_control, rankdata, t, ttest_1samp, wilcoxon
+from scipy.special import nctdtr, nctdtrinc
+from scipy.stats import binomtest, false_discovery_control, permutation_test, rankdata, t, ttest_1samp, wilcoxon
 
 from mupkg.metrics import METRICS, headline, metric_of
 from mupkg.report.results import mostly_empty_on_test, trainings
+from mupkg.stages.runs import run_name
 
 LEVEL = 0.05  # of every test; intervals hold 95 %
 FEW = 5  # with fewer cases or replicates Satterthwaite's approximation is too generous: up to 13 % false alarms
-MARGINS = {"DSC": 0.01, "DSC_all": 0.01}  # a smaller difference does not matter; without a margin, no equivalence
+MARGIN = 0.01  # of the DSC: a smaller difference does not matter
+MARGINS = {"DSC": MARGIN, "DSC_all": MARGIN}  # without a margin, no equivalence
 PILOT_SD = {"DSC": 0.010, "DSC_all": 0.010}  # of a difference over replicates: the least of a pilot, quick phantoms
+SIGN_FLIPS = 20_000
+FEWEST_SIGNS = 6  # replicates: with five, no choice of signs is rarer than 1 in 16
 PAPERS_T_TEST = "paper's t-test over cases, one replicate"
 ONE_REPLICATE = "one seed cannot tell the method from the draw of the seed"
 
@@ -57,7 +61,11 @@ class Estimate:
     @property
     def interval(self) -> tuple[Any, Any]:
         """The 95 % confidence interval."""
-        half = t.ppf(1 - LEVEL / 2, self.df) * np.sqrt(self.variance)
+        return self.interval_at(1 - LEVEL)
+
+    def interval_at(self, level: float) -> tuple[Any, Any]:
+        """The confidence interval of this level; at 90 % it is what the two one-sided tests at 5 % stand for."""
+        half = t.ppf((1 + level) / 2, self.df) * np.sqrt(self.variance)
         return self.mean - half, self.mean + half
 
 
@@ -112,18 +120,15 @@ def one_replicate(table: Float[np.ndarray, "cases 1"], replicate_sd: float) -> E
     return Estimate(d.mean(), case=0.0, replicate=replicate_sd**2, rest=rest)
 
 
-def bootstrap_interval(
-    table: Float[np.ndarray, "cases replicates"], draws: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile interval of the mean, cases and replicates both drawn anew (pigeonhole bootstrap, Owen 2007).
+def sign_flip(means: Float[np.ndarray, " replicates"]) -> float:
+    """p of the sign-flip test of the replicates' mean differences: no normal theory, so a collapsed run may be in it.
 
-    Nothing need be normal, but with few replicates the interval is too narrow: METHOD.md says by how much.
+    If nothing differs, each replicate's difference is as likely to have the other sign. p is the share of all 2^R
+    choices of signs (of 20 000 draws, where R is above 14) with a mean as far from zero. It speaks of these test
+    cases: METHOD.md, "When a run collapses".
     """
-    rng = np.random.default_rng(seed)
-    of_cases, of_replicates = (rng.multinomial(n, np.full(n, 1 / n), size=draws) for n in np.shape(table))
-    means = ((of_cases @ np.asarray(table)) * of_replicates).sum(1) / np.size(table)
-    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
-    return float(low), float(high)
+    options = {"permutation_type": "samples", "n_resamples": SIGN_FLIPS, "rng": 0}
+    return float(permutation_test((means,), np.mean, **options).pvalue)
 
 
 def nadeau_bengio(fold_differences: Float[np.ndarray, " trainings"], folds: int) -> Estimate:
@@ -149,11 +154,37 @@ def nadeau_bengio(fold_differences: Float[np.ndarray, " trainings"], folds: int)
 # How large a trial must be
 
 
+def promised(estimate: Estimate, margin: float, effects: Sequence[float] = (0.01, 0.02)) -> dict[str, float]:
+    """What a trial with an estimate of this variance and df can say, whatever its mean turns out to be.
+
+    Returns:
+        `half_width` of the 95 % interval; `power_at_0.01`, ...: the chance to see such a difference; `equivalent`:
+        about the chance of this verdict where nothing differs. Before Holm's correction.
+    """
+    error = np.sqrt(estimate.variance)
+    seen = t.ppf(1 - LEVEL / 2, estimate.df)
+    power = {f"power_at_{effect:g}": 1 - nctdtr(estimate.df, effect / error, seen) for effect in effects}
+    equivalent = 2 * t.cdf(margin / error - t.ppf(1 - LEVEL, estimate.df), estimate.df) - 1
+    return {"half_width": seen * error, **power, "equivalent": max(0.0, float(equivalent))}
+
+
+def balanced(measured: Estimate, cases: Any, replicates: Any, arms: int = 1, against: int = 1) -> Estimate:
+    """The variance and df that a balanced table of this size is to be expected to have.
+
+    Args:
+        measured: the components of a difference between two single arms, measured before.
+        arms, against: how many arms either side is the mean of.
+    """
+    share = (1 / arms + 1 / against) / 2
+    case, replicate, rest = (part * share for part in (measured.case, measured.replicate, measured.rest))
+    parts = rest + replicates * case, rest + cases * replicate, rest
+    return Estimate(0.0, *_variance_of_mean(*parts, cases, replicates), case, replicate, rest)
+
+
 def smallest_effect(measured: Estimate, cases: Any, replicates: Any, power: float = 0.8) -> Any:
     """The smallest difference that so many cases and replicates find at `power`, given components measured before."""
-    ms_case, ms_replicate = measured.rest + replicates * measured.case, measured.rest + cases * measured.replicate
-    variance, df = _variance_of_mean(ms_case, ms_replicate, measured.rest, cases, replicates)
-    return nctdtrinc(df, 1 - power, t.ppf(1 - LEVEL / 2, df)) * np.sqrt(variance)  # noncentral t
+    size = balanced(measured, cases, replicates)
+    return nctdtrinc(size.df, 1 - power, t.ppf(1 - LEVEL / 2, size.df)) * np.sqrt(size.variance)  # noncentral t
 
 
 def replicates_needed(measured: Estimate, effect: float, cases: int, power: float = 0.8) -> float:
@@ -179,7 +210,7 @@ def differences(metrics: pd.DataFrame, arm: str, against: str, metric: str) -> p
     wanted = pd.MultiIndex.from_product([(arm, against), sorted(both["seed"].unique()), cases], names=key)
     times = both.value_counts(key).reindex(wanted, fill_value=0).rename("times").reset_index()
     faults = [
-        f"{name}-seed{seed} has {'every case' if len(odd) == len(cases) else ', '.join(map(str, odd))} {n} times"
+        f"{run_name(name, seed)} has {'every case' if len(odd) == len(cases) else ', '.join(map(str, odd))} {n} times"
         for (name, seed, n), odd in times[times["times"] != 1].groupby(["configuration", "seed", "times"])["case_id"]
     ]
     if faults or both.empty:
@@ -196,21 +227,20 @@ def _of_both(metrics: pd.DataFrame, arm: str, against: str) -> pd.DataFrame:
     return metrics[metrics["configuration"].isin([arm, against])]
 
 
-# Factors: `levels` is `Trial.levels`, for each factor its two levels and the arms that have them
+def with_means(metrics: pd.DataFrame, means: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """The table with every mean of several arms as an arm of its own, case by case and replicate by replicate.
 
+    What failed in one arm fails in the mean.
 
-def with_main_effects(metrics: pd.DataFrame, levels: Mapping[str, Mapping[str, Sequence[str]]]) -> pd.DataFrame:
-    """The table with every level of every factor as an arm of its own: the mean over its arms, case by replicate.
-
-    A factor's main effect is then the difference of its two levels, and is judged as any other. What failed in one
-    arm fails in the mean; whether a run collapsed can be seen in the arms alone.
+    Args:
+        means: `Trial.means`: pooled controls, and the levels of a design's factors.
     """
     parts = [metrics]
-    for level, its_own in (level for of in levels.values() for level in of.items()):
-        rows = metrics[metrics["configuration"].isin(its_own)].drop(columns="configuration")
+    for name, arms in means.items():
+        rows = metrics[metrics["configuration"].isin(arms)].drop(columns="configuration")
         key = [*trainings(rows), "case_id"]
-        mean = rows.groupby(key, sort=False).sum(min_count=len(its_own)) / len(its_own)
-        parts.append(mean.reset_index().assign(configuration=level))
+        mean = rows.groupby(key, sort=False).sum(min_count=len(arms)) / len(arms)
+        parts.append(mean.reset_index().assign(configuration=name))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -278,6 +308,8 @@ def contrasts(
     *,
     margins: Mapping[str, float] = MARGINS,
     named: Collection[tuple[str, str, str]] = (),
+    means: Mapping[str, Sequence[str]] | None = None,
+    descriptive: bool = False,
 ) -> pd.DataFrame:
     """Every pair (arm, against) on every metric: a row each, with its test, verdict and answer in one sentence.
 
@@ -285,10 +317,13 @@ def contrasts(
     `p_equivalence_adjusted` likewise. The verdict rests on these two: "equivalent" if the difference is surely
     smaller than the margin, *even if it is surely not zero* (`answer` then says both); else "benefit" or "harm" if
     it is surely not zero; else "undecided". One replicate has no p, only the paper's, in a column that says so.
+    Where a run of either side has collapsed, no equivalence is claimed, and `p_sign_flip` takes the place of p; in
+    folds, or with fewer than six replicates, nothing is decided then.
 
     Failures are counted, never dropped in silence. An infinite distance makes the mean infinite and leaves no p; a
     case with a NaN (PPV without prediction) cannot be compared, and `cases` is how many could. `failed` and
-    `failed_against` count both kinds; `collapsed` and `collapsed_against` count such runs, which stay in the mean.
+    `failed_against` count both kinds; `collapsed` and `collapsed_against` count runs that are mostly empty on test
+    scans, out of `runs` and `runs_against`; they stay in the mean.
     `p_rank` ranks the replicates' means (Wilcoxon), failures last: .06 at best with five replicates.
     `replicates_needed` is for a difference as large as the margin; with one replicate it is a lower bound.
     With a column `fold`, `replicates` counts the repeats of the k-fold; the test is `nadeau_bengio`'s, and the mean
@@ -297,6 +332,8 @@ def contrasts(
     Args:
         margins: by metric; a metric without one is never equivalent.
         named: (arm, against, metric) of the contrasts that the protocol names.
+        means: what is compared beside the table's own arms: `Trial.means`.
+        descriptive: intervals alone; the verdict is "not judged".
 
     Raises:
         ValueError: as `differences`; a named contrast that is not compared; a metric that is not in METRICS.
@@ -310,18 +347,33 @@ def contrasts(
         raise ValueError(f"{', '.join(unknown)}: is more of it better or worse? Say so in metrics.METRICS")
     if not planned:
         return pd.DataFrame(columns=["configuration", "against", "metric"])
-    table = pd.DataFrame([_contrast(metrics, *contrast, margins.get(contrast[2], np.nan)) for contrast in planned])
+    counts = _collapses(metrics, means or {})
+    metrics = with_means(metrics, means or {})
+    table = pd.DataFrame([_contrast(metrics, *c, margins.get(c[2], np.nan), counts) for c in planned])
     table["correction"] = ["Holm" if contrast in named else "Benjamini-Hochberg" for contrast in planned]
-    for p in ("p", "p_equivalence"):
+    fallen = (table["collapsed"] + table["collapsed_against"] > 0) & table["p"].notna()
+    decide = {"p": table["p"].mask(fallen, table["p_sign_flip"].fillna(1.0))}
+    decide["p_equivalence"] = table["p_equivalence"].mask(fallen & table["p_equivalence"].notna(), 1.0)
+    for p, values in decide.items():
         for correction, adjust in (("Holm", holm), ("Benjamini-Hochberg", false_discovery_control)):
-            tests = table.loc[table["correction"].eq(correction) & table[p].notna(), p]
+            tests = values[table["correction"].eq(correction) & values.notna()]
             table.loc[tests.index, f"{p}_adjusted"] = adjust(tests)
-    table["verdict"] = [_verdict(row) for row in table.itertuples()]
+    table["verdict"] = ["not judged" if descriptive else _verdict(row) for row in table.itertuples()]
     table["answer"] = [_answer(row) for row in table.itertuples()]
     return table
 
 
-def _contrast(metrics: pd.DataFrame, arm: str, against: str, metric: str, margin: float) -> dict[str, Any]:
+def _collapses(metrics: pd.DataFrame, means: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """How many runs of each arm are mostly empty on test scans, and of how many; a mean counts those of its arms."""
+    fallen = mostly_empty_on_test(metrics)["configuration"].value_counts()
+    runs = metrics[["configuration", *trainings(metrics)]].drop_duplicates()["configuration"].value_counts()
+    counts = pd.DataFrame({"collapsed": fallen.reindex(runs.index, fill_value=0), "runs": runs})
+    return pd.concat([counts, pd.DataFrame({name: counts.loc[[*arms]].sum() for name, arms in means.items()}).T])
+
+
+def _contrast(
+    metrics: pd.DataFrame, arm: str, against: str, metric: str, margin: float, counts: pd.DataFrame
+) -> dict[str, Any]:
     """One row of `contrasts`, without what depends on the other rows."""
     both, table = _of_both(metrics, arm, against), differences(metrics, arm, against, metric)
     table = table.drop(index=both.loc[both[metric].isna(), "case_id"].unique())
@@ -336,11 +388,10 @@ def _contrast(metrics: pd.DataFrame, arm: str, against: str, metric: str, margin
             estimate = nadeau_bengio(of_folds.to_numpy(), folds)
     elif finite:
         estimate = random_effects(d) if replicates > 1 else one_replicate(d, PILOT_SD.get(metric, np.nan))
-    low, high = estimate.interval
-    resampled = finite and replicates > 1 and not folds
-    bootstrap_low, bootstrap_high = bootstrap_interval(d) if resampled else (np.nan, np.nan)
+    (low, high), (low_90, high_90) = estimate.interval, estimate.interval_at(1 - 2 * LEVEL)
+    collapsed, runs = (dict(zip(("", "_against"), counts.loc[[arm, against], c], strict=True)) for c in counts)
+    flips = finite and any(collapsed.values()) and replicates >= FEWEST_SIGNS and not folds
     failed = (~np.isfinite(both[metric])).groupby(both["configuration"]).sum()
-    fallen = mostly_empty_on_test(both)["configuration"].value_counts()
     return {
         "configuration": arm,
         "against": against,
@@ -348,10 +399,11 @@ def _contrast(metrics: pd.DataFrame, arm: str, against: str, metric: str, margin
         "mean_difference": float(estimate.mean),
         "low": float(low),
         "high": float(high),
-        "bootstrap_low": bootstrap_low,
-        "bootstrap_high": bootstrap_high,
+        "low_90": float(low_90),
+        "high_90": float(high_90),
         "df": float(estimate.df),
         "p": float(estimate.p),
+        "p_sign_flip": sign_flip(d.mean(0)) if flips else np.nan,
         "p_rank": _rank_test(d),
         "margin": margin,
         "p_equivalence": float(estimate.p_equivalence(margin)),
@@ -363,8 +415,8 @@ def _contrast(metrics: pd.DataFrame, arm: str, against: str, metric: str, margin
         "replicates_needed": replicates_needed(estimate, margin, cases),
         "failed": failed[arm],
         "failed_against": failed[against],
-        "collapsed": fallen.get(arm, 0),
-        "collapsed_against": fallen.get(against, 0),
+        **{f"collapsed{side}": int(n) for side, n in collapsed.items()},
+        **{f"runs{side}": int(n) for side, n in runs.items()},
     }
 
 
@@ -387,26 +439,37 @@ def _verdict(row: Any) -> str:
 
 
 def _answer(row: Any) -> str:
-    """The row as one sentence."""
-    said = [f"{row.configuration} against {row.against}, {row.metric}: {row.verdict}, {row.mean_difference:+.4f}"]
+    """The row as one sentence. An equivalence shows its 90 % interval, any other answer the 95 % interval."""
+    verdict = "" if row.verdict == "not judged" else f" {row.verdict},"
+    answer = [f"{row.configuration} against {row.against}, {row.metric}:{verdict} {row.mean_difference:+.4f}"]
     if np.isfinite(row.p):
-        said[0] += f" [{row.low:+.4f}, {row.high:+.4f}]"
-        said += [f"p = {row.p_adjusted:.2g} ({row.correction})"]
+        equal = row.verdict == "equivalent"
+        low, high = (row.low_90, row.high_90) if equal else (row.low, row.high)
+        answer[0] += f" [{low:+.4f}, {high:+.4f}]" + " (90 %)" * equal
+        how = f"{row.correction}, sign flip" if np.isfinite(row.p_sign_flip) else row.correction
+        answer += [f"p = {row.p_adjusted:.2g} ({how})"] * bool(verdict)
     times = "repeat" if row.folds else "replicate"
-    said += [f"{row.cases} cases", f"{row.replicates} {times}" + "s" * (row.replicates > 1)]
-    said[-1] += f" of {row.folds} folds" if row.folds else ""
+    answer += [f"{row.cases} cases", f"{row.replicates} {times}" + "s" * (row.replicates > 1)]
+    answer[-1] += f" of {row.folds} folds" if row.folds else ""
     if row.verdict == "equivalent":
-        said += [f"smaller than {row.margin:g} (TOST: p = {row.p_equivalence_adjusted:.2g})"]
-        said += ["but surely not zero"] * (row.p_adjusted < LEVEL)
+        answer += [f"smaller than {row.margin:g} (TOST: p = {row.p_equivalence_adjusted:.2g})"]
+        answer += ["but surely not zero"] * (row.p_adjusted < LEVEL)
     if row.replicates == 1 and not row.folds:
-        said += [ONE_REPLICATE]
+        answer += [ONE_REPLICATE]
         if np.isfinite(row.replicates_needed):
             seen = f"are needed to see {row.margin:g} if they spread by {PILOT_SD[row.metric]:g}, as in a pilot"
-            said += [f"at least {row.replicates_needed:.0f} replicates {seen}"]
-    for what in ("failed", "collapsed"):
-        ours, theirs = getattr(row, what), getattr(row, f"{what}_against")
-        said += [f"{what}: {ours} against {theirs}"] * bool(ours or theirs)
-    return "; ".join(said)
+            answer += [f"at least {row.replicates_needed:.0f} replicates {seen}"]
+    answer += [f"failed: {row.failed} against {row.failed_against}"] * bool(row.failed or row.failed_against)
+    if row.replicates > 1 or row.collapsed or row.collapsed_against:
+        sides = collapse_rate(row.collapsed, row.runs), collapse_rate(row.collapsed_against, row.runs_against)
+        answer += [f"collapsed: {' against '.join(sides)}"]
+    return "; ".join(answer)
+
+
+def collapse_rate(collapsed: int, runs: int) -> str:
+    """So many runs of so many, with Clopper and Pearson's (1934) 95 % limits: "1 of 20 [0 to 25 %]"."""
+    limits = binomtest(int(collapsed), int(runs)).proportion_ci(method="exact")
+    return f"{collapsed} of {runs} [{100 * limits.low:.0f} to {100 * limits.high:.0f} %]"
 
 
 def paired_tests(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:

@@ -13,31 +13,36 @@ from matplotlib.figure import Figure
 
 from mupkg.data.cohort import Cohort
 from mupkg.metrics import with_unit
-from mupkg.parameters import Stage2Settings
 from mupkg.report import results
 from mupkg.report.figures import BLUE
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import HISTORY, METRICS, RUN, Shift, metrics_name, read_run
-from mupkg.trials.statistics import differences
+from mupkg.stages.runs import HISTORY, METRICS, RUN, STAGE1, Shift, metrics_name, read_run
+from mupkg.trials import statistics
+from mupkg.trials.kept import told_otherwise
+from mupkg.trials.protocol import Study, Trial
+from mupkg.trials.statistics import Estimate, differences
 
 
-def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
-    """The finished runs of a trial: `configuration` (the arm), `seed`, `replicate`, `stage1` and `folder`.
+def trial_runs(study: str | Path, told: Mapping[str, Mapping[str, Any]], kept: Path | None = None) -> pd.DataFrame:
+    """The finished runs of a trial: `configuration` (the arm), `seed`, `replicate`, `stage1`, `folder` and `kept`.
 
     Args:
-        study: outputs/<study>. runs: by folder what they were told, `Study.runs`.
+        study: outputs/<study>. told: by folder what the runs were told, `Study.told`.
+        kept: where runs are kept as small tables, for those that are not in the study's folder.
 
     Raises:
         ValueError: naming every run of the protocol that is not there, or was told something else.
     """
-    study = Path(study)
-    missing = [name for name in runs if not (study / name / METRICS).is_file()]
-    if missing:
+    study, folders = Path(study), {}
+    for name in told:
+        places = [study, *([kept] if kept else [])]
+        folders[name] = next((place / name for place in places if (place / name / METRICS).is_file()), None)
+    if missing := [name for name, folder in folders.items() if folder is None]:
         raise ValueError(
-            f"{study}: {len(missing)} of the protocol's {len(runs)} runs are missing: {', '.join(missing)}; "
+            f"{study}: {len(missing)} of the protocol's {len(told)} runs are missing: {', '.join(missing)}; "
             "start the batch again, it trains only these"
         )
-    odd = {name: fault for name, told in runs.items() if (fault := _told_otherwise(study / name, told))}
+    odd = {name: fault for name, folder in folders.items() if (fault := told_otherwise(folder, told[name]))}
     if odd:
         raise ValueError(
             f"{study}: runs were not trained as the protocol says: "
@@ -45,19 +50,11 @@ def trial_runs(study: str | Path, runs: dict[str, dict]) -> pd.DataFrame:
             "again, or give the changed arm a name of its own"
         )
     rows = []
-    for name, told in runs.items():
-        rows.append({"configuration": told["arm"], "seed": told["seed"], "replicate": told["replicate"]})
-        rows[-1] |= {"stage1": study / told.get("stage1", "stage1"), "folder": study / name}
+    for name, own in told.items():
+        rows.append({"configuration": own["arm"], "seed": own["seed"], "replicate": own["replicate"]})
+        rows[-1] |= {"stage1": study / own.get("stage1", STAGE1), "folder": folders[name]}
+        rows[-1] |= {"kept": folders[name].parent != study}
     return pd.DataFrame(rows)
-
-
-def _told_otherwise(run: Path, told: Mapping[str, Any]) -> str:
-    """How a run's record differs from the protocol; empty if it does not."""
-    made = read_run(run / RUN)["parameters"]
-    asked = Stage2Settings.checked(told).model_dump(mode="json", include={*told})
-    return ", ".join(
-        f"{name} is {made.get(name)!r}, not {value!r}" for name, value in asked.items() if made.get(name) != value
-    )
 
 
 def trial_metrics(
@@ -73,7 +70,8 @@ def trial_metrics(
         cohort: as it is now; every run must have been trained and tested on the regions that its stage 1 cut from it.
         may_differ: the parameters in which the arms differ on purpose, `Trial.told_by_arms`.
         shift: on shifted test scans instead. Else `validation_area` is there as well, the mean validation DSC over
-            the whole training: a run's own, so the same for all its cases.
+            the whole training, and `active_share`, the mean share of the samplers' tuples that still taught in its
+            last tenth (NaN without samplers): a run's own, so the same for all its cases.
         folds: of a repeated k-fold. `seed` is then the repeat, and there is a column `fold`.
 
     Raises:
@@ -89,7 +87,8 @@ def trial_metrics(
     runs = table.set_index(["configuration", "seed"])
     keys, replicate = pd.MultiIndex.from_frame(metrics[["configuration", "seed"]]), runs["replicate"]
     if shift is None:
-        metrics["validation_area"] = runs["folder"].map(_validation_area).loc[keys].to_numpy()
+        for column, of_run in {"validation_area": _validation_area, "active_share": _active_share}.items():
+            metrics[column] = runs["folder"].map(of_run).loc[keys].to_numpy()
     metrics["seed"] = replicate.loc[keys].to_numpy()
     if folds is not None:
         metrics["seed"], metrics["fold"] = divmod(metrics["seed"], folds)
@@ -103,9 +102,20 @@ def _validation_area(run: Path) -> float:
     return float(np.trapezoid(dsc, steps) / steps[-1])
 
 
+def _active_share(run: Path) -> float:
+    """The mean over the samplers and the last tenth of the steps; NaN where no share was recorded."""
+    curve = _history(run)
+    late = curve.loc[curve["step"] > 0.9 * curve["step"].max()]
+    return float(late.filter(like="active_").mean().mean())
+
+
 def _history(run: Path) -> pd.DataFrame:
+    needed = {"step", "learning_rate", "cross_entropy", "validation_dsc"}
     try:
-        return pd.read_csv(run / HISTORY, usecols=["step", "learning_rate", "cross_entropy", "validation_dsc"])
+        table = pd.read_csv(run / HISTORY)
+        if missing := needed - {*table}:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return table
     except (OSError, ValueError) as error:
         raise ValueError(f"{run / HISTORY}: cannot be read ({error}); train this run again") from error
 
@@ -129,6 +139,119 @@ def histories(table: pd.DataFrame) -> pd.DataFrame:
         parts.append(found.assign(configuration=row.configuration, replicate=replicate, summed_rate=summed))
     wanted = ["configuration", "replicate", "step", "summed_rate", "validation_dsc", "cross_entropy"]
     return pd.concat(parts, ignore_index=True)[wanted]
+
+
+# What a trial's tables say: notebook 10, and the pages made of outputs/reference
+
+MEASURED_BEFORE = Estimate(0.0, case=0.003**2, replicate=0.014**2, rest=0.023**2)  # E1: HCP - UNet, quick phantoms
+FOLD_SD = 0.0165  # of the mean difference of four patients in a fold; a pilot with eight had .0134
+OUTCOMES = ("DSC", "DSC_all", "SEN", "PPV", "ASD", "HD95", "HD95_all", "surface_DSC_2mm", "Brier", "ECE")
+OUTCOMES += ("validation_area", "log_sd")
+
+
+def with_spread(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The table with `log_sd`, the logarithm of a run's sd of DSC over its test cases, the same for all of them.
+
+    Its difference between two arms is the log ratio of their spreads: is one more even over patients?
+    """
+    runs = metrics.groupby(["configuration", *results.trainings(metrics)])["DSC"]
+    with np.errstate(divide="ignore"):  # all cases alike: minus infinity, counted as failed
+        return metrics.assign(log_sd=np.log(runs.transform("std")))
+
+
+def outcomes(trial: Trial, metrics: pd.DataFrame) -> list[str]:
+    """What every run of the trial has measured, the primary outcome first."""
+    complete = metrics.groupby(["configuration", *results.trainings(metrics)]).count().gt(0).all()
+    return [trial.primary, *(n for n in OUTCOMES if n != trial.primary and complete.get(n, False))]
+
+
+def answers(trial: Trial, metrics: pd.DataFrame, names: Sequence[str], *, shifted: bool = False) -> pd.DataFrame:
+    """The protocol's contrasts on these outcomes: `statistics.contrasts`.
+
+    Args:
+        shifted: on harder scans, of which no protocol names a contrast.
+    """
+    named = [] if shifted else [(*pair, trial.primary) for pair in trial.pairs if trial.primary in names]
+    options = {"margins": trial.margins, "means": trial.means}
+    return statistics.contrasts(metrics, trial.pairs, names, named=named, descriptive=trial.descriptive, **options)
+
+
+def arm_means(metrics: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """A row an arm: mean and std over replicates of the mean over cases, and how many replicates."""
+    training = ["configuration", *results.trainings(metrics)]
+    means = metrics.groupby(training, sort=False)[list(names)].mean()
+    with np.errstate(invalid="ignore"):  # inf - inf
+        table = means.groupby("configuration", sort=False).agg(["mean", "std"])
+    table[("", "replicates")] = means.groupby("configuration", sort=False).size()
+    return table
+
+
+def single_seeds(trial: Trial, metrics: pd.DataFrame) -> pd.DataFrame:
+    """What a study with one seed would have reported of each contrast, by the paper's test over cases."""
+    judged, rows = statistics.with_means(metrics, trial.means), []
+    for arm, against in trial.pairs:
+        difference = differences(judged, arm, against, trial.primary)
+        p, means = statistics.papers_t_test(difference), difference.mean()
+        rows.append({"contrast": f"{arm} - {against}", "replicates": len(p)})
+        rows[-1] |= {"says better": ((p < 0.05) & (means > 0)).sum(), "says worse": ((p < 0.05) & (means < 0)).sum()}
+        rows[-1] |= {"lowest": means.min(), "highest": means.max(), "sd over replicates": means.std()}
+    return pd.DataFrame(rows)
+
+
+def rankings(trial: Trial, table: pd.DataFrame) -> pd.DataFrame:
+    """The chance that each ranking is false, ours beside the paper's where its Table III holds both rows.
+
+    Args:
+        table: `answers`.
+    """
+    columns = ["configuration", "against", "mean_difference", "ranking false"]
+    ours = table.assign(**{"ranking false": table["p"] / 2}).loc[table["metric"] == trial.primary, columns]
+    table3, paper = results.published(3).set_index("configuration", drop=False), []
+    for arm, against in zip(ours["configuration"], ours["against"], strict=True):
+        both = [trial.as_in_the_paper.get(against), trial.as_in_the_paper.get(arm)]
+        rows = table3.reindex(both if both[0] != both[1] else [None, None])
+        paper.append(statistics.published_rankings(rows, replicate_sds=(0, 0.01)).iloc[:, 1:])
+    paper = pd.concat(paper).drop(columns="against").rename(columns={"difference": "paper: difference"})
+    chances = {c: f"paper: {c}" for c in paper if c.startswith("r = ")}
+    ours = ours.join(paper.rename(columns=chances).set_index(ours.index))
+    sure, alike = ours["ranking false"] < 0.025, ours["mean_difference"] * ours["paper: difference"] > 0
+    ours["the paper's ranking"] = np.where(
+        sure & alike, "supported", np.where(sure, "contradicted", "cannot be told")
+    )
+    ours.loc[ours["paper: difference"].isna(), "the paper's ranking"] = ""
+    return ours
+
+
+def power(trial: Trial, metrics: pd.DataFrame, replicates: Sequence[int] = (5, 10, 20, 30, 100)) -> pd.DataFrame:
+    """The smallest difference that a trial finds four times in five, by number of replicates and of cases."""
+    judged, rows = statistics.with_means(metrics, trial.means), {}
+    for arm, against in trial.pairs:
+        table = differences(judged, arm, against, trial.primary).to_numpy()
+        measured = statistics.random_effects(table)
+        for cases in (len(table), 100 * len(table)):
+            smallest = [statistics.smallest_effect(measured, cases, r) for r in replicates]
+            rows[f"{arm} - {against}, {cases} cases"] = smallest
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[f"R = {r}" for r in replicates])
+
+
+def promised(study: Study, cases: int = 100) -> pd.DataFrame:
+    """What the protocol can promise before it is run: a row a contrast, `statistics.promised` and what follows.
+
+    Of a trial with training sets of its own, from E1's components; of folds, from `FOLD_SD`.
+    """
+    trial, rows = study.trial, []
+    for arm, against in trial.pairs:
+        if study.folds:
+            variance = (1 / trial.replicates + 1 / (study.folds - 1)) * FOLD_SD**2  # as `statistics.nadeau_bengio`
+            estimate = Estimate(0.0, variance, trial.replicates - 1)
+        else:
+            sides = (len(trial.means.get(side, [side])) for side in (arm, against))
+            estimate = statistics.balanced(MEASURED_BEFORE, cases, trial.replicates, *sides)
+        row = statistics.promised(estimate, trial.margin)
+        reach = row["equivalent"] > 0.2 or row["power_at_0.02"] > 0.8
+        verdict = "not judged" if trial.descriptive else "can be reached" if reach else "CANNOT BE REACHED"
+        rows.append({"contrast": f"{arm} - {against}", **row, "a verdict": verdict})
+    return pd.DataFrame(rows).set_index("contrast")
 
 
 def boxes(metrics: pd.DataFrame, parameters: Mapping[str, Mapping[Any, str]], names: Sequence[str]) -> Figure:

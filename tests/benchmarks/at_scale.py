@@ -37,7 +37,7 @@ def cohort(folder: str, cases: int) -> dict:
             (root / f"prepared/{i}_{kind}.mha").write_bytes(number.to_bytes(4) * (PREPARED_BYTES // 4))
     pd.DataFrame(table).to_csv(root / "cohort.csv", index=False)
     idle, found = memory_mb("VmRSS"), []
-    reading = seconds(lambda: found.append(Cohort.read(folder, check_voxels=False)))
+    reading = seconds(lambda: found.append(Cohort.read(folder)))
     return {"read the cohort's table": reading, "fingerprint": seconds(found[0].fingerprint), "idle_mb": idle}
 
 

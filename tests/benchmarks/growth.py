@@ -61,7 +61,7 @@ def of_a_cohort(folder: str, threads: int) -> dict:
     """Reading a cohort, opening its regions, and batches from them; memory without the pages of mapped files."""
     torch.set_num_threads(threads)
     before = memory_mb("RssAnon")
-    reading = seconds(lambda: Cohort.read(folder, check_voxels=False))
+    reading = seconds(lambda: Cohort.read(folder))
     volumes: list = []
     opening = seconds(lambda: volumes.extend(Regions.read(folder).volumes("train")))
     source = PatchSource(*volumes, patch_size=(48, 48), batch_size=16)

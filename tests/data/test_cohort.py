@@ -11,7 +11,14 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from mupkg.data.build import Source, _drawn_folds, sources_from_phantoms, split_cases, write_cohort
+from mupkg.data.build import (
+    Source,
+    _drawn_folds,
+    sources_from_phantoms,
+    sources_from_table,
+    split_cases,
+    write_cohort,
+)
 from mupkg.data.cohort import (
     Cohort,
     CohortError,
@@ -23,6 +30,7 @@ from mupkg.data.cohort import (
     recorded_cohort,
 )
 from mupkg.data.preprocessing import Preparation, array_spacing
+from mupkg.scans import cases as cases_module
 from mupkg.scans.cases import Case
 
 SHAPE = (6, 12, 14)
@@ -73,9 +81,9 @@ def broken(case_id: str) -> Source:
     return Source(case_id, read, {})
 
 
-def faults_of(folder: Path, **options) -> list[str]:
+def faults_of(folder: Path) -> list[str]:
     with pytest.raises(CohortError) as error:
-        Cohort.read(folder, **options)
+        Cohort.read(folder)
     return error.value.faults
 
 
@@ -130,7 +138,7 @@ def test_no_table_no_cases_no_columns(tmp_path):
 )
 def test_a_wrong_entry_is_named_with_its_case_and_the_way_out(folder, columns, case_id, fault):
     table_of("abc", **columns).to_csv(folder / "cohort.csv", index=False)
-    found = [line for line in faults_of(folder, check_voxels=False) if fault in line]
+    found = [line for line in faults_of(folder) if fault in line]
     assert len(found) == 1 and found[0].startswith(f"case {case_id}")
 
 
@@ -144,13 +152,13 @@ def test_paths_that_lead_out_of_the_folder_are_refused(folder, tmp_path_factory,
     table = table_of("abc")
     table.loc[1, column] = name
     table.to_csv(folder / "cohort.csv", index=False)
-    (fault,) = faults_of(folder, check_voxels=False)
+    (fault,) = faults_of(folder)
     assert fault.startswith(f"case b: {column} {name} leads out of") and "copy the file" in fault
 
 
 def test_one_patient_in_two_splits_is_a_leak(folder):
     table_of("abc", patient=["01", "02", "01"]).to_csv(folder / "cohort.csv", index=False)
-    (fault,) = faults_of(folder, check_voxels=False)
+    (fault,) = faults_of(folder)
     assert fault == "cases a, c: are of one patient (01) but in several splits; put them into one"
 
 
@@ -180,31 +188,42 @@ def test_one_patient_in_two_splits_is_a_leak(folder):
 )
 def test_replicates_and_folds_that_cannot_be_trained_or_share_a_case_are_refused(folder, columns, fault):
     table_of("abc", **columns).to_csv(folder / "cohort.csv", index=False)
-    assert [line for line in faults_of(folder, check_voxels=False) if line.startswith(fault)]
+    assert [line for line in faults_of(folder) if line.startswith(fault)]
 
 
 def test_good_replicates_and_folds_are_read(folder):
     for columns in ({"replicate": [0, 0, None]}, {"fold_0": [0, 1, 2], "fold_1": [2, 1, 0], "fold_width": "x"}):
         table_of("abc", **columns).to_csv(folder / "cohort.csv", index=False)
-        Cohort.read(folder, check_voxels=False).of_replicate(0)
+        Cohort.read(folder).of_replicate(0)
 
 
 def test_several_broken_cases_are_all_told_at_once(folder):
     sitk.WriteImage(mask(0), str(folder / "a_label.nii.gz"))
     (folder / "b.nii.gz").write_text("torn")
     sitk.WriteImage(scan()[:, :, :1], str(folder / "c.nii.gz"))
-    faults = faults_of(folder)
+    with pytest.raises(CohortError) as error:
+        write_cohort(folder / "built", sources_from_table(folder, modality="CT"), PREPARATION, split_seed=0)
     for line, parts in zip(
-        faults,
+        error.value.faults,
         (
-            ("case a: a_label.nii.gz: has no foreground", "correct the contour"),
+            ("case a: ", "a_label.nii.gz: has no foreground", "correct the contour"),
             ("case b: ", "b.nii.gz: cannot be read"),
-            ("case c: c.nii.gz: 1 slice(s)", "leave it out"),
-            ("case c: c_label.nii.gz: is not on its image's grid", "resample it onto c.nii.gz"),
+            ("case c: ", "c.nii.gz: 1 slice(s)", "leave it out"),
+            ("case c: ", "c_label.nii.gz: is not on its image's grid", "resample it onto"),
         ),
         strict=True,
     ):
         assert all(part in line for part in parts)
+
+
+def test_a_case_is_checked_when_its_cohort_is_built_and_trusted_since(tmp_path, monkeypatch):
+    cohort = write_cohort(tmp_path, [source(i) for i in "abc"], PREPARATION, split_seed=0)
+    monkeypatch.setattr(cases_module, "not_in_hu", lambda voxels: pytest.fail("looked at the voxels again"))
+    case = cohort.case("a")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(case.image), sitk.GetArrayFromImage(scan("a")))
+    sitk.WriteImage(mask()[1:], str(tmp_path / "labels" / "a.nii.gz"))
+    with pytest.raises(CohortError, match=r"case a: labels/a\.nii\.gz: lies no longer on .*; run notebook 00 again"):
+        cohort.case("a")
 
 
 # Splitting
@@ -360,7 +379,7 @@ def test_a_table_that_may_not_be_read_says_so(folder, monkeypatch):
 
 def test_a_file_told_in_two_spellings_is_one_file(folder):
     table_of("abc", image=["a.nii.gz", "./a.nii.gz", "c.nii.gz"]).to_csv(folder / "cohort.csv", index=False)
-    (fault,) = faults_of(folder, check_voxels=False)
+    (fault,) = faults_of(folder)
     assert fault == "cases a, b: have one and the same image a.nii.gz and ./a.nii.gz; give each its own"
 
 
@@ -517,7 +536,7 @@ def test_a_patient_is_one_in_any_spelling(folder, spellings, tmp_path_factory):
     """Regression: they were told apart by their raw strings, one in training and one in the test."""
     one, other = spellings
     table_of("abc", patient=[one, "Q2", other]).to_csv(folder / "cohort.csv", index=False)
-    (fault,) = faults_of(folder, check_voxels=False)
+    (fault,) = faults_of(folder)
     assert fault.startswith("cases a, c: are of one patient (") and "in several splits; put them into one" in fault
     for seed in range(3):
         named = dict(zip("abcde", (one, other, "Q2", "Q3", "Q4"), strict=True))
@@ -535,7 +554,7 @@ def test_patients_of_nearly_the_same_name_are_refused(folder, tmp_path, spelling
     with pytest.raises(CohortError, match=r"cases a, b: their patients '.*' and '.*' are nearly the same; spell one"):
         write_cohort(tmp_path / "out", sources, PREPARATION, split_seed=0)
     table_of("abc", patient=[one, other, "Q2"]).to_csv(folder / "cohort.csv", index=False)
-    assert "are nearly the same" in faults_of(folder, check_voxels=False)[0]
+    assert "are nearly the same" in faults_of(folder)[0]
 
 
 @pytest.mark.parametrize("names", [("P1", "P10"), ("1-11", "11-1"), ("A1", "B1"), ("P1a", "P1b"), ("Ann", "Anna")])
@@ -551,7 +570,7 @@ def test_patients_of_other_names_are_others(names):
 )
 def test_a_column_that_nothing_reads_though_it_was_meant_is_told(folder, column, meant):
     table_of("abc", **{column: ["CT"] * 3}).to_csv(folder / "cohort.csv", index=False)
-    (fault,) = faults_of(folder, check_voxels=False)
+    (fault,) = faults_of(folder)
     assert fault.endswith(f"cohort.csv: nothing reads the column {column!r}; call it {meant!r}, or leave it out")
     table_of("abc", **{column: [1] * 3, meant: "CT"}, age=70).to_csv(folder / "cohort.csv", index=False)
     assert not [fault for fault in faults_of_table(folder) if "nothing reads" in fault]

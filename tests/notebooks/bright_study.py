@@ -59,7 +59,7 @@ class Study:
 
     @property
     def cohort(self) -> Cohort:
-        return Cohort.read(self.root / "cohort", check_voxels=False)
+        return Cohort.read(self.root / "cohort")
 
     @property
     def regions(self) -> Regions:

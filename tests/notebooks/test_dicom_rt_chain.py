@@ -191,6 +191,8 @@ def test_a_name_that_is_none_is_refused_before_any_work(roi, tmp_path: Path) -> 
 def test_pseudonyms_are_not_promised_where_none_are_given() -> None:
     with pytest.raises(ValueError, match="hash_patients is for DICOM"):
         CohortSettings.checked({"source": "phantoms", "hash_patients": True})
+    with pytest.raises(ValueError, match="fill_gaps is for contours"):
+        CohortSettings.checked({"source": "dicom", "source_folder": "scans", "fill_gaps": True})
 
 
 def test_a_study_file_may_name_contours_as_its_source() -> None:

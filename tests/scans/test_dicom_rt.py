@@ -632,7 +632,7 @@ def test_all_that_is_wrong_with_a_folder_is_told_at_once(tmp_path):
         "other: patient other: has no ROIs 'Prostate', but Bladder",
         "lost.dcm: patient lost, ROI 'Prostate': was drawn on series 1.2.3",
         "lost: patient lost has no RTSTRUCT",
-        "has 2 ROIs 'Prostate', but 'Prostate' in two.dcm and 'Prostate' in two2.dcm",
+        f"patient two: has one structure set twice, {tmp_path}/two.dcm and {tmp_path}/two2.dcm; keep one of them",
     ):
         assert fault in faults
 

@@ -21,7 +21,13 @@ DATA = {
     "extent_mm": [[240.0, 440.0, 440.0], [300.0, 460.0, 460.0]],
 }
 PARAMETERS = {"configuration": "MetricUNet-HC", "seed": 7, "steps": 1234, "cohort": "pelvis"}
-RECORD = {"parameters": PARAMETERS, "data": DATA, "data_fingerprint": "feedc0de", "collapsed": False, "commit": "abc"}
+RECORD = {
+    "parameters": PARAMETERS,
+    "data": DATA,
+    "data_fingerprint": "feedc0de",
+    "never_left_plateau": False,
+    "commit": "abc",
+}
 
 
 @pytest.fixture
@@ -56,12 +62,14 @@ def test_a_card_says_what_the_files_say(run):
         "Apache-2.0",
     ):
         assert words in text
-    assert "HD95" not in text and "ollapsed" not in text and str(run.parent) not in text
+    assert "HD95" not in text and "plateau" not in text and str(run.parent) not in text
 
 
-def test_a_collapsed_run_and_one_without_a_test_are_called_so(run):
-    write_json(run / "run.json", RECORD | {"collapsed": True})
-    assert "**Collapsed: this run found no prostate" in card(run)
+@pytest.mark.parametrize("word", ["never_left_plateau", "collapsed"])  # the second in records of before
+def test_a_run_that_never_left_the_plateau_and_one_without_a_test_are_called_so(run, word):
+    record = {name: value for name, value in RECORD.items() if name != "never_left_plateau"}
+    write_json(run / "run.json", record | {word: True})
+    assert "0.75: this run never left the plateau.**" in card(run)
     (run / "metrics.csv").write_text("case_id,DSC,PPV\na,0,\n")
     assert "| DSC | 0.000 | 1 |" in card(run) and "PPV" not in card(run)  # one case has no deviation
     (run / "metrics.csv").unlink()
@@ -145,4 +153,4 @@ def test_a_run_records_what_it_learns_from(cohort, regions, run):
     assert data["spacing_mm"][0] == data["spacing_mm"][1] == pytest.approx(scan.GetSpacing()[::-1])
     write_json(run / "run.json", {"data": data})
     assert unlike(run, scan) == []
-    assert "patients" not in data and data["source"] is None
+    assert "patients" not in data and data["source"] == "phantoms"

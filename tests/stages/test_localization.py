@@ -264,7 +264,7 @@ def test_regions_of_a_cohort_that_was_prepared_anew_are_refused(cohort, regions,
     assert Regions.read(regions.folder, cohort).table.equals(regions.table)
     shutil.copytree(cohort.folder, tmp_path / "anew")
     write_text(tmp_path / "anew" / FINGERPRINT, '{"cohort": "0123"}')
-    anew = Cohort.read(tmp_path / "anew", check_voxels=False)
+    anew = Cohort.read(tmp_path / "anew")
     with pytest.raises(
         ValueError, match=r"regions\.csv: its regions were not cut from .*anew.*; run notebook 02 again"
     ):

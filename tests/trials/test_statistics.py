@@ -1,9 +1,11 @@
 """Differences are judged with cases and replicates both random: closed forms, naive recomputation, simulation."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import t, ttest_1samp, ttest_rel
+from scipy.stats import beta, binom, t, ttest_1samp, ttest_rel
 from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.stats.multitest import multipletests
 
@@ -13,7 +15,8 @@ from mupkg.trials.statistics import (
     PAPERS_T_TEST,
     Estimate,
     aliases,
-    bootstrap_interval,
+    balanced,
+    collapse_rate,
     contrasts,
     differences,
     fold_differences,
@@ -22,11 +25,13 @@ from mupkg.trials.statistics import (
     one_replicate,
     paired_tests,
     papers_t_test,
+    promised,
     published_rankings,
     random_effects,
     replicates_needed,
+    sign_flip,
     smallest_effect,
-    with_main_effects,
+    with_means,
 )
 
 nan, inf = float("nan"), float("inf")
@@ -195,37 +200,36 @@ def test_the_interval_covers_in_95_percent():
     assert ((low < 0.02) & (high > 0.02)).mean() == pytest.approx(0.95, abs=0.01)
 
 
-# The bootstrap
+# Signs
 
 
-def test_the_bootstrap_spreads_as_its_closed_form_says():
-    """Rows and columns drawn independently: variance of rows / C + of columns / R + of the rest / (C R)."""
-    d = tables(1, 60, 40, 0.01, 0.01)[0]
-    rows, columns = d.mean(1), d.mean(0)
-    rest = d - rows[:, None] - columns + d.mean()
-    sd = np.sqrt(rows.var() / 60 + columns.var() / 40 + rest.var() / d.size)
-    low, high = bootstrap_interval(d, draws=40_000)
-    assert high - low == pytest.approx(2 * 1.96 * sd, rel=0.03)
-    assert (low + high) / 2 == pytest.approx(d.mean(), abs=0.05 * sd)
+def naive_sign_flip(means):
+    """Every choice of signs, one after the other."""
+    flipped = [np.mean(np.array(signs) * means) for signs in itertools.product((1, -1), repeat=len(means))]
+    return np.mean(np.abs(flipped) >= abs(np.mean(means)) * (1 - 1e-12))
 
 
-def test_the_bootstrap_is_seeded_and_knows_what_does_not_vary():
-    d = tables(1, 8, 5)[0]
-    assert bootstrap_interval(d, seed=1) == bootstrap_interval(d, seed=1) != bootstrap_interval(d, seed=2)
-    assert bootstrap_interval(np.full((8, 5), 0.25)) == (0.25, 0.25)
+@pytest.mark.parametrize("replicates", [6, 9, 12])
+def test_the_sign_flip_test_is_the_share_of_all_signs(replicates):
+    means = np.random.default_rng(replicates).normal(0.01, 0.02, replicates)
+    assert sign_flip(means) == pytest.approx(naive_sign_flip(means))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("replicates", "lowest", "highest"), [(5, 0.78, 0.91), (30, 0.91, 0.97)])
-def test_the_bootstrap_covers_with_many_replicates_and_too_seldom_with_few(replicates, lowest, highest):
-    intervals = [
-        bootstrap_interval(d, draws=400, seed=n) for n, d in enumerate(tables(400, 50, replicates, 0.01, 0.01))
-    ]
-    covered = np.mean([low < 0 < high for low, high in intervals])
-    assert lowest < covered < highest
+def test_with_all_signs_alike_only_two_choices_are_as_far():
+    assert sign_flip(np.arange(1.0, 9.0)) == pytest.approx(2 / 2**8)
 
 
-# Training sets that overlap
+def test_with_twenty_replicates_signs_are_drawn_and_seeded():
+    """The closed form for alike magnitudes: the number of plus signs is binomial."""
+    means = np.array([1.0] * 14 + [-1.0] * 6)
+    exact = 2 * binom.sf(13, 20, 0.5)
+    assert sign_flip(means) == sign_flip(means) == pytest.approx(exact, abs=4 * np.sqrt(exact / 20_000))
+
+
+def test_one_collapse_does_not_hide_what_all_signs_show():
+    """The t-test is fooled by the collapsed run's large difference; the signs are not."""
+    means = np.array([-0.01 - 0.0001 * n for n in range(19)] + [-0.8])
+    assert ttest_1samp(means, 0).pvalue > 0.1 and sign_flip(means) < 1e-3
 
 
 def test_the_corrected_resampled_t_test_by_hand():
@@ -296,7 +300,7 @@ def test_contrasts_of_folds_are_nadeau_and_bengio_s():
     found = nadeau_bengio(fold_differences(metrics, "HCP", "UNet", "DSC").to_numpy(), folds=2)
     assert (row["mean_difference"], row["p"]) == pytest.approx((found.mean, found.p))
     assert (row["low"], row["high"]) == pytest.approx(found.interval)
-    assert (row["cases"], row["replicates"], row["folds"]) == (4, 2, 2) and np.isnan(row["bootstrap_low"])
+    assert (row["cases"], row["replicates"], row["folds"]) == (4, 2, 2)
     assert "4 cases; 2 repeats of 2 folds" in row["answer"]
 
 
@@ -416,7 +420,7 @@ def test_a_row_holds_the_analysis():
     row, found = answer_to(d), random_effects(d)
     assert (row["mean_difference"], row["p"], row["df"]) == pytest.approx((d.mean(), found.p, found.df))
     assert (row["low"], row["high"]) == pytest.approx(found.interval)
-    assert (row["bootstrap_low"], row["bootstrap_high"]) == pytest.approx(bootstrap_interval(d))
+    assert (row["low_90"], row["high_90"]) == pytest.approx(found.interval_at(0.9))
     assert (row["case_sd"], row["rest_sd"]) == pytest.approx((found.case**0.5, found.rest**0.5))
     assert row["replicates_needed"] == replicates_needed(found, 0.01, 20)
     assert (row["cases"], row["replicates"]) == (20, 6) and np.isnan(row[PAPERS_T_TEST])
@@ -428,7 +432,7 @@ def test_a_row_holds_the_analysis():
 def test_one_replicate_has_no_p_but_the_papers():
     d = np.random.default_rng(0).normal(0.02, 0.02, (20, 1))
     row = answer_to(d)
-    assert row[["p", "p_adjusted", "p_rank", "p_equivalence", "low", "bootstrap_low"]].isna().all()
+    assert row[["p", "p_adjusted", "p_rank", "p_equivalence", "low", "low_90"]].isna().all()
     assert row["verdict"] == "undecided" and ONE_REPLICATE in row["answer"]
     assert row[PAPERS_T_TEST] == pytest.approx(ttest_1samp(d[:, 0], 0).pvalue) and row[PAPERS_T_TEST] < 0.01
     assert f"at least {row['replicates_needed']:.0f} replicates are needed to see 0.01" in row["answer"]
@@ -502,7 +506,10 @@ def test_a_collapsed_run_is_counted_and_stays_in_the_mean():
     assert mostly_empty_on_test(metrics).to_dict("records") == [{"configuration": "B", "seed": 3}]
     row = contrasts(metrics, [("B", "A")], ["DSC"]).iloc[0]
     assert row["mean_difference"] == pytest.approx((b - a).mean())
-    assert (row["collapsed"], row["collapsed_against"]) == (1, 0) and "collapsed: 1 against 0" in row["answer"]
+    assert (row["collapsed"], row["collapsed_against"]) == (
+        1,
+        0,
+    ) and "collapsed: 1 of 5 [1 to 72 %] against 0 of 5 [0 to 52 %]" in row["answer"]
     metrics.loc[metrics["DSC"].eq(0).idxmax(), "DSC"] = 0.01
     assert mostly_empty_on_test(metrics).empty  # 5 of 10 is not more than half
 
@@ -546,6 +553,11 @@ def levels_of(design, names="ABC"):
     }
 
 
+def flat(levels):
+    """`Trial.means` of a design: every level and its arms."""
+    return {level: arms for of in levels.values() for level, arms in of.items()}
+
+
 def test_additive_effects_are_recovered_exactly_case_by_case_and_replicate_by_replicate():
     rng = np.random.default_rng(0)
     shape = (6, 5)
@@ -555,7 +567,7 @@ def test_additive_effects_are_recovered_exactly_case_by_case_and_replicate_by_re
         arm: base + sum((0.5 if sign == "+" else -0.5) * effects[n] for n, sign in zip("ABC", signs, strict=True))
         for arm, signs in TWO_CUBED.items()
     }
-    metrics = with_main_effects(metrics_of(**arms), levels_of(TWO_CUBED))
+    metrics = with_means(metrics_of(**arms), flat(levels_of(TWO_CUBED)))
     for name, effect in effects.items():
         d = differences(metrics, f"{name} +", f"{name} -", "DSC")
         np.testing.assert_allclose(d.to_numpy(), effect, atol=1e-12)
@@ -568,10 +580,10 @@ def test_additive_effects_are_recovered_exactly_case_by_case_and_replicate_by_re
 def test_an_interaction_moves_no_main_effect_of_a_full_design_but_that_of_its_alias():
     both = {arm: signs.count("-") % 2 == 0 for arm, signs in TWO_CUBED.items()}  # the sign of A x B x C
     arms = {arm: np.full((4, 3), 0.8 + 0.05 * plus) for arm, plus in both.items()}
-    full = with_main_effects(metrics_of(**arms), levels_of(TWO_CUBED))
+    full = with_means(metrics_of(**arms), flat(levels_of(TWO_CUBED)))
     assert differences(full, "A +", "A -", "DSC").to_numpy() == pytest.approx(0, abs=1e-12)
     half = {arm: (*TWO_CUBED[arm], "+" if plus else "-") for arm, plus in both.items()}  # D = A x B x C
-    mixed = with_main_effects(metrics_of(**arms), levels_of(half, "ABCD"))
+    mixed = with_means(metrics_of(**arms), flat(levels_of(half, "ABCD")))
     assert differences(mixed, "D +", "D -", "DSC").to_numpy() == pytest.approx(0.05)
 
 
@@ -580,13 +592,13 @@ def test_what_failed_in_one_arm_fails_in_its_levels_alone(failure):
     arms = {arm: np.full((3, 2), 0.8) for arm in TWO_CUBED}
     arms["+++"] = arms["+++"].copy()
     arms["+++"][1, 0] = failure
-    metrics = with_main_effects(metrics_of(**arms), levels_of(TWO_CUBED)).set_index("configuration")["DSC"]
+    metrics = with_means(metrics_of(**arms), flat(levels_of(TWO_CUBED))).set_index("configuration")["DSC"]
     assert (~np.isfinite(metrics["A +"])).sum() == 1 and np.isfinite(metrics["A -"]).all()
 
 
 def test_without_factors_the_table_stays_as_it_is():
     metrics = metrics_of(A=np.full((3, 2), 0.8), B=np.full((3, 2), 0.7))
-    pd.testing.assert_frame_equal(with_main_effects(metrics, {}), metrics)
+    pd.testing.assert_frame_equal(with_means(metrics, {}), metrics)
 
 
 def test_under_no_effect_five_percent_of_main_effects_are_called_one():
@@ -665,3 +677,129 @@ def test_every_configuration_is_tested_against_the_first_on_every_metric():
     found = list(table[["configuration", "against", "metric"]].itertuples(index=False, name=None))
     assert found == [(name, "A", metric) for metric in ["DSC", "ASD"] for name in "BC"]
     assert paired_tests(metrics_of(A=[[0.1], [0.2]]), ["DSC"]).empty
+
+
+# Collapsed runs
+
+
+def with_a_collapse(replicates=20, effect=-0.01, folds=None):
+    """HCP is lower by `effect` in every replicate, and mostly empty in the first."""
+    rng = np.random.default_rng(3)
+    control = 0.9 + 0.01 * rng.standard_normal((10, replicates))
+    ours = control + effect + 0.0005 * rng.standard_normal(control.shape)
+    ours[:6, 0] = 0.0
+    metrics = metrics_of(HCP=ours, UNet=control)
+    return metrics if folds is None else metrics.assign(fold=0)
+
+
+NAMED = [("HCP", "UNet", "DSC")]
+
+
+def test_with_a_collapse_the_signs_decide():
+    metrics = with_a_collapse()
+    row = contrasts(metrics, [("HCP", "UNet")], ["DSC"], named=NAMED).iloc[0]
+    assert row["p"] > 0.05 and row["verdict"] == "harm"
+    assert row["p_adjusted"] == row["p_sign_flip"] == sign_flip(differences(metrics, "HCP", "UNet", "DSC").mean())
+    assert (
+        "sign flip" in row["answer"] and "collapsed: 1 of 20 [0 to 25 %] against 0 of 20 [0 to 17 %]" in row["answer"]
+    )
+
+
+def test_with_a_collapse_nothing_is_equivalent():
+    """A single collapse in 60 replicates: the interval is within the margin, and no equivalence is claimed."""
+    rng = np.random.default_rng(3)
+    control = 0.9 + 0.001 * rng.standard_normal((100, 60))
+    ours = control + 0.0005 * rng.standard_normal(control.shape)
+    ours[:51, 0] = 0.0
+    row = contrasts(metrics_of(HCP=ours, UNet=control), [("HCP", "UNet")], ["DSC"], margins={"DSC": 0.05}).iloc[0]
+    assert row["p_equivalence"] < 0.05 < row["p_equivalence_adjusted"] and row["verdict"] == "undecided"
+
+
+def test_with_a_collapse_and_few_replicates_nothing_is_decided():
+    row = contrasts(with_a_collapse(5, effect=-0.3), [("HCP", "UNet")], ["DSC"], named=NAMED).iloc[0]
+    assert np.isnan(row["p_sign_flip"]) and row["p_adjusted"] == 1 and row["verdict"] == "undecided"
+
+
+def test_with_a_collapse_in_folds_nothing_is_decided():
+    cases = [f"case{n}" for n in range(40)]
+    rows = [
+        {"configuration": arm, "seed": repeat, "fold": n // 4, "case_id": case}
+        | {"DSC": 0.0 if arm == "A" and repeat == 0 and n < 4 else 0.9 - 0.2 * (arm == "A") + 1e-4 * n}
+        for arm in "AB"
+        for repeat in range(2)
+        for n, case in enumerate(cases)
+    ]
+    row = contrasts(pd.DataFrame(rows), [("A", "B")], ["DSC"], named=[("A", "B", "DSC")]).iloc[0]
+    assert row["p"] < 0.05 and row["collapsed"] == 1 and row["verdict"] == "undecided"
+
+
+def test_a_mean_of_arms_counts_the_collapses_of_its_arms():
+    metrics = pd.concat([with_a_collapse(), with_a_collapse().replace({"HCP": "again", "UNet": "other"})])
+    means = {"mean of HCP, again": ["HCP", "again"]}
+    row = contrasts(metrics, [("mean of HCP, again", "UNet")], ["DSC"], means=means).iloc[0]
+    assert (row["collapsed"], row["runs"], row["collapsed_against"], row["runs_against"]) == (2, 40, 0, 20)
+
+
+def test_a_pooled_control_is_the_mean_case_by_case_and_replicate_by_replicate():
+    rng = np.random.default_rng(0)
+    arms = {name: rng.uniform(0.8, 0.9, (6, 4)) for name in ("HCP", "UNet", "again")}
+    row = contrasts(metrics_of(**arms), [("HCP", "both")], ["DSC"], means={"both": ["UNet", "again"]}).iloc[0]
+    found = random_effects(arms["HCP"] - (arms["UNet"] + arms["again"]) / 2)
+    assert (row["mean_difference"], row["p"]) == pytest.approx((float(found.mean), float(found.p)))
+
+
+@pytest.mark.parametrize(("collapsed", "runs"), [(0, 20), (1, 20), (8, 20), (20, 20)])
+def test_collapses_have_clopper_and_pearsons_limits(collapsed, runs):
+    low = beta.ppf(0.025, collapsed, runs - collapsed + 1) if collapsed else 0.0
+    high = beta.ppf(0.975, collapsed + 1, runs - collapsed) if collapsed < runs else 1.0
+    assert collapse_rate(collapsed, runs) == f"{collapsed} of {runs} [{100 * low:.0f} to {100 * high:.0f} %]"
+
+
+def test_a_descriptive_contrast_gives_its_interval_and_no_verdict():
+    d = tables(1, 20, 6, 0, 0, 0.001, difference=0.05)[0]
+    row = answer_to(d, descriptive=True)
+    assert row["verdict"] == "not judged" and "p =" not in row["answer"] and "benefit" not in row["answer"]
+    assert row["answer"].startswith(f"HCP against UNet, DSC: {row['mean_difference']:+.4f} [{row['low']:+.4f}, ")
+
+
+def test_an_equivalence_shows_the_interval_of_its_two_one_sided_tests():
+    """The 90 % interval lies within the margin exactly if both one-sided tests reject at 5 %."""
+    for seed in range(40):
+        d = tables(1, 10, 8, 0.002, 0.008, 0.01, seed=seed)[0]
+        row, margin = answer_to(d), 0.01
+        within = -margin < row["low_90"] and row["high_90"] < margin
+        assert within == (row["p_equivalence"] < 0.05)
+        assert (row["verdict"] == "equivalent") == within == ("(90 %)" in row["answer"])
+
+
+# What a trial can promise
+
+
+COMPONENTS = Estimate(0.0, case=0.003**2, replicate=0.014**2, rest=0.023**2)
+
+
+@pytest.mark.parametrize(("replicates", "half"), [(5, 0.018), (10, 0.010), (20, 0.007)])
+def test_the_half_width_is_that_of_the_method(replicates, half):
+    """METHOD.md, section on where normal theory is not enough: about these, at 100 cases."""
+    assert promised(balanced(COMPONENTS, 100, replicates), 0.01)["half_width"] == pytest.approx(half, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("cases", "replicates", "arms", "against"), [(100, 10, 1, 1), (40, 20, 1, 2), (100, 5, 8, 8)]
+)
+def test_promises_are_kept_by_simulated_trials(cases, replicates, arms, against):
+    """Arms of their own replicate and rest effects, and means of them; 4000 trials, standard error below .8 %."""
+    rng, half = np.random.default_rng(5), 4000
+    parts = COMPONENTS.case, COMPONENTS.replicate, COMPONENTS.rest
+    share = (1 / arms + 1 / against) / 2
+    case_sd, replicate_sd, rest_sd = (np.sqrt(part * share) for part in parts)
+    d = tables(half, cases, replicates, case_sd, replicate_sd, rest_sd, seed=int(rng.integers(99)))
+    promise = promised(balanced(COMPONENTS, cases, replicates, arms, against), 0.01)
+    seen = random_effects(d + 0.01)
+    assert np.mean(seen.p < 0.05) == pytest.approx(promise["power_at_0.01"], abs=0.03)
+    none = random_effects(d)
+    chance = np.mean(none.p_equivalence(0.01) < 0.05)  # promised as if the spread were measured without error
+    assert chance == pytest.approx(promise["equivalent"], abs=0.06)
+    expected = balanced(COMPONENTS, cases, replicates, arms, against)
+    assert np.mean(none.variance) == pytest.approx(expected.variance, rel=0.05)
+    assert promise["half_width"] == pytest.approx(t.ppf(0.975, expected.df) * np.sqrt(expected.variance))

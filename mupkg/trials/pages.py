@@ -1,0 +1,333 @@
+"""RESULTS.md and outputs/reference/README.md, written from the kept tables alone: `make results`.
+
+RESULTS.md answers the questions of outputs/reference/questions.yaml; its sentences stand there, each with the verdict
+it rests on, and the page is refused where the tables give another one. The reference page has every trial in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from mupkg import repository
+from mupkg.metrics import METRICS, metric_of
+from mupkg.report import results
+from mupkg.scans.writing import write_text
+from mupkg.stages.runs import PLATEAU_DSC, RUN, read_run
+from mupkg.trials import statistics, tables
+from mupkg.trials.kept import kept_folder, kept_runs
+from mupkg.trials.protocol import Study
+
+REFERENCE = repository() / "outputs" / "reference"
+PROTOCOLS = repository() / "notebooks" / "studies"
+COST = repository() / "tests" / "benchmarks" / "results" / "cpu-x86_64-1thread-2026-11-26-cost.csv"
+PAGE, RESULTS = REFERENCE / "README.md", repository() / "RESULTS.md"
+COLUMNS = ("DSC", "DSC_all", "SEN", "PPV", "ASD", "HD95", "surface_DSC_2mm", "Brier", "ECE")
+NUMBERS = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+NNUNET_COLUMNS = ("DSC", "DSC_all", "ASD", "HD95")
+
+ABOUT = """# What the trials measured, in full
+
+Written from the tables in these folders by `make results`; `make claims` fails where it no longer holds.
+[RESULTS.md](../../RESULTS.md) says what follows. Nothing here is measured on patients, except where it says MR.
+
+A row of a table of arms is the mean ± standard deviation over replicates of the mean over test cases. DSC and mm are
+measured with the largest component, "all" without. A collapsed run finds no prostate in most test cases. An answer
+gives the verdict, the mean difference, its interval over cases and replicates (90 % for an equivalence, else 95 %),
+p after Holm over the contrasts of the protocol, and collapsed runs with Clopper and Pearson's 95 % limits."""
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|", *lines])
+
+
+def title(column: str) -> str:
+    """A metric's name over a column: "HD95 mm", "DSC, all"."""
+    name = METRICS[column].title if column in METRICS and METRICS[column].title else column.removesuffix("_all")
+    unit = metric_of(column).unit
+    return name + (f" {unit}" if unit else "") + (", all" if column.endswith("_all") else "")
+
+
+def plus_minus(column: str, mean: float, std: float) -> str:
+    digits = metric_of(column).digits
+    return f"{mean:.{digits}f} ± {std:.{digits}f}" if np.isfinite(mean) else "infinite"
+
+
+# A trial's kept tables
+
+
+@cache
+def cases(name: str, shift: str = "") -> pd.DataFrame:
+    """cases.csv of a trial, or that of its test cases shifted."""
+    path = REFERENCE / name / f"cases{shift and '_'}{shift}.csv"
+    table = pd.read_csv(path, dtype={"case_id": str})
+    return table if shift else tables.with_spread(table)
+
+
+@cache
+def study(name: str) -> Study:
+    return Study.checked(yaml.safe_load(protocol_text(name)))
+
+
+def protocol_text(name: str) -> str:
+    """The protocol as it was kept with the tables, or where it has none yet, as it stands in notebooks/studies."""
+    places = REFERENCE / name / "protocol.yaml", PROTOCOLS / "trials" / f"{name}.yaml"
+    return next(path for path in places if path.is_file()).read_text(encoding="utf-8")
+
+
+def finished_trials() -> list[str]:
+    return sorted(path.parent.name for path in REFERENCE.glob("*/cases.csv"))
+
+
+@cache
+def answers(name: str, shift: str = "") -> pd.DataFrame:
+    """The answers of a trial on all its outcomes, or on the primary one where its test cases are shifted."""
+    trial, metrics = study(name).trial, cases(name, shift)
+    names = [trial.primary] if shift else tables.outcomes(trial, metrics)
+    return tables.answers(trial, metrics, names, shifted=bool(shift))
+
+
+def single_seeds(name: str) -> Iterator[str]:
+    """What a study with one seed would have reported of each contrast."""
+    for row in tables.single_seeds(study(name).trial, cases(name)).to_dict("records"):
+        better, worse = row["says better"], row["says worse"]
+        times = f"{better} times better and {worse} times worse"
+        yield (
+            f"{row['contrast']}: p < .05 in {better + worse} of {row['replicates']} replicates, {times}; differences "
+            f"from {row['lowest']:+.3f} to {row['highest']:+.3f}, standard deviation {row['sd over replicates']:.3f}"
+        )
+
+
+def left_plateau(name: str) -> Iterator[list[str]]:
+    """How many runs of each arm have left the plateau, and how good these are."""
+    histories, tested = pd.read_csv(REFERENCE / name / "validations.csv"), cases(name)
+    if "fold" in tested:  # k folds are k replicates
+        tested = tested.assign(seed=tested["seed"] * tested["fold"].nunique() + tested["fold"])
+    best = histories.groupby(["configuration", "replicate"], sort=False)["validation_dsc"].max()
+    test = tested.groupby(["configuration", "seed"])["DSC"].mean()
+    for arm, values in best.groupby("configuration", sort=False):
+        left = values[values > PLATEAU_DSC]
+        dsc = test.loc[left.index]
+        yield [arm, f"{len(left)} of {len(values)}", plus_minus("DSC", dsc.mean(), dsc.std())]
+
+
+def arm_rows(name: str, columns: Sequence[str]) -> Iterator[list[str]]:
+    fallen = results.mostly_empty_on_test(cases(name))["configuration"].value_counts()
+    means = tables.arm_means(cases(name), columns)
+    for arm, row in means.iterrows():
+        cells = [plus_minus(column, row[column, "mean"], row[column, "std"]) for column in columns]
+        yield [arm, *cells, f"{fallen.get(arm, 0)} of {row['', 'replicates']:.0f}"]
+
+
+def trial_section(name: str) -> Iterator[str]:
+    """What a trial asked, as its protocol says, and everything that its tables answer."""
+    trial = study(name).trial
+    comment = [line.removeprefix("#").strip() for line in protocol_text(name).split("\nstudy:")[0].splitlines()]
+    comment = comment[: next((n for n, line in enumerate(comment) if line.startswith("make")), len(comment))]
+    yield f"## {name}\n\n" + "\n".join(f"> {line}" for line in comment)
+    columns = [column for column in COLUMNS if column in tables.outcomes(trial, cases(name))]
+    yield markdown_table(["arm", *map(title, columns), "collapsed"], arm_rows(name, columns))
+    table = answers(name)
+    points = {
+        "The answer": table.loc[table["metric"] == trial.primary, "answer"],
+        "Each effect is mixed with interactions": [f"{k}: {v}" for k, v in statistics.aliases(trial.levels).items()],
+        "On other outcomes": table.loc[table["metric"] != trial.primary, "answer"],
+        "On harder scans": [
+            f"{path.stem.removeprefix('cases_')}: {answer}"
+            for path in sorted((REFERENCE / name).glob("cases_*.csv"))
+            for answer in answers(name, path.stem.removeprefix("cases_"))["answer"]
+        ],
+        "What one seed would have told, by the paper's test over cases": single_seeds(name),
+    }
+    for heading, lines in points.items():
+        if text := "\n".join(f"* {line}" for line in lines):
+            yield f"**{heading}**\n\n{text}"
+    yield markdown_table(["arm", f"best validation DSC above {PLATEAU_DSC}", "their test DSC"], left_plateau(name))
+    yield from (f"![]({path.relative_to(REFERENCE).as_posix()})" for path in sorted((REFERENCE / name).glob("*.png")))
+
+
+def nnunet_table() -> str:
+    """nnU-Net without and with the branch, and ours of that replicate: mean ± std over the cases of a training."""
+    found = pd.read_csv(REFERENCE / "nnunet" / "per_case.csv", dtype={"case_id": str})
+    ours = cases("e1").query("seed == 1")
+    if {*ours["case_id"]} != {*found["case_id"]}:
+        raise ValueError(f"{REFERENCE / 'nnunet'}: was not tested on E1's cases; run notebook 11 again")
+    rows = []
+    for name, table in pd.concat([found, ours]).groupby("configuration", sort=False):
+        with np.errstate(invalid="ignore"):  # inf - inf
+            mean, std = (table[[*NNUNET_COLUMNS]].agg(how) for how in ("mean", "std"))
+        rows.append([name, *(plus_minus(c, mean[c], std[c]) for c in NNUNET_COLUMNS), len(table)])
+    return markdown_table(["run", *map(title, NNUNET_COLUMNS), "cases"], rows)
+
+
+def reference_page() -> str:
+    parts = [part for name in finished_trials() for part in trial_section(name)]
+    nnunet = "## nnunet\n\n" + (REFERENCE / "nnunet" / "protocol.md").read_text(encoding="utf-8").strip()
+    return "\n\n".join([ABOUT, *parts, nnunet, nnunet_table()]) + "\n"
+
+
+# RESULTS.md
+
+
+def progress_of(name: str) -> str:
+    """How far a trial without an answer is: how many of its runs are kept."""
+    kept, told = kept_runs(study(name).study, study(name).told), study(name).told
+    return f"no answer yet: {len(kept)} of {len(told)} runs are kept"
+
+
+def core_hours(name: str) -> str:
+    """Training time of the trial's kept runs times their threads; runs of before they were kept tell none."""
+    planned = study(name)
+    records = [read_run(kept_folder(planned.study) / run / RUN) for run in kept_runs(planned.study, planned.told)]
+    seconds = [r["training_seconds"] * r["threads"] for r in records if "training_seconds" in r and "threads" in r]
+    return f"{sum(seconds) / 3600:.1f} ({len(seconds)} of {len(planned.told)} runs)" if seconds else "not recorded"
+
+
+def result_row(spec: Mapping[str, Any]) -> list[str]:
+    """One row of numbers: the contrast, its effect and interval, verdict, how many, and the command.
+
+    Raises:
+        ValueError: if the tables give another verdict than the one that the sentence rests on.
+    """
+    name, outcome, shift = spec["trial"], spec.get("outcome", "DSC"), spec.get("shift", "")
+    command = (
+        f"`make trial TRIAL={name}`"
+        if (PROTOCOLS / "trials" / f"{name}.yaml").is_file()
+        else f"`make study STUDY={name}`"
+    )
+    contrast = f"{spec['arm']} against {spec['against']}, {outcome}{f', {shift} scans' if shift else ''}"
+    if name not in finished_trials():
+        return [contrast, "", progress_of(name), "", command]
+    if spec.get("post_hoc"):
+        row = pooled_after_the_fact(spec).iloc[0]
+    else:
+        table = answers(name, shift)
+        is_row = (table["configuration"] == spec["arm"]) & (table["against"] == spec["against"])
+        row = table[is_row & (table["metric"] == outcome)].iloc[0]
+    if row["verdict"] != spec.get("verdict"):
+        expected = spec.get("verdict", "an answer that the sentence knows of")
+        raise ValueError(
+            f"questions.yaml: {contrast} is {row['verdict']}, not {expected}; change sentence and verdict"
+        )
+    equal = row["verdict"] == "equivalent"
+    low, high = row[["low_90", "high_90"] if equal else ["low", "high"]]
+    effect = f"{row['mean_difference']:+.4f} [{low:+.4f}, {high:+.4f}]{' (90 %)' if equal else ''}"
+    verdict = f"equivalent within {row['margin']:g}" if equal else row["verdict"]
+    verdict += " (post hoc)" if spec.get("post_hoc") else ""
+    counts = f"{row['cases']} × {row['replicates']}{f' × {row.folds} folds' if row['folds'] else ''}"
+    fallen = row["collapsed"] + row["collapsed_against"]
+    counts += f"; {fallen} collapsed" if fallen else ""
+    return [contrast, effect, verdict, counts, command]
+
+
+@cache
+def _pooled(first: str, second: str) -> pd.DataFrame:
+    """The runs of two trials with the same test cases and replicates, each arm once."""
+    return pd.concat([cases(first), cases(second)]).drop_duplicates(["configuration", "seed", "case_id"])
+
+
+def pooled_after_the_fact(spec: Mapping[str, Any]) -> pd.DataFrame:
+    """A contrast that no protocol named: against the mean of controls of two trials."""
+    metrics, means = _pooled(spec["trial"], spec["post_hoc"]), {spec["against"]: spec["against"].split(" and ")}
+    return statistics.contrasts(metrics, [(spec["arm"], spec["against"])], [spec.get("outcome", "DSC")], means=means)
+
+
+def figures_in_sentences() -> dict[str, Any]:
+    """The numbers that the sentences of questions.yaml name, from the tables."""
+    first = answers("e1").iloc[0]
+    family = pd.concat([answers("e1"), answers("e1n")]).query("metric == 'DSC' and against == 'UNet'")[
+        "p_equivalence"
+    ]
+    near = answers("e1n").query("against == 'HCP' and metric == 'DSC'")["mean_difference"].iloc[0]
+    shuffled = {row[0]: row[1] for row in left_plateau("e4")}["shuffled"]
+    seeds = {name: tables.single_seeds(study(name).trial, cases(name)).iloc[0] for name in ("e0", "e1")}
+    significant = {name: row["says better"] + row["says worse"] for name, row in seeds.items()}
+    steps = pd.read_csv(COST).query("peer == \"UNet's step\" and not what.str.contains('[+]')")["ratio"]
+    chances = statistics.published_rankings(results.published(3))
+    sure = {sd: chances.filter(regex=f" sd {sd}$").lt(0.025).all(axis=1).sum() for sd in ("0", "0.01")}
+    return {
+        "margin": f"{study('e1').trial.margin:g}",
+        "gain_excluded": f"{first['high']:.4f}",
+        "p_first_family": f"{statistics.holm(family)[0]:.3f}",
+        "near_negatives": f"{near:.4f}",
+        "shuffled_left": shuffled,
+        "e1_significant": f"{significant['e1']} of {seeds['e1']['replicates']}",
+        "e1_better": seeds["e1"]["says better"],
+        "e1_worse": seeds["e1"]["says worse"],
+        "e0_significant": f"{significant['e0']} of {seeds['e0']['replicates']}",
+        "plateau_dsc": PLATEAU_DSC,
+        "step_cost": f"{steps.min():.2f} to {steps.max():.2f}",
+        "rankings_without_seed": f"{NUMBERS[sure['0']].capitalize()} of {NUMBERS[len(chances)]}",
+        "rankings_with_seed": f"only {NUMBERS[sure['0.01']]}",
+    }
+
+
+def results_page() -> str:
+    text = (REFERENCE / "questions.yaml").read_text(encoding="utf-8")
+    said, figures = yaml.safe_load(text), figures_in_sentences()
+    parts = [f"# Results\n\n{said['about'].strip()}"]
+    columns = ["contrast", "effect [interval]", "verdict", "cases × replicates", "command"]
+    claims = []
+    for question in said["questions"]:
+        rows = [result_row(spec) for spec in question.get("rows", [])]
+        parts.append(f"## {question['question']}\n\n{question['answer'].strip().format(**figures)}")
+        if rows:
+            parts.append(markdown_table(columns, rows))
+        if extra := question.get("table"):
+            parts.append(EXTRA[extra]())
+        claims += (
+            [[question["claim"], *(rows[0][1:3] if rows else ["", question["short"].format(**figures)])]]
+            if "claim" in question
+            else []
+        )
+    table = markdown_table(["the paper's claim", "ours: effect [interval]", "what follows"], claims)
+    parts.insert(1, f"## The paper's claims, one by one\n\n{said['claims'].strip()}\n\n{table}")
+    hours = [[name, core_hours(name)] for name in protocols()]
+    parts.append("## What it cost\n\n" + markdown_table(["protocol", "core-hours of training"], hours))
+    return "\n\n".join(parts) + "\n"
+
+
+def protocols() -> list[str]:
+    names = (path.stem for path in sorted((PROTOCOLS / "trials").glob("*.yaml")))
+    return [name for name in names if not name.startswith("smoke")]
+
+
+def single_seeds_table() -> str:
+    return "\n".join(f"* {line}" for name in ("e0", "e1", "e1n") for line in single_seeds(name))
+
+
+def plateau_table() -> str:
+    rows = [*left_plateau("plateau"), *left_plateau("e0"), *list(left_plateau("e1"))[1:]]
+    return markdown_table(["arm", "left the plateau", "their test DSC"], rows)
+
+
+EXTRA = {"single_seeds": single_seeds_table, "plateau": plateau_table, "nnunet": nnunet_table}
+
+
+def derived_tables(name: str) -> dict[str, pd.DataFrame]:
+    """The tables of a trial that follow from its cases.csv: what notebook 10 saves beside it."""
+    trial, metrics = study(name).trial, cases(name)
+    columns = [trial.primary, f"{trial.primary}_all", "ASD", "HD95", "active_share"]
+    derived = {"answers": answers(name), "single_seeds": tables.single_seeds(trial, metrics)}
+    derived["arms"] = tables.arm_means(metrics, [c for c in columns if c in metrics]).reset_index()
+    derived["rankings"] = tables.rankings(trial, derived["answers"])
+    if study(name).folds is None:
+        derived["power"] = tables.power(trial, metrics).reset_index(names="contrast")
+    for path in (REFERENCE / name).glob("cases_*.csv"):
+        shift = path.stem.removeprefix("cases_")
+        derived[f"answers_{shift}"] = answers(name, shift)
+    return derived
+
+
+if __name__ == "__main__":
+    for finished in finished_trials():
+        for table_name, derived in derived_tables(finished).items():
+            results.save_table(derived, REFERENCE / finished / f"{table_name}.csv", index=False)
+    write_text(PAGE, reference_page())
+    write_text(RESULTS, results_page())

@@ -1,0 +1,98 @@
+"""Runs kept as small tables stand for the runs themselves, where they were told the same."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mupkg.stages.runs import BEST, HISTORY, METRICS, RUN, save_tensors
+from mupkg.trials import kept
+from mupkg.trials.tables import trial_metrics, trial_runs
+
+TOLD = {
+    f"{arm}-seed{n}": {"arm": arm, "seed": n, "replicate": n, "configuration": "UNet", "size": "smoke", "steps": 30}
+    for n in range(2)
+    for arm in "AB"
+}
+
+
+def trained(folder, told, dsc=0.123456789):
+    """What a finished training leaves, weights and predictions and all."""
+    folder.mkdir(parents=True)
+    (folder / RUN).write_text(json.dumps({"data_fingerprint": "f", "parameters": told, "collapsed": False}))
+    pd.DataFrame({"case_id": ["007", "x"], "DSC": [dsc, 0.5]}).to_csv(folder / METRICS, index=False)
+    rows = {"step": [10, 30], "learning_rate": 0.1, "cross_entropy": 0.2, "validation_dsc": [np.nan, 0.4]}
+    pd.DataFrame(rows | {"active_H": [0.9, 0.25]}).to_csv(folder / HISTORY, index=False)
+    save_tensors({"w": torch.zeros(3)}, folder / BEST, {"made_on": ["x86_64 CPU, 1 thread(s)"]})
+    (folder / "predictions").mkdir()
+    (folder / "predictions" / "x.nii.gz").write_bytes(b"large")
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "repository", lambda: tmp_path)
+    for name, told in TOLD.items():
+        trained(tmp_path / "outputs" / "s" / name, told)
+    return tmp_path / "outputs" / "s"
+
+
+def test_small_tables_are_kept_and_nothing_large(study):
+    names = kept.keep(study, kept.kept_folder("s"))
+    assert names == sorted(TOLD)
+    folder = kept.kept_folder("s") / "A-seed1"
+    assert sorted(path.name for path in folder.iterdir()) == [HISTORY, METRICS, RUN]
+    table = pd.read_csv(folder / METRICS, dtype={"case_id": str})
+    assert table.to_dict("list") == {"case_id": ["007", "x"], "DSC": [0.123457, 0.5]}
+    record = json.loads((folder / RUN).read_text())
+    assert record["parameters"] == TOLD["A-seed1"] and record["data_fingerprint"] == "f"
+    assert record["made_on"] == ["x86_64 CPU, 1 thread(s)"] and record["processor"]
+
+
+def test_what_is_kept_stays_and_only_more_is_added(study):
+    kept.keep(study, kept.kept_folder("s"))
+    shutil.rmtree(study / "B-seed0")
+    trained(study / "C-seed0", TOLD["A-seed0"] | {"arm": "C"})
+    before = (kept.kept_folder("s") / "A-seed0" / METRICS).stat().st_mtime_ns
+    assert kept.keep(study, kept.kept_folder("s")) == ["C-seed0"]
+    assert (kept.kept_folder("s") / "A-seed0" / METRICS).stat().st_mtime_ns == before
+    assert (kept.kept_folder("s") / "B-seed0" / METRICS).is_file()
+
+
+def test_only_runs_that_were_told_the_same_are_taken_for_done(study):
+    assert kept.kept_runs("s", TOLD) == set()
+    kept.keep(study, kept.kept_folder("s"))
+    assert kept.kept_runs("s", TOLD) == {*TOLD}
+    longer = {name: told | {"steps": 31} for name, told in TOLD.items()}
+    assert kept.kept_runs("s", longer) == set()
+    filmed = {name: told | {"film": True, "test_last": True} for name, told in TOLD.items()}
+    assert kept.kept_runs("s", filmed) == {*TOLD}  # what changes no weight may differ
+    assert kept.kept_runs("another", TOLD) == set()
+
+
+def test_a_trial_is_read_from_kept_runs_alone_as_from_the_runs(study):
+    there = trial_metrics(trial_runs(study, TOLD), None, ())
+    kept.keep(study, kept.kept_folder("s"))
+    shutil.rmtree(study)
+    runs = trial_runs(study, TOLD, kept.kept_folder("s"))
+    assert runs["kept"].all()
+    pd.testing.assert_frame_equal(trial_metrics(runs, None, ()), there, atol=1e-6)
+    assert there["active_share"].unique().tolist() == [0.25]
+
+
+def test_a_run_of_ones_own_is_taken_before_a_kept_one(study):
+    kept.keep(study, kept.kept_folder("s"))
+    shutil.rmtree(study / "A-seed0")
+    runs = trial_runs(study, TOLD, kept.kept_folder("s")).set_index("folder")["kept"]
+    assert [path.name for path in runs.index[runs]] == ["A-seed0"]
+
+
+def test_kept_runs_of_other_regions_are_refused(study):
+    kept.keep(study, kept.kept_folder("s"))
+    record = json.loads((study / "A-seed0" / RUN).read_text())
+    (study / "A-seed0" / RUN).write_text(json.dumps(record | {"data_fingerprint": "another"}))
+    shutil.rmtree(study / "B-seed0")
+    with pytest.raises(ValueError, match="not trained on the same regions"):
+        trial_metrics(trial_runs(study, TOLD, kept.kept_folder("s")), None, ())
