@@ -8,11 +8,15 @@
 # make test-environment  environment.yml, resolved for its Python and read by Binder's builder; needs the internet
 # make test-real         the tests that want real scans, with those in MUPKG_REALDATA
 # make test-itkwidgets   whether the optional viewer draws, in an environment of its own; needs npm and Chromium
+# make test-atlas     whether Embedding Atlas draws what notebook 08 saves, offline, in an environment of its own
 # make test-nnunet       notebook 11 with the real nnU-Net, in an environment of its own
+# make site    README, METHOD, solved lessons and executed notebooks as web pages: outputs/site/index.html
+# make test-site         builds the site and looks at it in a browser without a network
 # make soak    kills a smoke study KILLS times (23) and a smoke trial, and compares them with undisturbed ones
 # make bench   ours against what one would take instead, a quarter of an hour; kept in tests/benchmarks/results
 .DEFAULT_GOAL := demo
-.PHONY: setup study trial keep reference results claims demo demo-pair check test test-real test-environment test-itkwidgets test-nnunet soak lint lab lessons gallery bench clean
+.PHONY: setup study trial keep reference results claims demo demo-pair demo-pair-files check test test-real \
+	test-environment test-itkwidgets test-atlas test-nnunet site test-site soak lint lab lessons bench clean
 
 PYTHON ?= python3
 CORES ?= 2
@@ -56,7 +60,7 @@ demo: setup
 	@echo "Done. Numbers are measured on PHANTOMS, not on patients."
 	@echo "  the table           outputs/quick/report/table.csv (and with the paper's beside it: 04_evaluation.ipynb)"
 	@echo "  contours, heatmaps  outputs/quick/report/figure8_contours.png, figure1_heatmaps.png"
-	@echo "  executed notebooks  outputs/quick/report/*.ipynb; as web pages: make gallery"
+	@echo "  executed notebooks  outputs/quick/report/*.ipynb; as web pages: make site"
 	@echo "  JupyterLab          make lab"
 
 lint: setup
@@ -88,6 +92,14 @@ test-itkwidgets:
 	$(ITK) tests/lab/npm_copies.py
 	$(ITK) -m pytest tests/lab/itkwidgets_draws.py
 
+# Without what Embedding Atlas would make embeddings of texts with: ours are in the file, and PyTorch need not be twice.
+ATLAS := .venv-atlas/bin
+test-atlas: setup
+	$(PYTHON) -m venv .venv-atlas
+	$(ATLAS)/pip install --quiet --disable-pip-version-check --no-deps embedding-atlas==0.26.0
+	$(ATLAS)/pip install --quiet --disable-pip-version-check -c constraints.txt click duckdb fastapi uvicorn pandas pyarrow narwhals platformdirs websockets inquirer tqdm uvloop cryptography
+	$(BIN)/python -m pytest tests/lab/atlas_draws.py
+
 # Notebook 11 and its module with the real nnU-Net, which brings some thirty packages: an environment of its own.
 NNUNET := .venv-nnunet/bin/python
 test-nnunet:
@@ -118,8 +130,9 @@ keep: setup
 claims: setup
 	$(BIN)/python -m pytest tests/test_claims.py
 
+# JupyterLab on its start page; notebooks/lab says that Markdown files open rendered
 lab: setup
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/START.md --LabApp.app_settings_dir=notebooks/lab
 
 # The lessons' notebooks, blank and solved, from notebooks/lessons/source
 lessons: setup
@@ -128,14 +141,68 @@ lessons: setup
 # The trained pair of data/demo, anew: a few minutes
 demo-pair: setup
 	$(SNAKEMAKE) --configfile notebooks/studies/demo.yaml --until stage2
-	$(BIN)/python -m mupkg.report.ship outputs/demo data/demo
+	$(MAKE) demo-pair-files
 
-gallery: setup
-	$(BIN)/python -m mupkg.report.gallery outputs/$(STUDY) data outputs/gallery/$(STUDY)
+# What notebook 08 needs of outputs/demo: both runs, and the regions of two test cases and of the filmed case
+DEMO_RUN := weights.safetensors localizer.safetensors history.csv metrics.csv run.json card.md film
+demo-pair-files:
+	rm -rf data/.demo.making && mkdir -p data/.demo.making/stage1/regions
+	set -e; cd outputs/demo; for run in *-seed0; do \
+	    mkdir ../../data/.demo.making/$$run; \
+	    for name in $(DEMO_RUN); do cp -R $$run/$$name ../../data/.demo.making/$$run; done; \
+	done
+	cp outputs/demo/stage1/run.json data/.demo.making/stage1
+	awk -F, 'NR == 1 || $$2 == "test" && ++t <= 2 || $$2 == "validation" && ++v <= 1' outputs/demo/stage1/regions.csv \
+	    > data/.demo.making/stage1/regions.csv
+	set -e; for case in $$(tail -n +2 data/.demo.making/stage1/regions.csv | cut -d, -f1); do \
+	    cp outputs/demo/stage1/regions/$${case}_*.npy data/.demo.making/stage1/regions; \
+	done
+	rm -rf data/demo && mv data/.demo.making data/demo
+
+# A static site in outputs/site, from what is at hand: the lessons' solutions and the notebooks that need no training
+# are executed (a few minutes, once), and executed notebooks of studies in outputs are shown, too. Its builder has an
+# environment of its own. Where a repository has an address, Binder's badge belongs at the top of README.md.
+PAGES := outputs/pages/notebooks
+SITE_LESSONS := $(patsubst notebooks/lessons/solutions/%,$(PAGES)/lessons/%,$(wildcard notebooks/lessons/solutions/*.ipynb))
+SITE_LESSONS += $(patsubst notebooks/%,$(PAGES)/%,$(wildcard notebooks/lessons/slides.ipynb))
+SITE_NOTEBOOKS := $(addprefix $(PAGES)/,00_prepare_cohort.ipynb 01_data_exploration.ipynb 08_explore.ipynb 09_segment_a_patient.ipynb)
+# Trials whose runs are all kept as tables, for notebooks 10 and 06: make site SITE_TRIAL=e1 SITE_PARAMETERS=parameters
+SITE_NOTEBOOKS += $(SITE_TRIAL:%=$(PAGES)/10_does_it_help.ipynb) $(SITE_PARAMETERS:%=$(PAGES)/06_parameter_studies.ipynb)
+PACKAGE := $(wildcard mupkg/*.py mupkg/*/*.py notebooks/lessons/*.py)
+site: $(SITE_LESSONS) $(SITE_NOTEBOOKS) .venv-site/installed
+	rm -rf outputs/site
+	.venv-site/bin/sphinx-build -q -E -c notebooks/site . outputs/site
+	@echo "open outputs/site/index.html"
+
+.venv-site/installed: notebooks/site/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-site
+	.venv-site/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
+	@touch $@
+
+# Ten phantoms that the pair of data/demo has not seen
+$(PAGES)/00%: TOLD = "cohort": "phantoms", "phantoms": 10, "seed": 1000, "data_folder": "outputs/pages/data"
+$(PAGES)/01%: TOLD = "cohort": "phantoms", "data_folder": "outputs/pages/data", "outputs_folder": "outputs/pages"
+$(PAGES)/08%: TOLD = "pictures_folder": "outputs/pages/explore"
+$(PAGES)/10%: TOLD = "protocol": "notebooks/studies/trials/$(SITE_TRIAL).yaml", "outputs_folder": "outputs/pages"
+$(PAGES)/06%: TOLD = "protocol": "notebooks/studies/trials/$(SITE_PARAMETERS).yaml", "outputs_folder": "outputs/pages"
+$(PAGES)/01_data_exploration.ipynb: $(PAGES)/00_prepare_cohort.ipynb
+$(PAGES)/lessons/%.ipynb: notebooks/lessons/solutions/%.ipynb $(PACKAGE) | setup
+	$(BIN)/python -m mupkg.batch $< $@ '{}'
+$(PAGES)/%.ipynb: notebooks/%.ipynb $(PACKAGE) | setup
+	$(BIN)/python -m mupkg.batch $< $@ '{$(TOLD)}'
+$(PAGES)/09_segment_a_patient.ipynb: TOLD = "run": "data/demo/MetricUNet-HCP-seed0", "output": "outputs/pages/segmented", \
+	"scan": "outputs/pages/data/phantoms/images/phantom-1000.nii.gz"
+$(PAGES)/09_segment_a_patient.ipynb: notebooks/09_segment_a_patient.ipynb $(PACKAGE) $(PAGES)/00_prepare_cohort.ipynb
+	rm -rf outputs/pages/segmented
+	$(BIN)/python -m mupkg.batch $< $@ '{$(TOLD)}'
+
+test-site: site
+	$(BIN)/python -m pytest tests/lab/test_site.py
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/benchmarks/requirements.txt
 	$(BIN)/python tests/benchmarks/bench.py
 
 clean:
-	rm -rf .venv .venv-binder .venv-itkwidgets .venv-nnunet .snakemake .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-binder .venv-itkwidgets .venv-atlas .venv-nnunet .venv-site
+	rm -rf .snakemake .pytest_cache .ruff_cache .import_linter_cache

@@ -14,13 +14,16 @@ from snakemake.exceptions import WorkflowError
 from mupkg.parameters import DataSettings, EvaluationSettings, VisualizationSettings
 from mupkg.stages.runs import STAGE1
 from mupkg.trials.kept import kept_runs
-from mupkg.trials.protocol import Study
+from mupkg.trials.protocol import Study, read_yaml
 
 try:
+    for file in workflow.configfiles:
+        read_yaml(file)  # Snakemake has read it already, but takes the last of two equal keys
     STUDY = Study.checked(config)
 except ValueError as error:
     raise WorkflowError(f"the study file, or --config: {error}") from None
 DATA, OUT = f"{STUDY.data_folder}/{STUDY.cohort}", f"{STUDY.outputs_folder}/{STUDY.study}"
+TRIAL = f"{OUT}/report/{STUDY.trial.name if STUDY.trial else '-'}"
 FOLDERS = {"data_folder": STUDY.data_folder, "outputs_folder": STUDY.outputs_folder}
 PREPARE = {"cohort": STUDY.cohort, "size": STUDY.size, "data_folder": STUDY.data_folder, **STUDY.prepare}
 PREPARE |= {"source_folder": STUDY.source_folder} if STUDY.source_folder else {}
@@ -68,7 +71,7 @@ wildcard_constraints:
 
 rule all:
     input:
-        [f"{OUT}/report/{STUDY.trial.name}/{name}.ipynb" for name in TRIAL_NOTEBOOKS]
+        [f"{TRIAL}/{name}.ipynb" for name in TRIAL_NOTEBOOKS]
         if STUDY.trial
         else [
             f"{OUT}/report/01_data_exploration.ipynb",
@@ -141,14 +144,25 @@ rule stage2:
         TRAIN
 
 
+# The study as it is run, with --config and all --configfile: what the trial's notebooks read.
+rule write_protocol:
+    output:
+        f"{TRIAL}/protocol.yaml",
+    params:
+        protocol=STUDY.as_yaml(),
+    shell:
+        "printf %s {params.protocol:q} > {output:q}"
+
+
 rule analyse_trial:
     input:
         "notebooks/{trial_notebook}.ipynb",
+        f"{TRIAL}/protocol.yaml",
         expand(OUT + "/{run}/metrics.csv", run=TRAINED),
     output:
-        notebook=f"{OUT}/report/{STUDY.trial.name if STUDY.trial else '-'}/" + "{trial_notebook}.ipynb",
+        notebook=TRIAL + "/{trial_notebook}.ipynb",
     params:
-        notebook=json.dumps({**FOLDERS, "protocol": str(workflow.configfiles[-1])}),
+        notebook=json.dumps({**FOLDERS, "protocol": f"{TRIAL}/protocol.yaml"}),
     shell:
         RUN
 
@@ -216,6 +230,7 @@ rule segment_a_patient:
         f"{OUT}/{STAGE1}/regions.csv",
         f"{OUT}/{RUNS[-1]}/metrics.csv",
     output:
+        directory(f"{OUT}/report/segmented"),  # removed before the notebook runs again: it writes over nothing
         notebook=f"{OUT}/report/09_segment_a_patient.ipynb",
     params:
         notebook=first_test_scan,

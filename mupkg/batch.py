@@ -33,34 +33,24 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NU
 def one_gpu() -> Iterator[None]:
     """One GPU of several that CUDA_VISIBLE_DEVICES lists, for this notebook: the first that no other one has.
 
-    Taken by a lock on a file, which ends with this process however it ends. Are all taken, the first is shared.
+    Taken by a lock on a file, which ends with this process however it ends. If all are taken, the first is shared.
     With one GPU or an unset variable nothing is chosen.
     """
     devices = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    if len(devices) < 2:
-        yield
-        return
     with ExitStack() as held:
-        chosen = devices[0]
-        for device in devices:
+        for device in devices if len(devices) > 1 else ():
             with suppress(Timeout):
                 held.enter_context(machine_lock(f"GPU {device}"))
-                chosen = device
+                os.environ["CUDA_VISIBLE_DEVICES"] = device  # the kernel inherits it
                 break
-        os.environ["CUDA_VISIBLE_DEVICES"] = chosen  # the kernel inherits it
-        try:
-            yield
-        finally:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        else:
+            if devices:
+                os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
+        yield
 
 
 def run_notebook(
-    notebook: str | Path,
-    target: str | Path,
-    parameters: Mapping[str, Any],
-    *,
-    threads: int = 1,
-    gpu_of_its_own: bool = False,
+    notebook: str | Path, target: str | Path, parameters: Mapping[str, Any], *, threads: int = 1
 ) -> None:
     """Execute a notebook with papermill from the repository's root, and put the executed one at `target`.
 
@@ -69,7 +59,6 @@ def run_notebook(
 
     Args:
         threads: of PyTorch and SimpleITK in the notebook's kernel.
-        gpu_of_its_own: take one of several GPUs, see `one_gpu`; for trainings.
 
     Raises:
         RuntimeError: naming the notebook, the failed cell's error, and where the failed notebook lies.
@@ -83,57 +72,53 @@ def run_notebook(
     os.environ |= {name: os.environ.get(name, value) for name, value in KEEP_MEMORY.items()}
     target.unlink(missing_ok=True)  # else a failure would leave what ran before, to be taken for this run's
     try:
-        with one_gpu() if gpu_of_its_own else nullcontext():
-            papermill.execute_notebook(
-                str(notebook),
-                str(running),
-                dict(parameters),
-                progress_bar=False,
-                cwd=repository(),
-                kernel_name="python3",
-                store_widget_state=False,  # megabytes that nothing shows: pictures stand for widgets
-                extra_arguments=["--log-level=40"],  # errors only: a kernel warns of unencrypted loopback otherwise
-            )
+        _execute(notebook, running, parameters)
     except papermill.PapermillExecutionError as error:
-        raise _failed(notebook, running, failed, f"{error.ename}: {error.evalue}") from None
+        reason = f"{error.ename}: {error.evalue}"
     except DeadKernelError:
         reason = "its kernel died, killed or out of memory; free some, or choose a smaller batch_size or size"
-        raise _failed(notebook, running, failed, reason) from None
-    os.replace(running, target)
-    failed.unlink(missing_ok=True)
-
-
-def _failed(notebook: str | Path, running: Path, failed: Path, reason: str) -> RuntimeError:
+    except RuntimeError as error:
+        reason = f"its kernel was started twice and never answered ({error}); run it again when less is at work"
+    else:
+        os.replace(running, target)
+        failed.unlink(missing_ok=True)
+        return
     os.replace(running, failed)
-    return RuntimeError(f"{notebook} failed: {reason}\nIt is kept for reading: {failed}")
+    raise RuntimeError(f"{notebook} failed: {reason}\nIt is kept for reading: {failed}")
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError("must be at least 1")
-    return int(text)
-
-
-def json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("must be a JSON object")
-    return value
+def _execute(notebook: str | Path, running: Path, parameters: Mapping[str, Any], *, again: bool = True) -> None:
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(running),
+            dict(parameters),
+            progress_bar=False,
+            cwd=repository(),
+            kernel_name="python3",
+            store_widget_state=False,  # megabytes that nothing shows: pictures stand for widgets
+            extra_arguments=["--log-level=40"],  # errors only: a kernel warns of unencrypted loopback otherwise
+        )
+    except RuntimeError as error:
+        # Two kernels that start at once may choose one port; the one that loses it never answers.
+        if isinstance(error, DeadKernelError) or not again:
+            raise
+        _execute(notebook, running, parameters, again=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=run_notebook.__doc__.splitlines()[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("parameters", type=json_object, help="a JSON object")
-    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("parameters", type=json.loads, help="a JSON object")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--one-gpu", action="store_true", help="of those CUDA_VISIBLE_DEVICES lists, a free one alone"
     )
     arguments = parser.parse_args()
     try:
-        options = {"threads": arguments.threads, "gpu_of_its_own": arguments.one_gpu}
-        run_notebook(arguments.notebook, arguments.target, arguments.parameters, **options)
+        with one_gpu() if arguments.one_gpu else nullcontext():
+            run_notebook(arguments.notebook, arguments.target, arguments.parameters, threads=arguments.threads)
     except RuntimeError as error:
         sys.exit(str(error))
     except (OSError, ValueError) as error:

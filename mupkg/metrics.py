@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Shaped
 from scipy import ndimage
 from scipy.spatial import KDTree
 
+BINS = 15  # of probability
+
 
 def surface(mask: Bool[np.ndarray, "*spatial"]) -> Bool[np.ndarray, "*spatial"]:
     """The foreground voxels with a face neighbour in the background; the array's border counts as background."""
@@ -141,18 +143,16 @@ def segmentation_metrics(
     return found | {"surface_DSC": float(masks.by_distance(near, same=1.0, apart=0.0))}
 
 
-def calibration(
-    probability: Float[np.ndarray, "*spatial"], truth: Bool[np.ndarray, "*spatial"], bins: int = 15
-) -> dict[str, float]:
+def calibration(probability: Float[np.ndarray, "*spatial"], truth: Bool[np.ndarray, "*spatial"]) -> dict[str, float]:
     """Whether probabilities mean what they say, over all voxels. Not in the paper.
 
-    `Brier`: the mean squared error of the probability (Brier 1950). `ECE`, expected calibration error: in `bins`
+    `Brier`: the mean squared error of the probability (Brier 1950). `ECE`, expected calibration error: in `BINS`
     equal bins of probability, the distance between mean probability and share of foreground, weighted by the bin's
     size (Guo et al., ICML 2017). Most voxels are sure background, so both are small in any region.
     """
     probability, truth = probability.ravel().astype(np.float64), truth.ravel()
-    number = np.minimum((probability * bins).astype(int), bins - 1)
-    gap = np.bincount(number, probability, bins) - np.bincount(number, truth, bins)
+    number = np.minimum((probability * BINS).astype(int), BINS - 1)
+    gap = np.bincount(number, probability, BINS) - np.bincount(number, truth, BINS)
     brier = float(np.square(probability - truth).mean())
     return {"Brier": brier, "ECE": float(np.abs(gap).sum() / len(truth))}
 

@@ -145,9 +145,9 @@ def _decoded(
     return features
 
 
-def light_unet(in_channels: int = 5, filters: int = 32, num_classes: int = 2) -> UNet:
+def light_unet(in_channels: int = 5, filters: int = 32) -> UNet:
     """Stage 1's light UNet: the same topology with `filters` channels at every level (reading R2), about 0.16 M."""
-    return UNet(in_channels, filters, filters, num_classes, growth=1)
+    return UNet(in_channels, filters, filters, growth=1)
 
 
 class BoundaryFCN(UNet):

@@ -6,9 +6,9 @@ A notebook's `parameters` cell holds literals; its next cell turns them into one
 
 from __future__ import annotations
 
-import ast
 import os
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+import re
+from collections.abc import Container, Mapping, Sequence
 from difflib import get_close_matches
 from enum import Enum
 from inspect import signature
@@ -38,7 +38,6 @@ from mupkg.data.build import (
     DECATHLON_T2,
     Source,
     check_pattern,
-    source_from_dicom,
     sources_from_decathlon,
     sources_from_dicom_rt,
     sources_from_pattern,
@@ -63,14 +62,35 @@ def check_name(value: str) -> str:
     """A folder's own name, not a path: so no study or cohort can leave its place."""
     if not value.isprintable() or not value or value in (".", "..") or Path(value).name != value or "\\" in value:
         raise ValueError(f"must be a plain folder name, not {value!r}")
-    return value
+    return _check_length(value, LONGEST_NAME)
 
 
 def check_path(value: str) -> str:
     """Something that can be a path at all; ~ is the user's home folder."""
     if not value.strip() or not value.isprintable():
         raise ValueError(f"must be a path, not {value!r}")
+    for part in Path(value).parts:
+        _check_length(part, 255)
     return os.path.expanduser(value)
+
+
+def _check_length(name: str, most: int) -> str:
+    if len(name.encode()) > most:
+        raise ValueError(
+            f"a name of {len(name)} characters is too long for a file; it must have at most {most} bytes"
+        )
+    return name
+
+
+def check_no_list(value: Any) -> Any:
+    """A list that papermill's -p has made a text of is no name."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        raise ValueError(f"must be a name or a list of names; {_as_a_list('roi', value)}")
+    return value
+
+
+def _as_a_list(name: str, value: str) -> str:
+    return f"papermill takes a list by -y '{name}: {value if value.startswith('[') else f'[{value}]'}'"
 
 
 FolderName = Annotated[str, AfterValidator(check_name)]
@@ -80,9 +100,11 @@ AnyPath = Annotated[
 Pattern = Annotated[str, AfterValidator(check_pattern)]
 RoiName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
-OF_DICOM = ("dicom", "dicom_rt")  # sources
 ALIKE = 0.75  # from this similarity on (difflib's), a name is taken for a misspelt parameter
 LONGEST_SHOWN = 100  # characters of a wrong value
+LONGEST_NAME = 200  # bytes; file systems allow 255, and a run's folder and temporary files have longer names
+ANNOTATED = re.compile(r"^([^\W\d]\w*)[ \t]*:[^=\n]+=", re.MULTILINE)  # in a cell
+INJECTED = re.compile(r"^([^\W\d]\w*) = ", re.MULTILINE)  # in the cell that papermill writes
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     # The whole chain in seconds, to see that it runs. Its numbers mean nothing.
@@ -133,14 +155,13 @@ class Settings(BaseModel):
     def from_notebook(cls, namespace: Mapping[str, Any], inputs: Sequence[str]) -> Self:
         """The validated parameters of a running notebook: `from_notebook(globals(), In)`.
 
-        Every parameter that is a name of the notebook counts, with the value it holds now: set by a literal, an
-        f-string, an `if`, an import, or papermill. A name that was meant as a parameter but is none is refused (see
-        `_meant_as_parameters`); papermill only warns of it.
+        Every parameter that is a name of the notebook counts, with the value it holds now, however it was set. A name
+        that was meant as a parameter but is none is refused (see `_meant_as_parameters`); papermill only warns of it.
 
         Raises:
             ValueError: naming every parameter that is wrong or unknown, and what is allowed.
         """
-        names = {*cls.model_fields, *_meant_as_parameters(inputs, cls.model_fields)}
+        names = {*cls.model_fields, *_meant_as_parameters(namespace, inputs)}
         given = {name: namespace[name] for name in names if name in namespace}
         return cls.checked(given, hint=" (a name of your own may begin with _; mended it? restart the kernel)")
 
@@ -157,99 +178,37 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            known = ", ".join(name for name in cls.model_fields if name not in without)
-            raise ValueError(_explain(error, known + hint)) from None
+            known = [name for name in cls.model_fields if name not in without]
+            raise ValueError("\n".join(_explained(fault, known, hint) for fault in error.errors())) from None
 
 
-def _meant_as_parameters(inputs: Sequence[str], parameters: Collection[str]) -> set[str]:
-    """Names that cells assign as if they were parameters, though they are none: misspelt ones.
+def _meant_as_parameters(namespace: Mapping[str, Any], inputs: Sequence[str]) -> set[str]:
+    """Names with an annotation, but for those that begin with _, and all names that papermill's cell sets.
 
-    These are names with an annotation, names with a literal value that nothing reads, and names much like a
-    parameter's that no statement makes use of (printing is no use). The cells are those before the settings are
-    first asked for, and later ones that set a parameter: somebody changed and ran these again.
+    Cells are also read line by line: of a kernel's annotations Python 3.14 keeps those of the last statement only.
     """
-    trees, asking = [_syntax_tree(cell) for cell in inputs], [".from_notebook(" in cell for cell in inputs] + [True]
-    cells = trees[: asking.index(True)]
-    cells += [tree for tree, asks in zip(trees, asking, strict=False) if not asks and _sets_one(tree, parameters)]
-    code = ast.Module([statement for tree in cells for statement in tree.body], [])
-    used = {
-        name
-        for node in ast.walk(code)
-        if isinstance(node, ast.stmt) and not isinstance(node, ast.Expr)
-        for part in ast.iter_child_nodes(node)
-        if isinstance(part, ast.expr | ast.withitem)
-        for name in _names(part, ast.expr_context if isinstance(node, ast.AugAssign) else ast.Load)
-    }
-    read, meant = used | _names(code, ast.Load), set()
-    for node, targets in _assignments(code):
-        names = {name for target in targets for name in _names(target)}
-        alone = len(targets) == 1 and (isinstance(targets[0], ast.Name) or not names.isdisjoint(parameters))
-        for name in names.difference(parameters):
-            literal = alone and name not in read and _is_literal(node.value)
-            misspelt = name not in used and get_close_matches(name, parameters, 1, ALIKE)
-            if not name.startswith("_") and (isinstance(node, ast.AnnAssign) or literal or misspelt):
-                meant.add(name)
-    return meant
+    annotated = {*namespace.get("__annotations__", ()), *ANNOTATED.findall("\n".join(inputs))}
+    injected = [name for cell in inputs if cell.startswith("# Parameters") for name in INJECTED.findall(cell)]
+    return {name for name in annotated if not name.startswith("_")} | {*injected}
 
 
-def _syntax_tree(cell: str) -> ast.Module:
-    """What Python makes of a cell, and of the code that a cell magic such as %%time runs."""
-    from IPython.core.inputtransformer2 import TransformerManager  # every kernel has it loaded
-
-    try:
-        tree = ast.parse(TransformerManager().transform_cell(cell))
-    except SyntaxError:
-        return ast.Module([], [])  # the kernel could not run it either
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "run_cell_magic":
-            tree.body += _syntax_tree(node.args[2].value).body
-    return tree
-
-
-def _assignments(tree: ast.AST) -> Iterator[tuple[ast.AST, list[ast.expr]]]:
-    """Assignments to names of the notebook, not to those of its functions and classes, with their targets."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Assign):
-            yield node, node.targets
-        elif isinstance(node, ast.AnnAssign | ast.AugAssign | ast.NamedExpr):
-            yield node, [node.target]
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
-            yield from _assignments(node)
-
-
-def _sets_one(tree: ast.AST, parameters: Collection[str]) -> bool:
-    """Whether a cell sets a parameter the way a cell of parameters does, with an annotation or to a literal."""
-    return any(
-        isinstance(node, ast.AnnAssign) or _is_literal(node.value)
-        for node, targets in _assignments(tree)
-        if any(not _names(target).isdisjoint(parameters) for target in targets)
-    )
-
-
-def _names(tree: ast.AST, context: type[ast.expr_context] = ast.Store) -> set[str]:
-    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
-
-
-def _is_literal(value: ast.expr | None) -> bool:
-    try:
-        ast.literal_eval(value)
-    except (ValueError, TypeError):
-        return False
-    return True
-
-
-def _explain(error: ValidationError, known: str) -> str:
-    lines = []
-    for fault in error.errors():
-        name = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            lines.append(f"unknown parameter {name!r}; there are: {known}")
-        else:
-            shown = repr(fault["input"])
-            if len(shown) > LONGEST_SHOWN:  # a whole cohort, say, which a later cell has put in the name's place
-                shown = f"{shown[:LONGEST_SHOWN]}...; run the cell that sets it again"
-            lines.append(f"parameter {name or 'combination'}: {fault['msg']} (given: {shown})")
-    return "\n".join(lines)
+def _explained(fault: Mapping[str, Any], known: Sequence[str], hint: str) -> str:
+    """One of pydantic's faults in our words."""
+    name, value = ".".join(str(part) for part in fault["loc"]), fault["input"]
+    if fault["type"] == "extra_forbidden":
+        near = get_close_matches(name, known, 3, ALIKE)
+        ask = f". Did you mean {' or '.join(near)}?" if near else ""
+        return f"unknown parameter {name!r}; there are: {', '.join(known)}{ask}{hint}"
+    message, shown = fault["msg"], repr(value)
+    if len(shown) > LONGEST_SHOWN:  # a whole cohort, say, which a later cell has put in the name's place
+        shown = f"{shown[:LONGEST_SHOWN]}..." + (
+            "" if isinstance(value, str) else "; run the cell that sets it again"
+        )
+    if fault["type"] == "string_type" and isinstance(value, int | float):
+        message += f"; papermill's -r {fault['loc'][0]} takes a number for text, and so do quotes in -y and in files"
+    elif fault["type"] == "tuple_type" and isinstance(value, str):
+        message += f"; {_as_a_list(name, value)}"
+    return f"parameter {name or 'combination'}: {message} (given: {shown})"
 
 
 class Tag(Enum):
@@ -294,7 +253,7 @@ class CohortSettings(SizedSettings):
 
     stage: ClassVar[str] = "cohort"
     cohort: FolderName = "phantoms-quick"
-    source: Literal["phantoms", "pattern", "table", "promise12", "decathlon", "dicom", "dicom_rt"] = "phantoms"
+    source: Literal["phantoms", "pattern", "table", "promise12", "decathlon", "dicom_rt"] = "phantoms"
     source_folder: AnyPath | None = None
     modality: Literal["CT", "MR"] = "CT"
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = OF_SIZE
@@ -303,7 +262,9 @@ class CohortSettings(SizedSettings):
     label_pattern: Pattern = "{case}_label.nii.gz"
     label_values: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     channel: Annotated[int, Field(ge=0)] | None = None
-    roi: RoiName | Annotated[tuple[RoiName, ...], Field(min_length=1)] = "Prostate"
+    roi: Annotated[RoiName | Annotated[tuple[RoiName, ...], Field(min_length=1)], BeforeValidator(check_no_list)] = (
+        "Prostate"
+    )
     hash_patients: bool = False
     fill_gaps: bool = False
     phantoms: Annotated[int, Field(ge=3, le=100_000)] = OF_SIZE
@@ -324,10 +285,9 @@ class CohortSettings(SizedSettings):
             raise ValueError(f"replicates are made of phantoms; for source {self.source!r} set folds (and repeats)")
         if self.replicates and self.folds:
             raise ValueError("replicates and folds are two ways to make training sets; leave one of them out")
-        if self.hash_patients and self.source not in OF_DICOM:
-            raise ValueError(
-                f"hash_patients is for DICOM; of source {self.source!r} the names of files and patients stay"
-            )
+        if self.hash_patients and self.source != "dicom_rt":
+            others = f"of source {self.source!r} the names of files and patients stay"
+            raise ValueError(f"hash_patients is for source 'dicom_rt'; {others}")
         if self.fill_gaps and self.source != "dicom_rt":
             raise ValueError(f"fill_gaps is for contours, source 'dicom_rt'; source {self.source!r} has none")
         modality = {"phantoms": "CT", "promise12": "MR", "decathlon": "MR"}.get(self.source, self.modality)
@@ -345,7 +305,7 @@ class CohortSettings(SizedSettings):
 
     def listing(self) -> pd.DataFrame | None:
         """What a folder of DICOM holds, see `list_dicom`; `sources` tells what is damaged. None for other sources."""
-        if self.source not in OF_DICOM:
+        if self.source != "dicom_rt":
             return None
         from mupkg.scans.dicom_rt import list_dicom  # a wing: cohorts of masks do without it
 
@@ -369,10 +329,9 @@ class CohortSettings(SizedSettings):
                 return sources_from_promise12(folder)
             case "decathlon":
                 return sources_from_decathlon(folder, **{k: v for k, v in options.items() if v is not None})
-            case "dicom_rt":
+            case _:
                 options = {"hash_patients": self.hash_patients, "fill_gaps": self.fill_gaps}
                 return sources_from_dicom_rt(folder, self.roi, modality=self.modality, **options)
-        return source_from_dicom(folder, modality=self.modality)
 
     @property
     def preparation(self) -> Preparation:
@@ -534,7 +493,7 @@ class Stage2Settings(MetricOptions, TrainingSettings):
         return self.study_path / run_name(self.arm or self.configuration, self.seed)
 
     @property
-    def patches(self) -> dict[str, Any]:
+    def patch_source_options(self) -> dict[str, Any]:
         """What `PatchSource` is told. 3D blocks together hold `batch_size` slices, but there are at least two."""
         size = {"patch_size": (self.patch_size,) * 2, "batch_size": self.batch_size, "seed": self.seed}
         blocks = {"batch_size": max(2, self.batch_size // self.depth), "depth": self.depth}

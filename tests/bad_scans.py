@@ -15,9 +15,10 @@ import pandas as pd
 import SimpleITK as sitk
 from spoiling import AGAIN, GOOD, P7, Bad, Call, into_a_cohort, mask, painted, scan, stored, turned
 
-from mupkg.data.build import source_from_dicom, write_cohort
+from mupkg.data.build import write_cohort
 from mupkg.data.cohort import Cohort
 from mupkg.data.preprocessing import Preparation
+from mupkg.scans.files import read_scan
 
 # Scans and labels that cannot be worked with
 
@@ -272,9 +273,7 @@ def bad_dicom(id: str, write: Callable[[Path], object], cure: str) -> Bad:
         series = folder / "series"
         series.mkdir(parents=True)
         write(series)
-        (source,) = source_from_dicom(series, modality="CT")
-        cohort = folder.parent / "data" / "cohort"
-        return lambda: write_cohort(cohort, [source], Preparation(), split_seed=0)
+        return lambda: read_scan(series)
 
     return Bad(id, make, "series", cure)
 
@@ -396,11 +395,11 @@ TABLES = [
     bad_table("an image spelt in two ways", entry("image", "./a.nii.gz"), "cases a, b", "give each its own"),
     bad_table("a split without a label", entry("label", None), "case b", "name its label"),
     bad_table("no image", entry("image", None), "case b", "fill the column"),
-    bad_table("an image that is not there", entry("image", "x.nii.gz"), "x.nii.gz", "check the name"),
+    bad_table("an image that is not there", entry("image", "x.nii.gz"), "x.nii.gz", "check it"),
     bad_table("an image of two cases", entry("image", "a.nii.gz"), "cases a, b", "give each its own"),
     bad_table("a label of two cases", entry("label", "a_label.nii.gz"), "cases a, b", "give each its own"),
     bad_table("an unknown modality", entry("modality", "PET"), "case b", "must be CT or MR"),
-    bad_table("a head in words", entry("head_left_x", "left"), "head_left_x", "mend it"),
+    bad_table("a head in words", entry("head_left_x", "left"), "case b: head_left_x", "must be a number"),
     bad_table("a patient in two splits", lambda t, f: t.assign(patient="01"), "a, b, c", "put them into one"),
     bad_table("broken voxels", lambda t, f: (f / "b.nii.gz").write_bytes(b"torn") and t, "b.nii.gz", AGAIN),
 ]
@@ -412,9 +411,9 @@ PATHS = [
     bad_table("out by a link", entry("image", linked), "link.nii.gz", INSIDE),
     bad_table("out by a linked folder", entry("image", linked_folder), "links/x.nii.gz", INSIDE),
     bad_table("a link to itself", entry("image", looping), "loop.nii.gz", "cohort.csv"),
-    bad_table("out as in Windows", entry("image", r"..\elsewhere\x.nii.gz"), "case b", "check the name"),
-    bad_table("a drive of Windows", entry("image", r"C:\scans\x.nii.gz"), "case b", "check the name"),
-    bad_table("a name too long", entry("image", "x" * 300), "case b", "mend it in cohort.csv"),
+    bad_table("out as in Windows", entry("image", r"..\elsewhere\x.nii.gz"), "case b", "check it"),
+    bad_table("a drive of Windows", entry("image", r"C:\scans\x.nii.gz"), "case b", "check it"),
+    bad_table("a name too long", entry("image", "x" * 300), "case b", "check it in cohort.csv"),
 ]
 
 

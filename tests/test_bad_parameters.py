@@ -156,9 +156,9 @@ WRONG = {  # of every parameter of every notebook: a wrong type and a value out 
 
 
 def from_notebook(model: type[Settings], **parameters: object) -> Settings:
-    """As in a notebook whose cell of parameters assigns these."""
+    """As in a notebook into which papermill has put these."""
     parameters = GIVEN.get(model, {}) | parameters
-    return model.from_notebook(parameters, ["", "\n".join(f"{name} = 0" for name in parameters)])
+    return model.from_notebook(parameters, ["", "\n".join(["# Parameters", *(f"{name} = 0" for name in parameters)])])
 
 
 def test_no_parameter_is_left_out_of_the_corpus():

@@ -142,7 +142,7 @@ def test_a_codespace_starts_lab_in_the_environment(environment, tmp_path):
         said = subprocess.run(
             ["make", "--no-print-directory", "--dry-run", "lab"], text=True, check=True, **options
         ).stdout.splitlines()
-        assert said[-1] == f"{programs}/jupyter lab notebooks"
+        assert said[-1].startswith(f"{programs}/jupyter lab --LabApp.default_url=/lab/tree/notebooks/START.md ")
         assert prefix != tmp_path or len(said) == 1
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from nbformat import NotebookNode
 
-NOT_PROSE = re.compile(  # blocks and spans of code, formulas, what links point to, tags
-    r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|<[^>]*>", re.DOTALL
+NOT_PROSE = re.compile(  # blocks and spans of code, formulas, DOIs, what links point to, tags
+    r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\bdoi:[^\s\]]+|\]\([^)]*\)|<[^>]*>", re.DOTALL
 )
 REFERENCE = re.compile(  # whose digits are no measurement; and how long an exercise takes
     r"(?:Eq|Eqs|Fig|Figs|Section|Sections|Table|Tables|[Ll]essons?|[Nn]otebooks?|[Ee]xercises?|[Rr]eadings?)"

@@ -6,10 +6,9 @@ import json
 import os
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +22,10 @@ from mupkg.data.cohort import (
     SPLITS,
     Cohort,
     fold_columns,
-    fold_faults,
-    patient_faults,
     patients,
     read_table,
-    replicate_faults,
-    split_faults,
+    shared_files,
+    table_faults,
 )
 from mupkg.data.preprocessing import Preparation, prepare
 from mupkg.scans.cases import Case, CohortError, checked_case, label_volume_ml, name_faults
@@ -49,7 +46,7 @@ class Source:
     columns: dict[str, object]
 
 
-def split_cases(patients: Iterable[str], seed: int, shares: tuple[float, float] = (0.7, 0.1)) -> dict[str, str]:
+def split_cases(patients: Iterable[str], seed: int) -> dict[str, str]:
     """Patients to train / validation / test (70 / 10 / 20), drawn once from a seed; each split gets at least one.
 
     Raises:
@@ -59,8 +56,8 @@ def split_cases(patients: Iterable[str], seed: int, shares: tuple[float, float] 
     n = len(patients)
     if n < 3:
         raise ValueError(f"{n} patient(s) cannot be split into train, validation and test; at least three are needed")
-    n_validation = max(1, round(shares[1] * n))
-    n_train = min(max(1, round(shares[0] * n)), n - n_validation - 1)
+    n_validation = max(1, round(0.1 * n))
+    n_train = min(max(1, round(0.7 * n)), n - n_validation - 1)
     names = np.repeat(SPLITS, [n_train, n_validation, n - n_train - n_validation])
     order = np.random.default_rng(seed).permutation(n)
     return {patients[i]: str(name) for i, name in zip(order, names, strict=True)}
@@ -74,7 +71,7 @@ def write_cohort(
     split_seed: int,
     folds: int | None = None,
     repeats: int = 1,
-    kind: str | None = None,
+    source: str | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Cohort:
     """Check, store and prepare every case; the table comes last, so that a broken-off build is not taken for whole.
@@ -83,35 +80,21 @@ def write_cohort(
     A split that the sources bring along is kept; without any it is drawn by patient (`patient`, else the case).
     Cases without any label get no split. `folds` adds columns for a k-fold by patient, `repeats` times over, unless
     the sources bring along as many of their own.
-    `kind` of source: it is recorded with the fingerprint, for the cards of runs.
+    `source`, as notebook 00 calls it, is recorded with the fingerprint, for the cards of runs.
 
     Raises:
         CohortError: after all cases were tried, with every fault of every case; before, if the names or, as far as
             the sources tell, the labels and splits are wrong already.
     """
     folder, sources = Path(folder), list(sources)
-    faults = list(name_faults(source.case_id for source in sources)) if sources else ["there are no cases"]
+    faults = list(name_faults(case.case_id for case in sources)) if sources else ["there are no cases"]
     if faults:
         raise CohortError(faults)
-    if all("label" in source.columns for source in sources):  # so that too few patients are told before hours of work
-        told = [{"case_id": source.case_id, "image": None} | source.columns for source in sources]
-        _with_split(folder, pd.DataFrame(told), split_seed, folds, repeats)
+    if all("label" in case.columns for case in sources):  # so that too few patients are told before hours of work
+        rows = [{"case_id": case.case_id, "image": None} | case.columns for case in sources]
+        _with_split(folder, pd.DataFrame(rows), split_seed, folds, repeats)
     with _made_aside(folder) as making:
-        rows: list[dict[str, object]] = []
-        cases_of: dict[str, str] = {}  # voxels -> the case that has them
-        for source in progress(sources):
-            try:
-                row, voxels = _store(making, source.read(), preparation)
-            except ValueError as error:
-                faults.append(str(error))
-                continue
-            if (same := cases_of.setdefault(voxels, source.case_id)) != source.case_id:
-                faults.append(f"cases {same}, {source.case_id}: have the same voxels; leave one of them out")
-                continue
-            rows.append(row | source.columns | row)  # what was found in the files counts
-        if faults:
-            raise CohortError(faults, f"{len(rows)} case(s) are fine. Mend or remove these and run again.")
-        table = _with_split(folder, pd.DataFrame(rows), split_seed, folds, repeats)
+        table = _with_split(folder, _stored(making, progress(sources), preparation), split_seed, folds, repeats)
         write_text(making / "preparation.json", preparation.model_dump_json(indent=2))
         with whole_file(making / "cohort.csv") as temporary:
             table.to_csv(temporary, index=False)
@@ -123,7 +106,7 @@ def write_cohort(
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
         cohort = Cohort.read(folder)
-        write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint(), "source": kind}) + "\n")
+        write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint(), "source": source}) + "\n")
     return cohort
 
 
@@ -156,29 +139,28 @@ def _made_aside(folder: Path) -> Iterator[Path]:
 
 def _with_split(folder: Path, table: pd.DataFrame, seed: int, folds: int | None, repeats: int) -> pd.DataFrame:
     """The table with its split, drawn if there is none, and the folds asked for; CohortError if that cannot be."""
-    if faults := list(patient_faults(table)):
+    if faults := table_faults(table):
         raise CohortError(faults)
+    patient, own = patients(table)[table["label"].notna()], fold_columns(table)
     if "split" not in table or table["split"].isna().all():
         try:
-            drawn = _drawn_split(table, seed)
+            split = split_cases(patient, seed) if len(patient) else {}
         except ValueError as error:
             raise CohortError([f"{folder}: with a label, {error}. Add labelled scans of more patients"]) from error
         table = table.drop(columns="split", errors="ignore")
-        table.insert(3, "split", drawn)
-    own = fold_columns(table)
+        table.insert(3, "split", patient.map(split).reindex(table.index))
     if folds is not None and not own:
-        table = table.assign(**_drawn_folds(table, folds, repeats, seed))
-    if faults := [*split_faults(table), *replicate_faults(table), *fold_faults(table)]:
+        table = table.assign(**_drawn_folds(patient, folds, repeats, seed))
+    if faults := table_faults(table):
         raise CohortError(faults)
-    if own and folds is not None and (there := (int(table[own].max(axis=None)) + 1, len(own))) != (folds, repeats):
-        told = "the table has {} folds in {} repeat(s) of its own".format(*there)
-        raise CohortError([f"{told}; set folds and repeats to these numbers, or take its columns fold_... out"])
+    if own and folds is not None and (has := (int(table[own].max(axis=None)) + 1, len(own))) != (folds, repeats):
+        has = "the table has {} folds in {} repeat(s) of its own".format(*has)
+        raise CohortError([f"{has}; set folds and repeats to these numbers, or take its columns fold_... out"])
     return table
 
 
-def _drawn_folds(table: pd.DataFrame, folds: int, repeats: int, seed: int) -> dict[str, pd.Series]:
+def _drawn_folds(patient: pd.Series, folds: int, repeats: int, seed: int) -> dict[str, pd.Series]:
     """For each repeat a column with the fold of every case with a label, the patients dealt out at random."""
-    patient = patients(table)[table["label"].notna()]
     names = sorted(set(patient))
     if len(names) < folds:
         raise CohortError([f"{len(names)} patient(s) cannot be dealt out to {folds} folds; choose fewer folds"])
@@ -186,15 +168,27 @@ def _drawn_folds(table: pd.DataFrame, folds: int, repeats: int, seed: int) -> di
     for repeat in range(repeats):
         order = np.random.default_rng([seed, repeat]).permutation(len(names))
         fold = {names[i]: number % folds for number, i in enumerate(order)}
-        columns[f"fold_{repeat}"] = patient.map(fold).reindex(table.index).astype("Int64")
+        columns[f"fold_{repeat}"] = patient.map(fold).astype("Int64")
     return columns
 
 
-def _drawn_split(table: pd.DataFrame, seed: int) -> pd.Series:
-    """A split for every case with a label, by patient where it is known."""
-    patient = patients(table)[table["label"].notna()]
-    drawn = split_cases(patient, seed) if len(patient) else {}
-    return patient.map(drawn).reindex(table.index)
+def _stored(folder: Path, sources: Iterable[Source], preparation: Preparation) -> pd.DataFrame:
+    """A row of the table for every case, its volumes written; CohortError with every fault of every case."""
+    rows, faults = [], []
+    cases_of: dict[str, str] = {}  # voxels -> the case that has them
+    for source in sources:
+        try:
+            row, voxels = _store(folder, source.read(), preparation)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        if (same := cases_of.setdefault(voxels, source.case_id)) != source.case_id:
+            faults.append(f"cases {same}, {source.case_id}: have the same voxels; leave one of them out")
+            continue
+        rows.append(row | source.columns | row)  # what was found in the files counts
+    if faults:
+        raise CohortError(faults, f"{len(rows)} case(s) are fine. Mend or remove these and run again.")
+    return pd.DataFrame(rows)
 
 
 def _store(folder: Path, case: Case, preparation: Preparation) -> tuple[dict[str, object], str]:
@@ -275,30 +269,12 @@ def _file_source(
 def check_pattern(pattern: str) -> str:
     """The pattern, if it can name a file in a folder for every case."""
     inside = not pattern.startswith("/") and ".." not in pattern.split("/")
-    told = pattern.count("{case}") == 1 or (pattern.count("{case}") == 0 and "{patient}" in pattern)
-    if not (told and inside and pattern.isprintable()):
+    if not (re.findall(r"{(?:case|patient)}", pattern) == ["{case}"] and inside and pattern.isprintable()):
         raise ValueError(
-            "must hold {case} once, for example {case}_image.nii.gz, or {patient}, or both, for example "
-            f"{{patient}}/{{case}}.nii.gz, and must not lead out of the folder by / or ..; it is {pattern!r}"
+            "must hold {case} once, for example {case}_image.nii.gz, and must not lead out of the folder by / or ..; "
+            f"list files that are named in another way, or whose patients are known, in a table; it is {pattern!r}"
         )
     return pattern
-
-
-def _placeholders(pattern: str) -> set[str]:
-    return {*re.findall(r"{(case|patient)}", pattern)}
-
-
-def _matches(pattern: str, name: str) -> list[dict[str, str]]:
-    """How a pattern fits a file's name: not at all, in one way, or in two, as {patient}_{case} fits a_b_c."""
-    found = []
-    for length in ("+", "+?"):
-        expression = re.escape(pattern)
-        for part in _placeholders(pattern):
-            escaped = re.escape(f"{{{part}}}")
-            expression = expression.replace(escaped, f"(?P<{part}>[^/]{length})", 1).replace(escaped, f"(?P={part})")
-        if (match := re.fullmatch(expression, name)) and match.groupdict() not in found:
-            found.append(match.groupdict())
-    return found
 
 
 def sources_from_pattern(
@@ -312,8 +288,7 @@ def sources_from_pattern(
 ) -> list[Source]:
     """Image / label pairs found by name, for example "{case}_image.nii.gz" and "{case}_label.nii.gz".
 
-    {patient} in the patterns tells the patients; a case is then called <patient>_<case>. A file that matches both
-    patterns is what the longer one says, or a label. Folders may be links.
+    A file that matches both patterns is what the longer one says, or a label. Folders may be links.
 
     Raises:
         CohortError: if nothing is found, an image lacks its label or a label its image, folders may not be read, or
@@ -321,8 +296,8 @@ def sources_from_pattern(
     """
     folder = Path(folder)
     with access_named(folder):
-        there = folder.is_dir()
-    if not there:
+        exists = folder.is_dir()
+    if not exists:
         raise CohortError([f"{folder}: there is no such folder"])
     for name, pattern in (("image_pattern", image_pattern), ("label_pattern", label_pattern)):
         try:
@@ -331,47 +306,35 @@ def sources_from_pattern(
             raise CohortError([f"{name} {error}"]) from error
     if image_pattern == label_pattern:
         raise CohortError([f"image_pattern and label_pattern are both {image_pattern!r}; give labels another one"])
-    if unknown := _placeholders(label_pattern) - _placeholders(image_pattern):
-        raise CohortError(
-            [f"label_pattern holds {{{unknown.pop()}}}, which image_pattern lacks; let it hold that, too"]
-        )
-    found, faults, labels, files = [], [], {}, defaultdict(list)
+
+    def case_of(name: str, pattern: str) -> str | None:
+        match = re.fullmatch(re.escape(pattern).replace(re.escape("{case}"), "([^/]+)"), name)
+        return match and match[1]
+
+    faults, pairs, labels = [], {}, {}
     for path in sorted(files_below(folder, faults)):
         name = path.relative_to(folder).as_posix()
-        fits, of_label = _matches(image_pattern, name), _matches(label_pattern, name)
-        if of_label and (not fits or len(label_pattern) >= len(image_pattern)):
-            labels[path] = name
-        elif len(fits) > 1:
-            faults.append(f"{name}: fits {image_pattern} in two ways, as {fits[0]} and {fits[1]}; rename the files")
-        elif fits:
-            found.append((name, path, fits[0]))
-    sources = []
-    for name, path, parts in found:
-        case_id = "_".join(parts[part] for part in ("patient", "case") if part in parts)
-        label_name = label_pattern
-        for part, text in parts.items():
-            label_name = label_name.replace(f"{{{part}}}", text)
-        label = folder / label_name
-        if not os.path.isfile(label):
-            faults.append(f"case {case_id}: no label {label_name} beside {name}; add it or move the image")
-        labels.pop(label, None)
-        source = _file_source(case_id, path, label, modality, label_values, channel)
-        sources.append(replace(source, columns=source.columns | {k: v for k, v in parts.items() if k == "patient"}))
-        for kind, file in (("image", path), ("label", label)):
-            files[kind, os.path.realpath(file)].append(case_id)
+        image, label = case_of(name, image_pattern), case_of(name, label_pattern)
+        if label and (not image or len(label_pattern) >= len(image_pattern)):
+            labels[label] = name
+        elif image:
+            pairs[image] = path, folder / label_pattern.replace("{case}", image)
+    for case_id, (image, label) in pairs.items():
+        labels.pop(case_id, None)
+        if not label.is_file():
+            names = label.relative_to(folder), image.relative_to(folder)
+            faults.append("case {}: no label {} beside {}; add it or move the image".format(case_id, *names))
     for name in labels.values():
         faults.append(
             f"{name}: no image matching {image_pattern!r} belongs to this label; name it so, or move the label"
         )
-    for (kind, path), cases in files.items():
-        if len(cases) > 1:
-            shared = f"have one and the same {kind} {path}"
-            faults.append(f"cases {', '.join(cases)}: {shared}; remove the links, or give each its own")
-    if not sources:
+    for column, files in zip(("image", "label"), zip(*pairs.values(), strict=True), strict=False):
+        faults += shared_files(column, zip(pairs, files, map(os.path.realpath, files), strict=True))
+    if not pairs:
         faults.append(f"{folder}: no file there matches {image_pattern!r}")
     if faults:
         raise CohortError(faults)
-    return sources
+    return [_file_source(case_id, *pair, modality, label_values, channel) for case_id, pair in pairs.items()]
 
 
 def sources_from_table(
@@ -387,9 +350,8 @@ def sources_from_table(
         path = path / "cohort.csv" if path.is_dir() else path
     sources, faults = [], []
     for row in read_table(path, ("case_id", "image", "label")).to_dict("records"):
-        told = row.get("modality")
-        if isinstance(told, str) and told != modality:
-            faults.append(f"case {row['case_id']}: is {told} in {path}, not {modality}; set modality to it")
+        if isinstance(own := row.get("modality"), str) and own != modality:
+            faults.append(f"case {row['case_id']}: is {own} in {path}, not {modality}; set modality to it")
         label = path.parent / row["label"] if isinstance(row["label"], str) else None
         source = _file_source(row["case_id"], path.parent / row["image"], label, modality, label_values, channel)
         sources.append(Source(source.case_id, source.read, source.columns | row))
@@ -418,13 +380,6 @@ def sources_from_decathlon(
     return sources_from_pattern(
         folder, "imagesTr/{case}.nii.gz", label, modality=modality, label_values=label_values, channel=channel
     )
-
-
-def source_from_dicom(folder: str | Path, *, modality: str) -> list[Source]:
-    """One DICOM series as a case without a label (with contours: `sources_from_dicom_rt`)."""
-    folder = Path(folder)
-    case_id = re.sub(r"[^A-Za-z0-9._-]", "_", folder.resolve().name).lstrip("._-") or "scan"
-    return [_file_source(case_id, folder, None, modality, None, None)]
 
 
 def sources_from_dicom_rt(

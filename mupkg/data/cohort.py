@@ -9,12 +9,13 @@ data/<cohort>/cohort.csv          case_id, image, label, split, modality and wha
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from mupkg.data.preprocessing import Preparation, Prepared, array_spacing
-from mupkg.scans.cases import Case, CohortError, essence, grid_difference, name_faults, spelt_alike
+from mupkg.scans.cases import Case, CohortError, grid_difference, name_faults, patient_key, spelt_alike
 from mupkg.scans.files import access_named, no_access, read_scan
 from mupkg.scans.writing import fingerprint
 
@@ -231,59 +232,91 @@ def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
     table = read_cases(path, "notebook 00 makes one, or save it as CSV with commas, in UTF-8")
     missing = [column for column in columns if column not in table]
     if missing:
-        found = f"it has {', '.join(table)}"
-        raise CohortError([f"{path}: lacks the column(s) {', '.join(missing)}; {found}. Add them, set off by commas"])
+        has = f"it has {', '.join(table)}"
+        raise CohortError([f"{path}: lacks the column(s) {', '.join(missing)}; {has}. Add them, set off by commas"])
     faults = [*name_faults(table["case_id"]), *_column_faults(path, table), *_file_faults(path.parent, table)]
-    faults += [*split_faults(table), *patient_faults(table), *replicate_faults(table), *fold_faults(table)]
+    faults += table_faults(table)
     if faults or table.empty:
         raise CohortError(faults or [f"{path}: has no cases; list at least one"])
     return table
 
 
 def patients(table: pd.DataFrame) -> pd.Series:
-    """The patient of every case, however it is spelt: blanks, capitals and the form of letters do not count.
+    """The patient of every case, in one spelling (see `patient_key`): the first of those in the table.
 
     Where none is known, the case itself.
     """
     if "patient" not in table:
         return table["case_id"]
-    known = table["patient"].map(spelt_alike, na_action="ignore").replace("", None)
-    return known.astype(object).where(known.notna(), table["case_id"])
+    spelt = table["patient"].map(spelt_alike, na_action="ignore").replace("", None).astype(object)
+    first = spelt.groupby(spelt.map(patient_key, na_action="ignore")).transform("min")
+    return first.where(spelt.notna(), table["case_id"])
 
 
-def split_faults(table: pd.DataFrame) -> Iterator[str]:
-    """A split may be missing altogether, or there for exactly the cases with a label, each patient in one.
+def _counts(entries: pd.Series) -> pd.Series:
+    numbers = pd.to_numeric(entries, errors="coerce")
+    return numbers.ge(0) & numbers.mod(1).eq(0)
 
-    None of the three may be empty then.
-    """
-    split = table["split"] if "split" in table else pd.Series(None, table.index, dtype=object)
-    labelled = table["label"].notna()
-    for case_id, name in zip(table["case_id"], split, strict=True):
-        if isinstance(name, str) and name not in SPLITS:
-            yield f"case {case_id}: split is {name!r}; it must be one of {', '.join(SPLITS)}"
-    for case_id in table["case_id"][split.notna() & ~labelled]:
-        yield f"case {case_id}: has a split but no label; name its label, or leave its split empty"
-    for case_id in table["case_id"][split.isna() & labelled & split.notna().any()]:
-        yield f"case {case_id}: has no split, others have; fill it, or empty the column to have it drawn"
-    of = patients(table)
-    splits = split.groupby(of).nunique()
-    for patient in splits.index[splits > 1]:
+
+RULES = {  # of a column: what an entry that is not empty must be, in words, and which entries are so
+    "split": (f"one of {', '.join(SPLITS)}", lambda entries: entries.isin(SPLITS)),
+    "modality": ("CT or MR", lambda entries: entries.isin(("CT", "MR"))),
+    "patient": (
+        "a whole ID, but a table program rounded it; format the column as text there, and fill in the IDs again",
+        lambda entries: ~entries.astype(str).str.fullmatch(r"\d([.,]\d+)?[eE]\+\d+"),
+    ),
+    r"replicate|fold_\d+": ("a whole number from 0 on, or empty", _counts),
+    "|".join(HEADS): ("a number, or empty", lambda entries: pd.to_numeric(entries, errors="coerce").notna()),
+}
+
+
+def table_faults(table: pd.DataFrame) -> list[str]:
+    """What is wrong with entries, and if nothing is, with what they say together: of patients, splits and folds."""
+    faults = []
+    for column, (pattern, (words, right)) in itertools.product(table, RULES.items()):
+        if re.fullmatch(pattern, column):
+            wrong = table[column].notna() & ~right(table[column])
+            for case_id, entry in zip(table["case_id"][wrong], table[column][wrong], strict=True):
+                faults.append(f"case {case_id}: {column} is {entry!r}; it must be {words}")
+    return faults or [
+        fault
+        for faults_of in (_patient_faults, _split_faults, _replicate_faults, _fold_faults)
+        for fault in faults_of(table)
+    ]
+
+
+def _side_faults(table: pd.DataFrame, column: str) -> Iterator[str]:
+    """Of `split` or a `fold_...`: it must be there for exactly the cases with a label, and one for each patient."""
+    side, labelled, of = table[column], table["label"].notna(), patients(table)
+    for case_id in table["case_id"][side.isna() & labelled]:
+        yield f"case {case_id}: has a label but no {column}; fill it, or empty the whole column to have it drawn"
+    for case_id in table["case_id"][side.notna() & ~labelled]:
+        yield f"case {case_id}: has a {column} but no label; name its label, or leave its {column} empty"
+    several = side.groupby(of).nunique()
+    for patient in several.index[several > 1]:
         cases = ", ".join(map(str, table["case_id"][of == patient]))
-        yield f"cases {cases}: are of one patient ({patient}) but in several splits; put them into one"
-    missing = [name for name in SPLITS if name not in set(split)]
-    if missing and split.notna().any() and not split[labelled].isna().any():  # else that is to be mended first
+        sides = "splits" if column == "split" else f"folds of {column}"
+        yield f"cases {cases}: are of one patient ({patient}) but in several {sides}; put them into one"
+
+
+def _split_faults(table: pd.DataFrame) -> Iterator[str]:
+    """A split may be missing altogether; else none of the three may be empty."""
+    if "split" not in table or table["split"].isna().all():
+        return
+    yield from _side_faults(table, "split")
+    missing = [name for name in SPLITS if name not in set(table["split"])]
+    if missing and not table["split"][table["label"].notna()].isna().any():  # else that is to be mended first
         yield (
             f"column split: no case is in {' and '.join(missing)}; give each split a case, or empty the column to "
             "have it drawn"
         )
 
 
-def replicate_faults(table: pd.DataFrame) -> Iterator[str]:
-    """Of the column `replicate`, if there: a replicate needs cases to learn from, and shares all its test cases."""
+def _replicate_faults(table: pd.DataFrame) -> Iterator[str]:
+    """Of the column `replicate`, if any: a replicate needs cases to learn from, and shares all its test cases."""
     if "replicate" not in table:
         return
-    yield from _number_faults(table, "replicate")
-    number = pd.to_numeric(table["replicate"], errors="coerce")
+    number = pd.to_numeric(table["replicate"])
     split = table["split"] if "split" in table else pd.Series(None, table.index, dtype=object)
     for case_id in table["case_id"][number.notna() & (split == "test")]:
         yield f"case {case_id}: is tested in one replicate alone; test cases belong to all, leave its replicate empty"
@@ -293,27 +326,16 @@ def replicate_faults(table: pd.DataFrame) -> Iterator[str]:
             yield f"replicate {replicate:g}: no case is in {' and '.join(missing)}; give it one, or leave it out"
 
 
-def fold_faults(table: pd.DataFrame) -> Iterator[str]:
-    """Of the columns `fold_0`, `fold_1`, ... (one a repeat), if there: each puts every patient into one fold."""
-    repeats = fold_columns(table)
+def _fold_faults(table: pd.DataFrame) -> Iterator[str]:
+    """Of the columns `fold_0`, `fold_1`, ... (one a repeat), if any: each puts every patient into one fold."""
+    repeats, of = fold_columns(table), patients(table)
     if repeats != [f"fold_{repeat}" for repeat in range(len(repeats))]:
         yield f"columns {', '.join(repeats)}: must be called fold_0, fold_1, ..., in this order, without a gap"
         return
-    of, labelled = patients(table), table["label"].notna()
-    if faults := [fault for column in repeats for fault in _number_faults(table, column)]:
-        yield from faults
-        return
     folds = max((pd.to_numeric(table[column]).fillna(-1).max() for column in repeats), default=-1) + 1
     for column in repeats:
+        yield from _side_faults(table, column)
         fold = pd.to_numeric(table[column])
-        for case_id in table["case_id"][fold.isna() & labelled]:
-            yield f"case {case_id}: has a label but no {column}; fill it"
-        for case_id in table["case_id"][fold.notna() & ~labelled]:
-            yield f"case {case_id}: has a {column} but no label; name its label, or leave its {column} empty"
-        several = fold.groupby(of).nunique()
-        for patient in several.index[several > 1]:
-            cases = ", ".join(map(str, table["case_id"][of == patient]))
-            yield f"cases {cases}: are of one patient ({patient}) but in several folds of {column}; put them into one"
         numbers = sorted(set(fold.dropna()))
         if len(numbers) < folds:
             gap = next(n for n, number in enumerate([*numbers, np.inf]) if n < number)
@@ -328,28 +350,12 @@ def fold_columns(table: pd.DataFrame) -> list[str]:
     return [column for column in table if re.fullmatch(r"fold_\d+", column)]
 
 
-def _number_faults(table: pd.DataFrame, column: str) -> Iterator[str]:
-    """Of a column that holds whole numbers from 0 on, or nothing."""
-    number = pd.to_numeric(table[column], errors="coerce")
-    wrong = table[column].notna() & ~(number.ge(0) & number.mod(1).eq(0))
-    for case_id, value in zip(table["case_id"][wrong], table[column][wrong], strict=True):
-        yield f"case {case_id}: {column} is {value!r}; it must be a whole number from 0 on, or empty"
+def _patient_faults(table: pd.DataFrame) -> Iterator[str]:
+    """Of cases that look like scans of one patient and may be torn apart, where no patient is known.
 
-
-def patient_faults(table: pd.DataFrame) -> Iterator[str]:
-    """Of patients who may be one, and would be torn apart by a split that is drawn: nearly the same names.
-
-    Names that differ in zeros and signs alone (P1, P-01) are nearly the same. Without any patient known, cases that
-    share all before the last sign of their names, a number in it (10000_1000000, 10000_1000001, 10001_1000003), look
-    like scans of one patient.
+    They share all before the last sign of their names, a number in it: 10000_1000000, 10000_1000001, 10001_1000003.
     """
     if "patient" in table and table["patient"].notna().any():
-        known = patients(table)[table["patient"].notna()]
-        for _, names in known.groupby(known.map(essence)):
-            if len(set(names)) > 1:
-                spelt = " and ".join(map(repr, dict.fromkeys(table["patient"][names.index])))
-                cases = ", ".join(table["case_id"][names.index])
-                yield f"cases {cases}: their patients {spelt} are nearly the same; spell one patient in one way"
         return
     stem = table["case_id"].str.extract(r"^(.*\d.*)[_.-][^_.-]+$", expand=False)
     drawn = "split" not in table or table["split"].isna().all()
@@ -357,9 +363,8 @@ def patient_faults(table: pd.DataFrame) -> Iterator[str]:
     for name, cases in table["case_id"].groupby(stem):
         if 1 < len(cases) < len(table) and len(set(torn[cases.index].dropna())) > 1:
             yield (
-                f"cases {', '.join(cases)}: look like scans of one patient, {name}. Say who is who: by a column "
-                "'patient' in the table, or by {patient} in the patterns ({patient}_{case}, or {patient} alone where "
-                "every scan is another patient's)"
+                f"cases {', '.join(cases)}: look like scans of one patient, {name}. Say who is who in a table with a "
+                "column 'patient'; it repeats the name of the case where every scan is another patient's"
             )
 
 
@@ -373,40 +378,31 @@ def _column_faults(path: Path, table: pd.DataFrame) -> Iterator[str]:
         twice, _, number = column.rpartition(".")
         if twice in table and number.isdigit():  # as pandas calls the second one
             yield f"{path}: there are two columns {twice!r}; leave one out"
-    for column in table.columns.intersection(HEADS):
-        if not pd.api.types.is_numeric_dtype(table[column]):
-            yield f"{path}: column {column} holds more than numbers; mend it, or leave the column out"
+
+
+def shared_files(column: str, files: Iterable[tuple[str, str | Path, str]]) -> Iterator[str]:
+    """Of cases that have one file, by whatever name or link; from case, the file's name, and its real path."""
+    cases_of = defaultdict(dict)
+    for case_id, name, real in files:
+        cases_of[real][case_id] = name
+    for names in cases_of.values():
+        if len(names) > 1:
+            same = " and ".join(map(str, dict.fromkeys(names.values())))
+            yield f"cases {', '.join(names)}: have one and the same {column} {same}; give each its own"
 
 
 def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
     for column in ("image", "label"):
-        files: dict[str, list[tuple[str, str]]] = defaultdict(list)
-        for case_id, name in zip(table["case_id"], table[column], strict=True):
-            if isinstance(name, str):
-                files[os.path.realpath(folder / name.replace("\0", ""))].append((str(case_id), name))
-        for same in files.values():
-            if len(same) > 1:
-                cases, names = ", ".join(case_id for case_id, _ in same), " and ".join(dict(map(reversed, same)))
-                yield f"cases {cases}: have one and the same {column} {names}; give each its own"
-    for row in table.itertuples():
-        modality = getattr(row, "modality", None)
-        if isinstance(modality, str) and modality not in ("CT", "MR"):
-            yield f"case {row.case_id}: modality is {modality!r}; it must be CT or MR"
-        for column, name in (("image", row.image), ("label", row.label)):
+        files = []
+        for case_id, name in zip(table["case_id"].astype(str), table[column], strict=True):
             if not isinstance(name, str):
                 if column == "image":
-                    yield f"case {row.case_id}: no image is named; fill the column 'image'"
+                    yield f"case {case_id}: no image is named; fill the column 'image'"
                 continue
-            try:
-                inside = (folder / name).resolve().is_relative_to(folder.resolve())
-                there = (folder / name).exists()
-            except PermissionError as error:
-                yield f"case {row.case_id}: {no_access(folder / name, error)}"
-                continue
-            except (OSError, RuntimeError, ValueError) as error:  # a loop of links, too long, a zero byte
-                yield f"case {row.case_id}: {column} {name!r} is no path ({error}); mend it in cohort.csv"
-                continue
-            if not inside:
-                yield f"case {row.case_id}: {column} {name} leads out of {folder}; copy the file into the folder"
-            elif not there:
-                yield f"case {row.case_id}: {column} {name} is not there; check the name in cohort.csv"
+            real = os.path.realpath(folder / name.replace("\0", "?"))
+            files.append((case_id, name, real))
+            if not Path(real).is_relative_to(os.path.realpath(folder)):
+                yield f"case {case_id}: {column} {name} leads out of {folder}; copy the file into the folder"
+            elif not os.path.exists(real):
+                yield f"case {case_id}: {column} {name} is not there, or may not be read; check it in cohort.csv"
+        yield from shared_files(column, files)

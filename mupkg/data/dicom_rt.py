@@ -1,7 +1,7 @@
 """The public path of planning scans and their contours: read and written by `mupkg.scans.dicom_rt`."""
 
 from mupkg.data.build import sources_from_dicom_rt
-from mupkg.scans.dicom_rt import contourable, list_dicom, pseudonym, read_rtstruct, write_dicom_seg, write_rtstruct
+from mupkg.scans.dicom_rt import contourable, list_dicom, pseudonym, read_rtstruct, write_rtstruct
 
 __all__ = [
     "contourable",
@@ -9,6 +9,5 @@ __all__ = [
     "pseudonym",
     "read_rtstruct",
     "sources_from_dicom_rt",
-    "write_dicom_seg",
     "write_rtstruct",
 ]

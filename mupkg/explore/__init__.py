@@ -6,11 +6,13 @@ __getattr__ = lazily(
     __name__,
     {
         "case": ["CaseViewer"],
+        "cohort": ["CohortExplorer"],
         "linked": ["DistanceMap", "EmbeddingExplorer"],
         "panels": ["show"],
+        "predictions": ["CasePredictions", "Cases"],
         "samplers_and_film": ["FilmPlayer", "SamplersAtWork", "read_films"],
-        "seen": ["SeenCase"],
         "volumes": ["show_itkwidgets"],
-        "workbench": ["Workbench"],
+        "voxels": ["save_voxels", "voxels_table"],
+        "workbench": ["Neighbours", "Workbench"],
     },
 )

@@ -6,11 +6,13 @@ from functools import cached_property
 
 import ipywidgets
 import numpy as np
+import pandas as pd
 from jaxtyping import Int
 from matplotlib.figure import Figure
 
-from mupkg.explore.panels import SlicePanel, button, slider, wrapped
-from mupkg.explore.seen import SeenCase
+from mupkg.explore.controls import button, slider, wrapped
+from mupkg.explore.panels import SlicePanel
+from mupkg.explore.predictions import CasePredictions
 
 
 class CaseViewer:
@@ -24,13 +26,13 @@ class CaseViewer:
             cannot work a line says why, and the default viewer is there all the same).
     """
 
-    def __init__(self, seen: SeenCase, viewer: str = "niivue"):
+    def __init__(self, case: CasePredictions, viewer: str = "niivue", threshold: float = 0.5):
         if viewer not in ("niivue", "slices", "itkwidgets"):
             raise ValueError(f"viewer must be niivue, slices or itkwidgets, not {viewer!r}")
-        self.seen, self.viewer, self.slice = seen, viewer, seen.slice
-        self.panel = SlicePanel(seen)
+        self.case, self.viewer, self.slice = case, viewer, case.slice
+        self.panel = SlicePanel(case)
         self.opacity = slider("opacity", 0.4, 0, 1, 0.05)
-        self.threshold = slider("threshold", 0.5, 0.02, 0.98, 0.02)
+        self.threshold = slider("threshold", threshold, 0.02, 0.98, 0.02)
         self.worst = button("worst slice", "the one with most wrong voxels", self.jump_to_worst)
         self.lit = np.empty((0, 3), int)
         self.volumes = None  # niivue's, once the widget is made
@@ -44,7 +46,7 @@ class CaseViewer:
         return self.panel.figure
 
     def jump_to_worst(self) -> None:
-        self.slice.value = self.seen.worst_slice(self.threshold.value)
+        self.slice.value = self.case.worst_slice(self.threshold.value)
 
     def light(self, voxels: Int[np.ndarray, "n 3"]) -> None:
         """Light up these voxels, (z, y, x), in the slices they lie in."""
@@ -52,14 +54,14 @@ class CaseViewer:
         self.draw()
 
     def _cut(self) -> None:
-        self.scores = self.seen.scores(self.threshold.value)
+        self.scores = self.case.scores(self.threshold.value)
         self.draw()
 
     def draw(self) -> None:
         z, threshold = self.slice.value, self.threshold.value
         self.panel.draw(
-            [heat[z] for heat in self.seen.heat.values()],
-            [f"{name}\nDSC {row.DSC:.3f}, HD95 {row.HD95:.1f} mm" for name, row in self.scores.iterrows()],
+            [heat[z] for heat in self.case.heat.values()],
+            [self.case.title(name, *_in_words(row)) for name, row in self.scores.iterrows()],
             opacity=self.opacity.value,
             levels=(0.25, threshold, 0.75),
             lit=self.lit[self.lit[:, 0] == z, 1:],
@@ -73,7 +75,14 @@ class CaseViewer:
         if self.viewer != "slices":
             from mupkg.explore.volumes import NiivueViewer
 
-            self.volumes = NiivueViewer(self.seen, moved=lambda z: setattr(self.slice, "value", z))
+            self.volumes = NiivueViewer(self.case, moved=lambda z: setattr(self.slice, "value", z))
             parts.append(self.volumes.widget)
             self.draw()
         return ipywidgets.VBox(parts)
+
+
+def _in_words(row: pd.Series) -> tuple[str, str]:
+    """A run's scores in one line, and a note where the mask has islands: HD95 is then theirs as well."""
+    count = int(row["islands"])
+    note = f"with {count} island{'s' if count > 1 else ''}" if count else ""
+    return f"DSC {row['DSC']:.3f}, HD95 {row['HD95']:.1f} mm", note

@@ -1,4 +1,4 @@
-"""What the interactive views are built of: a slice that can be clicked, sliders, pictures as PNG.
+"""What the interactive views show: a slice that can be clicked, and small patches around some voxels.
 
 JupyterLab shows a view's `widget`, made when it is first asked for; its `figure` is the same without a browser.
 Pillow draws the slices that follow a slider, because matplotlib would take several times as long.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets
 import numpy as np
@@ -19,11 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mupkg import in_lab
+from mupkg.explore.controls import HEADS, small, table
+from mupkg.explore.predictions import CasePredictions
 from mupkg.report import figures
 from mupkg.report.figures import HEAT, PREDICTION, TRUTH
-
-if TYPE_CHECKING:
-    from mupkg.explore.seen import SeenCase
 
 DPI = 80  # of pictures on the screen
 CLICK = 0.015  # part of a picture that a hand may move in a click
@@ -41,21 +40,21 @@ class SlicePanel:
     Args:
         colours: of the heat. meaning: what the heat is, its lowest and its highest value.
         chosen: called with the voxels (n, 2), as rows and columns, that a click or a box in a picture encloses.
-        told: called with z, row and column of the voxel under the mouse; gives the line below the pictures.
+        told: called with z, row and column of the voxel under the mouse; gives the lines beside the pictures.
     """
 
     def __init__(
         self,
-        seen: SeenCase,
+        case: CasePredictions,
         *,
         colours: str = HEAT,
         meaning: tuple[str, float, float] = ("probability", 0, 1),
         chosen: Callable[[Int[np.ndarray, "n 2"]], None] | None = None,
         told: Callable[[int, int, int], str] | None = None,
     ):
-        self.seen, self.colours, self.meaning = seen, colours, meaning
-        self.chosen, self.told, self._pressed = chosen, told or seen.describe, None
-        self.shape, self.lit = seen.region.shape[1:], NONE
+        self.case, self.colours, self.meaning = case, colours, meaning
+        self.chosen, self.told, self._pressed = chosen, told or case.describe, None
+        self.shape, self.lit = case.region.shape[1:], NONE
         self.legend, self.words = ipywidgets.HTML(), ipywidgets.HTML("&nbsp;")
 
     def draw(
@@ -78,13 +77,13 @@ class SlicePanel:
 
     def _layers(self) -> list[tuple]:
         """Each network's slice: its pixels, its contours and the spacing, as `figures.slice_png` takes them."""
-        seen, z = self.seen, self.seen.slice.value
-        truth = TRUTH, 3, seen.truth[z].astype(np.float32), 0.5
+        case, z = self.case, self.case.slice.value
+        truth = TRUTH, 3, case.truth[z].astype(np.float32), 0.5
         layers = []
         for heat in self.heats:
             cuts = [(PREDICTION, wide, heat, level) for wide, level in zip((1, 3, 1), self.levels, strict=False)]
-            pixels = figures.mix(seen.region[z], heat, self.colours, self.opacity, self.lit)
-            layers.append((pixels, [truth, *cuts], seen.spacing_mm))
+            pixels = figures.mix(case.region[z], heat, self.colours, self.opacity, self.lit)
+            layers.append((pixels, [truth, *cuts], case.spacing_mm))
         return layers
 
     @property
@@ -97,7 +96,7 @@ class SlicePanel:
 
     @property
     def _name(self) -> str:
-        return f"{self.seen.case_id}, axial, slice {self.seen.slice.value}"
+        return f"{self.case.case_id}, axial, slice {self.case.slice.value}"
 
     @property
     def figure(self) -> Figure:
@@ -118,7 +117,9 @@ class SlicePanel:
         """For each network a title above its slice."""
         from ipyevents import Event
 
-        self._images = [ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="100%")) for _ in self.heats]
+        self._images = [
+            ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="100%", margin="0")) for _ in self.heats
+        ]
         self._titles, self._events = [ipywidgets.HTML() for _ in self.heats], []
         for image in self._images:
             press = Event(source=image, watched_events=["mousedown", "mouseup", "mouseleave"])
@@ -132,13 +133,13 @@ class SlicePanel:
 
     def _refresh(self) -> None:
         for image, words, layer, title in zip(self._images, self._titles, self._layers(), self.titles, strict=True):
-            image.value, words.value = figures.slice_png(*layer, lit=self.lit), small(title, "32px")
+            image.value, words.value = figures.slice_png(*layer, lit=self.lit), small(title, f"{HEADS - 2}px")
         bar = figures.colour_bar(self.colours, *self.meaning)
         self.legend.value = small(f"{figures.key(self.contours)} &nbsp; {bar}")
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
-        """The pictures, what their colours mean, and a line on the voxel under the mouse."""
+        """The pictures, what their colours mean, and some lines on the voxel under the mouse."""
         return ipywidgets.VBox([table(self.pictures), self.legend, self.words])
 
     def _voxel(self, event: Mapping[str, Any]) -> np.ndarray:
@@ -151,7 +152,7 @@ class SlicePanel:
 
     def hover(self, event: Mapping[str, Any]) -> None:
         """The mouse moves over a picture."""
-        self.words.value = small(self.told(self.seen.slice.value, *map(int, self._whole(self._voxel(event)))))
+        self.words.value = small(self.told(self.case.slice.value, *map(int, self._whole(self._voxel(event)))))
 
     def mouse(self, event: Mapping[str, Any]) -> None:
         """A mouse button goes down or up in a picture, or the mouse leaves it."""
@@ -168,59 +169,3 @@ class SlicePanel:
         low, high = corners.min(axis=0), corners.max(axis=0) + 1
         if self.chosen is not None:
             self.chosen(np.argwhere(np.ones(high - low, bool)) + low)
-
-
-def picture(value: bytes) -> ipywidgets.Image:
-    """A PNG at its own size, smaller where the page is narrow."""
-    layout = ipywidgets.Layout(max_width="100%", height="auto", align_self="flex-start")
-    return ipywidgets.Image(value=value, layout=layout)
-
-
-def slider(name: str, value: float, low: float, high: float, step: float | None = None):
-    """A slider with the house's look: whole numbers without a step."""
-    kind, more = (ipywidgets.IntSlider, {}) if step is None else (ipywidgets.FloatSlider, {"step": step})
-    return kind(value=value, min=low, max=high, description=name, **more, **control(215))
-
-
-def control(width: int) -> dict[str, Any]:
-    """How wide a control is, in pixels, its name included."""
-    return {"style": {"description_width": "initial"}, "layout": ipywidgets.Layout(width=f"{width}px")}
-
-
-def dropdown(name: str, options: Sequence[Any], value: Any, width: int) -> ipywidgets.Dropdown:
-    """A list to choose from; each option is a value, or a pair of what is shown and the value."""
-    return ipywidgets.Dropdown(options=options, value=value, description=name, **control(width))
-
-
-def button(name: str, tip: str, pressed: Callable[[], Any]) -> ipywidgets.Button:
-    """A button that calls `pressed`."""
-    made = ipywidgets.Button(description=name, tooltip=tip, layout=ipywidgets.Layout(width="100px"))
-    made.on_click(lambda _: pressed())
-    return made
-
-
-def wrapped(*parts: ipywidgets.Widget) -> ipywidgets.Widget:
-    """Widgets in a row that goes on in the next line where the page is narrow."""
-    return ipywidgets.HBox(parts, layout=ipywidgets.Layout(flex_flow="row wrap"))
-
-
-def table(*rows: Sequence[ipywidgets.Widget], more: Sequence[int] = (0, 0, 0)) -> ipywidgets.Widget:
-    """Rows of pictures that fit the page and the window; `more`: pixels by which a column may be wider than high."""
-    high = f"(100vh - 262px) / {max(2, len(rows))} - 36px"  # without Lab's bars, controls and titles
-    for row in rows:
-        for part, pixels in zip(row, more, strict=False):
-            part.layout = ipywidgets.Layout(flex="1 1 0", max_width=f"calc({high} + {pixels}px)", min_width="200px")
-    return ipywidgets.VBox([ipywidgets.HBox(row) for row in rows])
-
-
-def beside(pictures: ipywidgets.Widget, *texts: ipywidgets.Widget) -> ipywidgets.Widget:
-    """Pictures and texts: these in a column of their own where the page is wide, else in lines below."""
-    pictures.layout.flex = "3 1 600px"
-    layout = ipywidgets.Layout(flex="1 1 240px", flex_flow="row wrap", align_content="flex-start")
-    return wrapped(pictures, ipywidgets.HBox(texts, layout=layout))
-
-
-def small(text: str, height: str = "auto") -> str:
-    """Small text in HTML, whose lines lie close to each other."""
-    look = f"line-height: 16px; height: {height}; font-size: 12px; overflow: hidden; margin-right: 1.5em"
-    return f"<div style='{look}'>{text.replace(chr(10), '<br>')}</div>"

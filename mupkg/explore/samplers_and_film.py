@@ -15,8 +15,9 @@ from jaxtyping import Bool, UInt8
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mupkg.explore.panels import DPI, dropdown, picture, slider, wrapped
-from mupkg.explore.seen import SeenCase
+from mupkg.explore.controls import dropdown, picture, slider, wrapped
+from mupkg.explore.panels import DPI
+from mupkg.explore.predictions import CasePredictions
 from mupkg.losses import gather_embeddings, squared_distance
 from mupkg.report import results
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, principal_axes, separation
@@ -42,7 +43,7 @@ from mupkg.stages.runs import FILM
 TRAINED = "trained"  # the step of a network as it is, not of its film
 
 
-class SeenFilm(NamedTuple):
+class CaseFilm(NamedTuple):
     """A run's film and, of its case, the slice it shows."""
 
     frames: Frames
@@ -51,7 +52,7 @@ class SeenFilm(NamedTuple):
     spacing_mm: tuple[float, float, float]
 
 
-def read_films(study: str | Path, configurations: Sequence[str] | None = None, seed: int = 0) -> dict[str, SeenFilm]:
+def read_films(study: str | Path, configurations: Sequence[str] | None = None, seed: int = 0) -> dict[str, CaseFilm]:
     """The films of a study's runs by configuration; runs trained without one are left out."""
     regions, films = Regions.read(Path(study) / "stage1"), {}
     for row in results.finished_runs(study, configurations, seed).itertuples():
@@ -60,7 +61,7 @@ def read_films(study: str | Path, configurations: Sequence[str] | None = None, s
             grey, label = (np.array(regions.volume(frames.case_id, kind)[frames.z]) for kind in ("image", "label"))
             if grey.shape != frames.probability.shape[1:]:
                 raise ValueError(f"{row.folder / FILM}: is of another stage 1; train the run again for a new film")
-            films[row.configuration] = SeenFilm(frames, grey, label == 1, regions.spacing_mm(frames.case_id))
+            films[row.configuration] = CaseFilm(frames, grey, label == 1, regions.spacing_mm(frames.case_id))
     return films
 
 
@@ -75,8 +76,8 @@ class SamplersAtWork:
 
     def __init__(
         self,
-        seen: SeenCase,
-        films: Mapping[str, SeenFilm] | None = None,
+        case: CasePredictions,
+        films: Mapping[str, CaseFilm] | None = None,
         *,
         patch: int = 32,
         anchors: int = 20,
@@ -84,13 +85,13 @@ class SamplersAtWork:
         tau: float = 0.1,
         margin: float = MARGIN,
     ):
-        self.seen, self.films, self.margin, self.slice = seen, dict(films or {}), margin, seen.slice
-        self.extent = np.minimum(patch, seen.region.shape[1:])
-        names = list(seen.networks)
+        self.case, self.films, self.margin, self.slice = case, dict(films or {}), margin, case.slice
+        self.extent = np.minimum(patch, case.region.shape[1:])
+        names = list(case.networks)
         self.run = dropdown("run", names, names[-1], 200)
         self.step = ipywidgets.SelectionSlider(options=[TRAINED], description="step")
-        free = np.array(seen.region.shape[1:]) - self.extent
-        middle = np.clip(np.argwhere(seen.truth[seen.widest]).mean(axis=0) - self.extent // 2, 0, free).astype(int)
+        free = np.array(case.region.shape[1:]) - self.extent
+        middle = np.clip(np.argwhere(case.truth[case.widest]).mean(axis=0) - self.extent // 2, 0, free).astype(int)
         self.top, self.left = (
             slider(n, int(v), 0, int(f)) for n, v, f in zip(("top", "left"), middle, free, strict=True)
         )
@@ -145,12 +146,12 @@ class SamplersAtWork:
             embedding = torch.from_numpy(film.frames.patch_embeddings[number])
             self.place = film.frames.case_id, film.frames.z, film.spacing_mm
         else:
-            z, seen, name = self.slice.value, self.seen, self.run.value
+            z, case, name = self.slice.value, self.case, self.run.value
             place = self.top.value, self.left.value
             window = tuple(slice(start, start + size) for start, size in zip(place, self.extent, strict=True))
-            grey, truth, heat = seen.region[z], seen.truth[z], seen.heat[name][z]
-            embedding = seen.embedding(name, z)[window]
-            self.place = seen.case_id, z, seen.spacing_mm
+            grey, truth, heat = case.region[z], case.truth[z], case.heat[name][z]
+            embedding = case.embedding(name, z)[window]
+            self.place = case.case_id, z, case.spacing_mm
         self.patch = grey[window], truth[window], heat[window]
         self.embedding = embedding.movedim(-1, 0)[None]
 
@@ -227,7 +228,7 @@ class FilmPlayer:
     Principal components are those of each run's last frame, so that points move in a plane that stands still.
     """
 
-    def __init__(self, films: Mapping[str, SeenFilm], *, seed: int = 0):
+    def __init__(self, films: Mapping[str, CaseFilm], *, seed: int = 0):
         if not films:
             raise ValueError("no run has a film; set film to True in notebook 03 (delete runs trained without)")
         self.films = dict(films)

@@ -16,7 +16,7 @@ import torch
 from matplotlib.colors import to_rgb
 
 from mupkg import in_lab
-from mupkg.explore.seen import SeenCase
+from mupkg.explore.predictions import CasePredictions
 from mupkg.report.figures import HEAT, PREDICTION, TRUTH
 from mupkg.samplers import contour
 
@@ -53,19 +53,19 @@ class NiivueViewer:
     somebody moves the cross-hair.
     """
 
-    def __init__(self, seen: SeenCase, moved: Callable[[int], None], height: int = 260):
+    def __init__(self, case: CasePredictions, moved: Callable[[int], None], height: int = 260):
         from ipyniivue import NiiVue, SliceType, Volume  # slow to import
 
-        self.seen, self.moved, self._in_plane = seen, moved, [0.5, 0.5]
+        self.case, self.moved, self._in_plane = case, moved, [0.5, 0.5]
         # slices stand for the batch here: a contour within each of them, as on paper
-        edge = contour(torch.from_numpy(seen.truth)).numpy().astype(np.uint8)
-        region, edge = (nifti(volume, seen.spacing_mm) for volume in (seen.region, edge))
+        edge = contour(torch.from_numpy(case.truth)).numpy().astype(np.uint8)
+        region, edge = (nifti(volume, case.spacing_mm) for volume in (case.region, edge))
         self.views = []
         # as in the pictures: the patient's left on the right; cross-hair in mm, voxels as they are
         options = {"is_radiological_convention": True, "is_nearest_interpolation": True, "is_colorbar": False}
         options |= {"slice_type": SliceType.MULTIPLANAR, "crosshair_width": 0.5, "crosshair_width_unit": "mm"}
-        for heat in seen.heat.values():
-            probability = nifti(np.round(255 * heat).astype(np.uint8), seen.spacing_mm)
+        for heat in case.heat.values():
+            probability = nifti(np.round(255 * heat).astype(np.uint8), case.spacing_mm)
             view = NiiVue(height=height, **options)
             for name, colour in {"truth": TRUTH, "prediction": PREDICTION}.items():
                 view.add_colormap(name, one_colour(colour))
@@ -83,7 +83,7 @@ class NiivueViewer:
             if others := [other for other in self.views if other is not view]:
                 view.broadcast_to(others, {"crosshair": True, "zoom_pan": True})
         share = ipywidgets.Layout(width=f"{100 // len(self.views)}%")
-        pairs = zip((ipywidgets.HTML(f"<b>{name}</b>") for name in seen.heat), self.views, strict=True)
+        pairs = zip((ipywidgets.HTML(f"<b>{name}</b>") for name in case.heat), self.views, strict=True)
         self.widget = ipywidgets.HBox([ipywidgets.VBox(pair, layout=share) for pair in pairs])
 
     def _located(self, place: dict) -> None:
@@ -92,13 +92,13 @@ class NiivueViewer:
 
     def slice_of(self, place_mm: list[float]) -> int:
         """The slice at a place that niivue tells (RAS, mm; the region's first slice lies at 0)."""
-        z = round(place_mm[2] / self.seen.spacing_mm[0])
-        return min(max(z, 0), len(self.seen.region) - 1)
+        z = round(place_mm[2] / self.case.spacing_mm[0])
+        return min(max(z, 0), len(self.case.region) - 1)
 
     def show(self, z: int, opacity: float, threshold: float) -> None:
         """Move to a slice, and cut the probability anew."""
         for view in self.views:
-            view.scene.crosshair_pos = [*self._in_plane, (z + 0.5) / len(self.seen.region)]
+            view.scene.crosshair_pos = [*self._in_plane, (z + 0.5) / len(self.case.region)]
             _, heat, cut, _ = view.volumes
             heat.opacity = opacity
             cut.cal_min, cut.cal_max = 255 * threshold, 255 * threshold + 0.1
@@ -118,7 +118,7 @@ def why_no_itkwidgets() -> str:
     return ""
 
 
-def show_itkwidgets(seen: SeenCase) -> None:
+def show_itkwidgets(case: CasePredictions) -> None:
     """Show a case with itkwidgets below the cell; where that cannot work, one line that says why."""
     if reason := why_no_itkwidgets():
         print(f"{reason}; the default viewer or its picture stands instead")
@@ -126,10 +126,10 @@ def show_itkwidgets(seen: SeenCase) -> None:
     from itkwidgets import view
     from ngff_zarr import to_ngff_image
 
-    scale = dict(zip("zyx", seen.spacing_mm, strict=True))
-    volumes = seen.region, seen.truth.astype(np.uint8)
+    scale = dict(zip("zyx", case.spacing_mm, strict=True))
+    volumes = case.region, case.truth.astype(np.uint8)
     image, label = (to_ngff_image(volume, dims=["z", "y", "x"], scale=scale) for volume in volumes)
     print("itkwidgets starts where it can be seen: scroll to it. The cells below wait until it has drawn.")
     # the slice that is chosen: in the rendered volume a label is seen only where the region is opaque, in bones
-    plane = {"view_mode": "ZPlane", "z_slice": seen.slice.value * seen.spacing_mm[0]}
+    plane = {"view_mode": "ZPlane", "z_slice": case.slice.value * case.spacing_mm[0]}
     view(image, label_image=label, label_blend=0.75, cmap="Grayscale", **plane)

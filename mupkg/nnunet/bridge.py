@@ -31,7 +31,7 @@ from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import SegmentationOutput
 from mupkg.scans.files import write_image
 from mupkg.scans.writing import write_text
-from mupkg.stages.evaluation import measured, write_metrics
+from mupkg.stages.evaluation import mask_and_row, write_metrics
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import METRICS, NNUNET_RUNS, PREDICTIONS, RUN, parse_run_name, read_run, write_json, write_run
 
@@ -275,7 +275,7 @@ def evaluate(run_folder: Path, cohort: Cohort, regions: Regions) -> pd.DataFrame
             raise ValueError(f"{path}: no prediction can be read ({error}); train and predict again") from error
         probability = sitk.GetImageFromArray(found)
         probability.CopyInformation(regions.image(case_id))
-        mask, row = measured(cohort.case(case_id), regions, probability)
+        mask, row = mask_and_row(cohort.case(case_id), regions, probability)
         write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")
         rows.append(row)
     return write_metrics(rows, run_folder / METRICS)

@@ -14,7 +14,7 @@ from scipy import ndimage
 from mupkg.data.cohort import Cohort
 from mupkg.data.preprocessing import to_scan_grid
 from mupkg.metrics import dice
-from mupkg.stages.evaluation import measure
+from mupkg.stages.evaluation import mask_metrics
 from mupkg.stages.regions import Regions
 
 Volume = UInt8[np.ndarray, "z y x"]
@@ -73,5 +73,5 @@ def measure_baseline(
         region = regions.image(case_id)
         mask = sitk.GetImageFromArray(answer(sitk.GetArrayFromImage(region)).astype(np.float32))
         mask.CopyInformation(region)
-        rows.append({"case_id": case_id} | measure(to_scan_grid(mask, case.image), case))
+        rows.append({"case_id": case_id} | mask_metrics(to_scan_grid(mask, case.image), case))
     return pd.DataFrame(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # slow to import
     from sklearn.decomposition import PCA
 
 Projection = Literal["PCA", "t-SNE", "UMAP"]
+TRIPLETS = 20_000
+TSNE_STEPS = 750  # openTSNE's own: 250 with exaggeration, then 500
 SILHOUETTE_VOXELS = 2000  # it needs all pairs of voxels
 
 
@@ -52,7 +54,7 @@ def separation(voxels: EmbeddedVoxels, seed: int = 0) -> dict[str, float]:
     return {"silhouette": float(silhouette), "Fisher ratio": between / scatter if scatter else float("nan")}
 
 
-def triplets(voxels: EmbeddedVoxels, margin: float = MARGIN, count: int = 20_000, seed: int = 0) -> dict[str, float]:
+def triplets(voxels: EmbeddedVoxels, margin: float = MARGIN, seed: int = 0) -> dict[str, float]:
     """What random triplets of these voxels look like to the loss (Eq. 2): mean d(a, p), mean d(a, n), share active.
 
     Anchors and positives are any prostate voxels, negatives any others; d is the squared Euclidean distance, in the
@@ -63,9 +65,9 @@ def triplets(voxels: EmbeddedVoxels, margin: float = MARGIN, count: int = 20_000
     if not len(inside) or not len(outside):
         return dict.fromkeys(names, float("nan"))
     rng = np.random.default_rng(seed)
-    anchors, positives = (inside[rng.integers(len(inside), size=count)] for _ in range(2))
+    anchors, positives = (inside[rng.integers(len(inside), size=TRIPLETS)] for _ in range(2))
     near = squared_distance(anchors, positives)
-    far = squared_distance(anchors, outside[rng.integers(len(outside), size=count)])
+    far = squared_distance(anchors, outside[rng.integers(len(outside), size=TRIPLETS)])
     active = (near - far + margin > 0).float().mean()
     return dict(zip(names, (active.item(), near.mean().item(), far.mean().item()), strict=True))
 
@@ -101,10 +103,18 @@ def principal_axes(voxels: EmbeddedVoxels) -> PCA:
     return pca
 
 
-def project(voxels: EmbeddedVoxels, method: Projection = "PCA", seed: int = 0) -> Float[np.ndarray, "n 2"]:
+def project(
+    voxels: EmbeddedVoxels,
+    method: Projection = "PCA",
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> Float[np.ndarray, "n 2"]:
     """Embeddings on a plane: the first two principal components, or a t-SNE (openTSNE) or UMAP of them.
 
-    t-SNE and UMAP show who is whose neighbour; their distances between groups mean little.
+    t-SNE and UMAP show who is whose neighbour; the gaps between groups and the groups' sizes mean nothing.
+
+    Args:
+        progress: called now and then with the share of t-SNE's steps that are done.
 
     Raises:
         ValueError: for another method. ModuleNotFoundError: for UMAP, if it is not installed, with the command.
@@ -118,7 +128,12 @@ def project(voxels: EmbeddedVoxels, method: Projection = "PCA", seed: int = 0) -
         from openTSNE import TSNE  # slow to import
 
         perplexity = min(30, (len(embedding) - 1) / 3)
-        return np.asarray(TSNE(perplexity=perplexity, initialization="pca", random_state=seed).fit(embedding))
+        options = {"perplexity": perplexity, "initialization": "pca", "random_state": seed}
+        if progress is not None:
+            every, calls = 25, iter(range(1, 10**6))
+            options |= {"callbacks": lambda *_: progress(min(1, next(calls) * every / TSNE_STEPS))}
+            options |= {"callbacks_every_iters": every}
+        return np.asarray(TSNE(**options).fit(embedding))
     try:
         from umap import UMAP
     except ModuleNotFoundError as error:

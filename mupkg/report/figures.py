@@ -43,9 +43,9 @@ if TYPE_CHECKING:  # slow to import
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = map(to_hex, color_sequences["okabe_ito"])
 LINES = (BLUE, ORANGE, GREEN, BLACK, SKY, VERMILLION, PURPLE)  # of curves, one after the other
-TRUTH, PREDICTION, CHOSEN = SKY, ORANGE, "#6633FF"
+TRUTH, PREDICTION, CHOSEN = SKY, ORANGE, "#B21AFF"
 BOTH = {"truth": TRUTH, "prediction": PREDICTION}
-KIND_COLOURS = (BLUE, SKY, ORANGE, "#B8B8B8")  # of KINDS: blue inside the prostate, warm and grey outside
+KIND_COLOURS = ("#121249", "#1C6E53", "#B83D00", "#B8B8B8")  # of KINDS: cold in the prostate, warm or grey outside
 ROLES = {"anchor": ("x", YELLOW), "positive": (".", SKY), "negative": ("o", VERMILLION)}  # of a tuple's voxels
 TEACHES = {"active": VERMILLION, "satisfied": "silver"}  # tuples
 HEAT = "inferno"  # of probabilities
@@ -294,11 +294,11 @@ def three_planes(
     return figure
 
 
-def patches(images: np.ndarray, labels: np.ndarray, count: int = 8) -> Figure:
+def patches(images: np.ndarray, labels: np.ndarray) -> Figure:
     """The middle slices of the first patches of a batch, with their labels' outlines; of 3D blocks likewise."""
     if images.ndim == 5:
         images, labels = images[:, 0], labels[:, labels.shape[1] // 2]
-    count = min(count, len(images))
+    count = min(8, len(images))
     figure, axes = plt.subplots(1, count, figsize=(1.6 * count, 2.0), squeeze=False, layout="constrained")
     for ax, image, label in zip(axes[0], images, labels, strict=False):
         ax.imshow(image[image.shape[0] // 2], cmap="gray", vmin=0, vmax=1)
@@ -412,23 +412,23 @@ def samplers_at_work(
     spacing_mm: Sequence[float],
 ) -> Figure:
     """Fig. 5: what each sampler draws on one slice; each anchor is joined to its positive and its negative."""
-    size = (3.4 * (len(tuples) + 1), 4.0)
+    size = (2.7 * (len(tuples) + 1), 3.6)  # no wider than a page: what is shrunk cannot be read
     figure, axes = plt.subplots(1, len(tuples) + 1, figsize=size, layout="constrained")
     heat = axes[0].imshow(probability, cmap=HEAT, vmin=0, vmax=1)
-    axes[0].set_title("foreground probability", fontsize=9)
+    axes[0].set_title("foreground probability", fontsize=11)
     figure.colorbar(heat, ax=axes[0], location="bottom", shrink=0.8)
     for ax, (name, drawn) in zip(axes[1:], tuples.items(), strict=True):
         ax.imshow(image, cmap="gray", vmin=0, vmax=1)
         TupleMarks(ax).show([indices.numpy() for indices in drawn], image.shape[1])
-        ax.set_title(f"{name}: {len(drawn.anchors)} tuples", fontsize=9)
+        ax.set_title(f"{name}: {len(drawn.anchors)} tuples", fontsize=11)
     for ax in axes:
         draw_contour(ax, label, TRUTH)
         mark_plane(ax, "axial", "axial", spacing_mm[2])
         ax.set_aspect(spacing_mm[1] / spacing_mm[2])
         ax.set_axis_off()
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=12)
     handles = [Line2D([], [], color=TRUTH, label="prostate"), *axes[-1].get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower right", ncols=4, fontsize=8, facecolor="silver")
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=11, facecolor="silver")
     return figure
 
 
@@ -490,16 +490,20 @@ def embedding_scatter(
     case_id: str, voxels: Mapping[str, EmbeddedVoxels], numbers: Mapping[str, Mapping[str, float]]
 ) -> Figure:
     """A case's voxels in each network's first two principal components, coloured by what the voxel is."""
-    size = (4.6 * len(voxels), 4.6)
-    figure, axes = plt.subplots(1, len(voxels), figsize=size, squeeze=False, layout="constrained")
-    for ax, (name, sample) in zip(axes[0], voxels.items(), strict=True):
+    columns = min(len(voxels), 3 if len(voxels) != 4 else 2)  # no wider than a page
+    rows = -(-len(voxels) // columns)
+    size = (3.6 * columns, 3.8 * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(voxels) :]:
+        ax.set_axis_off()
+    for ax, (name, sample) in zip(axes.flat, voxels.items(), strict=False):
         pca = principal_axes(sample)
         draw_points(ax, pca.transform(sample.embedding), sample.kind, pc_names(pca))
         text = ", ".join(f"{key} {value:.2f}" for key, value in numbers[name].items())
         ax.set_title(f"{name}, n = {len(sample.kind)} voxels\n{text}", fontsize=10)
-    figure.suptitle(f"voxels of {case_id}", fontsize=10)
-    handles = axes[0, -1].get_legend_handles_labels()[0]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS), fontsize=9, markerscale=3)
+    figure.suptitle(f"voxels of {case_id}", fontsize=12)
+    handles = axes[0, 0].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS), fontsize=10, markerscale=3)
     return figure
 
 
@@ -565,13 +569,19 @@ def convergence(history: pd.DataFrame, by: str = "step") -> Figure:
 def active_shares(shares: pd.DataFrame) -> Figure:
     """The share of tuples that still teach against the training's steps: a line a column; those near are dashed."""
     figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    colours, places = dict(zip("RHC", LINES, strict=False)), range(len(shares))
+    colours, steps = dict(zip("RHC", LINES, strict=False)), pd.to_numeric(shares.index, errors="coerce")
+    places = range(len(shares)) if steps.isna().any() else steps.to_numpy()  # without a film there is one: "trained"
     for name, column in shares.items():
         near = name.endswith("N")
         style = {"linestyle": "--" if near else "-", "marker": "s" if near else "o", "markersize": 4}
         ax.plot(places, column, color=colours[name[0]], label=name, **style)
     ax.set(xlabel="SGD step", ylabel="share of active tuples", ylim=(-0.02, 1.02))
-    ax.set_xticks(places, shares.index)
+    if steps.isna().any():
+        ax.set_xticks(places, shares.index)
+    else:  # the first steps lie close together
+        ax.set_xscale("symlog", linthresh=10)
+        ticks = [0, *(10**power for power in range(1, len(str(int(steps.max()))))), int(steps.max())]
+        ax.set_xticks(ticks, ticks)
     ax.legend(ncols=2, fontsize=8, title="dashed: negatives near the contour", title_fontsize=8)
     return figure
 

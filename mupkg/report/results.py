@@ -13,7 +13,7 @@ import pandas as pd
 
 from mupkg.configurations import TABLE_II
 from mupkg.data.cohort import read_cases
-from mupkg.metrics import headline
+from mupkg.metrics import METRICS, headline, with_unit
 from mupkg.models import BACKBONES
 from mupkg.parameters import Stage2Settings, Tag, tagged
 from mupkg.scans.writing import whole_file
@@ -136,8 +136,8 @@ def _run_metrics(path: Path, regions: Regions | None) -> pd.DataFrame:
 def per_case(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     """One metric as a table case x configuration, averaged over seeds; a NaN or inf of any seed stays one."""
     order = list(dict.fromkeys(metrics["configuration"]))
-    kept = lambda values: values.mean(skipna=False)  # noqa: E731
-    return metrics.pivot_table(metric, "case_id", "configuration", aggfunc=kept, dropna=False)[order]
+    mean_keeping_nan = lambda values: values.mean(skipna=False)  # noqa: E731
+    return metrics.pivot_table(metric, "case_id", "configuration", aggfunc=mean_keeping_nan, dropna=False)[order]
 
 
 def worst_first(metrics: pd.DataFrame, regions: Regions) -> pd.DataFrame:
@@ -195,17 +195,28 @@ def summary(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.Dat
     return table
 
 
-def as_text(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
-    """A summary as text: the number of seeds, "mean ± std (median), n" and what was undefined."""
-    text: dict[str, Any] = {"seeds": table["", "seeds"], "collapsed": table["", "collapsed"]}
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table to read: three digits, metrics with their units, and no column in which every cell is empty."""
+    table = table.dropna(axis="columns", how="all").map(_three_digits)
+    return table.rename(columns=lambda name: with_unit(name) if str(name).removesuffix("_all") in METRICS else name)
+
+
+def _three_digits(value: Any) -> Any:
+    if not isinstance(value, float) or np.isinf(value):
+        return value
+    return "" if np.isnan(value) else f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def as_table(table: pd.DataFrame) -> pd.DataFrame:
+    """A summary to read: one number a cell; n in the head where it is the same for all configurations."""
+    columns = {("", name): table["", name] for name in table[""]}
     for name in dict.fromkeys(table.columns.get_level_values(0).drop("")):
-        part = table[name]
-        text[name] = [
-            f"{r['mean']:.{digits}f} ± {r['std']:.{digits}f} ({r['median']:.{digits}f}), n={r['n']:.0f}"
-            + (f", {r['undefined']:.0f} undefined" if r["undefined"] else "")
-            for _, r in part.iterrows()
-        ]
-    return pd.DataFrame(text, index=table.index)
+        part, counts = table[name].rename(columns={"std": "sd"}), table[name]["n"].unique()
+        left_out = {"n"} if len(counts) == 1 else set()
+        left_out |= set() if part["undefined"].any() else {"undefined"}
+        head = f"{with_unit(name)}, n = {counts[0]}" if len(counts) == 1 else with_unit(name)
+        columns |= {(head, key): part[key] for key in part if key not in left_out}
+    return shown(pd.DataFrame(columns))
 
 
 def published(table: int, **options: Any) -> pd.DataFrame:
@@ -214,16 +225,11 @@ def published(table: int, **options: Any) -> pd.DataFrame:
 
 
 def published_as_text(table: int) -> pd.DataFrame:
-    """The same as text, "mean ± std (median)", digit by digit; what the paper lacks is left out."""
-    printed, text = published(table, dtype=str, keep_default_na=False), {}
-    for name in (column.removesuffix("_mean") for column in printed if column.endswith("_mean")):
-        text[name] = [
-            row[f"{name}_mean"]
-            + (f" ± {row[f'{name}_std']}" if row.get(f"{name}_std") else "")
-            + (f" ({row[f'{name}_median']})" if row.get(f"{name}_median") else "")
-            for _, row in printed.iterrows()
-        ]
-    return pd.DataFrame(text, index=printed.iloc[:, 0])
+    """The same digit by digit, a column for each metric's mean, sd and median; what the paper lacks is left out."""
+    printed = pd.read_csv(files("mupkg.report") / "published" / f"table{table}.csv", dtype=str, index_col=0)
+    columns = [tuple(name.rsplit("_", 1)) for name in printed if name.endswith(("_mean", "_std", "_median"))]
+    parts = {(name, "sd" if part == "std" else part): printed[f"{name}_{part}"] for name, part in columns}
+    return pd.DataFrame(parts).dropna(axis="columns", how="all").fillna("")
 
 
 def save_table(table: pd.DataFrame, path: str | Path, *, index: bool = True) -> pd.DataFrame:

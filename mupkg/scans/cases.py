@@ -23,7 +23,9 @@ LOWEST_HU = -1150.0  # of air, with its noise; what is below is padding
 PROSTATE_ML = (2.0, 500.0)  # what a prostate's contour may measure
 MOST_VOXELS = 2**30  # what claims more is broken, or no scan of a pelvis
 WHOLE_NUMBER = 1e-3  # how far label values may be off (files that store them with a slope)
+MOST_LETTERS = 225  # of a case's name: names of files add some to it, and have 255 at most
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NUMBER = re.compile(r"(\d{1,3}(?:[ .,'\u2019]\d{3})+|\d+)(?:[.,]0{1,2})?")  # as table programs write whole numbers
 
 
 class CohortError(ValueError):
@@ -221,8 +223,19 @@ def essence(name: str) -> tuple[str, ...]:
     return tuple(part.lstrip("0") for part in re.findall(r"\d+|[^\W\d_]+", name))
 
 
+def patient_key(patient: object) -> str:
+    """One spelling for all of a patient's ID: blanks, capitals, letters' forms, signs, leading zeros do not count.
+
+    Nor does what a table program makes of a whole number: 12.0, 1,234.
+    """
+    text = spelt_alike(patient)
+    if number := _NUMBER.fullmatch(text):
+        text = re.sub(r"\D", "", number[1])
+    return " ".join(part or "0" for part in essence(text)) or text
+
+
 def name_faults(case_ids: Iterable[object]) -> Iterator[str]:
-    """Of names that are there twice, or cannot name files."""
+    """Of names that are listed twice, or cannot name files."""
     for number, (case_id, times) in enumerate(Counter(case_ids).items(), start=1):
         if times > 1:
             yield f"case {case_id}: is listed {times} times; give every scan a name of its own"
@@ -231,3 +244,5 @@ def name_faults(case_ids: Iterable[object]) -> Iterator[str]:
                 f"case {case_id} (number {number}): the name must be letters, digits, '.', '_' or '-', "
                 "a letter or digit first; rename it"
             )
+        elif len(case_id) > MOST_LETTERS:
+            yield f"case {case_id}: the name has {len(case_id)} letters, a file's takes {MOST_LETTERS}; shorten it"

@@ -32,7 +32,7 @@ from scipy.ndimage import distance_transform_edt
 from scipy.spatial import KDTree
 
 from mupkg import __version__
-from mupkg.scans.cases import Case, CohortError, checked_case, essence, grid_difference, spelt_alike
+from mupkg.scans.cases import Case, CohortError, checked_case, essence, grid_difference, patient_key, spelt_alike
 from mupkg.scans.files import access_named, files_below, read_series
 from mupkg.scans.geometry import AGREE, HEADER, Series, dicom_header, series_geometry, series_image
 from mupkg.scans.headers import MALFORMED, Fault, named
@@ -81,7 +81,7 @@ class Roi(NamedTuple):
     kinds: set[str]  # SOP classes of its slices
     contours: list[Dataset]
     contour_count: int  # also where they were not kept
-    owner: tuple[str, ...]  # the patient, however the ID is spelt
+    owner: str  # the patient, however the ID is spelt
     uid: str  # of the structure set
     version: str  # of the structure set: its date, label and approval
     fault: str  # why nobody can tell which contours are its own
@@ -96,7 +96,7 @@ class Roi(NamedTuple):
             return [key for key in named if key.frame == self.frame or "" in (key.frame, self.frame)]
         alike = [key for key in found if key.frame == self.frame != "" and found[key].modality in SCANS]
         alike = [key for key in alike if found[key].kind in self.kinds or not self.kinds]
-        return [key for key in alike if _owner(found[key].patient) == self.owner]
+        return [key for key in alike if patient_key(found[key].patient) == self.owner]
 
 
 class Outline(NamedTuple):
@@ -108,16 +108,12 @@ class Outline(NamedTuple):
     xor: bool  # made to be combined with others, whether they cross or not
 
 
-def _owner(patient: str) -> tuple[str, ...]:
-    return essence(spelt_alike(patient))
-
-
 def pseudonym(patient: str) -> str:
     """Twelve hexadecimal digits for a patient's ID; the same for spellings that differ in zeros and signs alone.
 
     It keeps IDs out of sight, but whoever has a list of the IDs can find them again.
     """
-    return hashlib.sha256("\0".join(_owner(patient)).encode()).hexdigest()[:12]
+    return hashlib.sha256("\0".join(essence(spelt_alike(patient))).encode()).hexdigest()[:12]
 
 
 def list_dicom(folder: str | Path, *, hash_patients: bool = False, damaged: list[str] | None = None) -> pd.DataFrame:
@@ -214,7 +210,7 @@ def _rois(path: Path) -> list[Roi]:
         numbers = Counter(int(item.ROINumber) for item in items)
         patient = str(structures.get("PatientID") or "").strip()
         version = ", ".join(f"{word} {structures.get(name) or 'unknown'}" for word, name in VERSION.items())
-        structure_set = _owner(patient), str(structures.get("SOPInstanceUID") or ""), version
+        structure_set = patient_key(patient), str(structures.get("SOPInstanceUID") or ""), version
         rois = []
         for item in items or [Dataset()]:  # so that an empty set is listed, too
             frame = str(item.get("ReferencedFrameOfReferenceUID") or structures.get("FrameOfReferenceUID") or "")
@@ -285,14 +281,20 @@ def _series_of(roi: Roi, found: dict[Key, Found]) -> Key:
         fault = f"was drawn on series {uids} in frame of reference {roi.frame}, which has {frames}"
         raise ValueError(f"{roi}: {fault}; export both again from one system")
     if not keys:
-        others = [key for key in found if key.frame == roi.frame != "" and _owner(found[key].patient) != roi.owner]
+        others = [
+            key for key in found if key.frame == roi.frame != "" and patient_key(found[key].patient) != roi.owner
+        ]
         there = ", ".join(key.series + " of another patient" * (key in others) for key in found) or "none"
         named = f"{', '.join(sorted(roi.series)) or 'unknown'} of frame of reference {roi.frame or 'unknown'}"
         raise ValueError(f"{roi}: was drawn on series {named}, but here is {there}; choose the folder of that series")
     if keys[0].series not in roi.series:
         warnings.warn(f"{roi}: was drawn on a series that is not there; taken for {uids}, of its frame", stacklevel=3)
-    if _owner(found[keys[0]].patient) != roi.owner:
+    if patient_key(found[keys[0]].patient) != roi.owner:
         warnings.warn(f"{roi}: was drawn on series {uids}, which has another patient ID", stacklevel=3)
+    if slices := sum(found[key].slices for key in here if key not in keys):
+        warnings.warn(
+            f"{roi}: {slices} slices of series {uids} are in another frame of reference, left out", stacklevel=3
+        )
     return keys[0]
 
 
@@ -553,40 +555,6 @@ def write_rtstruct(
         structures.save_as(temporary, enforce_file_format=True)
 
 
-def write_dicom_seg(
-    mask: sitk.Image,
-    series_folder: str | Path,
-    path: str | Path,
-    *,
-    name: str = "Prostate",
-    description: str = "mupkg",
-) -> None:
-    """The same as DICOM SEG, which holds voxels instead of contours; by highdicom, the extra `dicomseg`."""
-    from highdicom import AlgorithmIdentificationSequence
-    from highdicom.seg import Segmentation, SegmentDescription
-    from pydicom.sr.codedict import codes
-
-    series = _series_for(mask, series_folder, path)
-    slices = [dcmread(file, stop_before_pixels=True, force=True) for file in dict.fromkeys(series.files)]
-    for keyword in PATIENT_AND_STUDY:
-        for slice_ in slices:
-            slice_.setdefault(keyword, "")
-    model = AlgorithmIdentificationSequence(description[:64], codes.DCM.ArtificialIntelligence, __version__)
-    organ = codes.SCT.Organ, codes.SCT.Prostate
-    segmentation = Segmentation(
-        source_images=slices,
-        pixel_array=np.stack(list(_planes(mask, series))),
-        segmentation_type="BINARY",
-        segment_descriptions=[SegmentDescription(1, name, *organ, "AUTOMATIC", algorithm_identification=model)],
-        **{"series_instance_uid": generate_uid(), "series_number": 1, "series_description": RESEARCH},
-        **{"sop_instance_uid": generate_uid(), "instance_number": 1, "content_description": RESEARCH},
-        **{"manufacturer": "mupkg", "manufacturer_model_name": "mupkg", "device_serial_number": "none"},
-        software_versions=__version__,
-    )
-    with whole_file(path) as temporary:
-        segmentation.save_as(temporary)
-
-
 def contourable(folder: str | Path) -> Series:
     """The series in a folder, if a structure set can refer to it; to be asked before a mask is made.
 
@@ -647,7 +615,7 @@ def contoured_cases(
     folder, names = Path(folder), [roi] if isinstance(roi, str) else list(roi)
     found, paths, faults = _found(folder)
     rois_of, scans, cases = defaultdict(list), defaultdict(list), []
-    shown = pseudonym if hash_patients else str
+    shown = (lambda patient: pseudonym(patient_key(patient))) if hash_patients else str
     for rois in _structures(paths, faults):
         rois = [one._replace(patient=shown(one.patient)) for one in rois]
         keys_of = [one.drawn_on(found) for one in rois]

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,16 @@ from mupkg.scans.geometry import (
     series_geometry,
     series_image,
 )
-from mupkg.scans.headers import AGAIN, Fault, meta_voxels, named, nifti_affines, nrrd_voxels, unpacked_size
+from mupkg.scans.headers import (
+    AGAIN,
+    Fault,
+    count_bytes,
+    meta_voxels,
+    named,
+    nifti_affines,
+    nrrd_voxels,
+    unpacked,
+)
 from mupkg.scans.writing import whole_file
 
 TWO_FILES = (".mhd", ".nhdr", ".hdr", ".img")  # a header and its voxels apart: never whole at one stroke
@@ -42,7 +52,7 @@ def write_image(image: sitk.Image, path: str | Path, *, compress: bool = True) -
         except RuntimeError as error:
             raise OSError(_reason(error)) from error
         except ValueError as error:
-            raise OSError("not all of it was written") from error
+            raise OSError("not all of it was written, or not numbers alone") from error
 
 
 def read_scan(path: str | Path, *, channel: int | None = None) -> sitk.Image:
@@ -65,7 +75,7 @@ def read_scan(path: str | Path, *, channel: int | None = None) -> sitk.Image:
             if path.is_dir() or _start(path)[128:132] == b"DICM":
                 image = read_series(path)
             else:
-                image = _checked(path).Execute()
+                image = _checked(path, channel or 0).Execute()
         except RuntimeError as error:
             cure = RESAMPLE if "orthonormal" in str(error) else AGAIN
             raise ValueError(f"{path}: cannot be read as an image ({_reason(error)}); {cure}") from error
@@ -97,24 +107,25 @@ def _start(path: Path) -> bytes:
         return file.read(HEADER_BYTES)
 
 
-def _checked(path: Path) -> sitk.ImageFileReader:
+def _checked(path: Path, channel: int = 0) -> sitk.ImageFileReader:
     """A reader of one file whose header is in order, says where its voxels lie, and claims no more than there is.
 
-    ITK checks none of it: it reads what is cut off as voxels of 0, and takes a guess for a missing spacing.
+    ITK checks none of it: it reads what is cut off as voxels of 0, as it does NaN in NIfTI (refused in the volume of
+    the channel), and takes a guess for a missing spacing.
     """
     name, start, reader = path.name.lower(), _start(path), sitk.ImageFileReader()
     if name.removesuffix(".gz").endswith(TWO_FILES[1:]):
         raise ValueError(f"{path}: is one of two files, header and voxels apart; convert them to one .nii.gz or .mha")
     reader.SetFileName(str(path))
     reader.SetImageIO(next((io for ending, io in READERS.items() if name.endswith(ending)), ""))
-    voxels, begin, packed, needed, affines = path, 0, start.startswith(b"\x1f\x8b"), 0, {}
+    voxels, begin, packed, needed, affines, floats = path, 0, start.startswith(b"\x1f\x8b"), 0, {}, None
     with named(path), np.errstate(all="ignore"):
         if reader.GetImageIO() == "MetaImageIO":
             voxels, begin, packed = meta_voxels(path, start)
         elif reader.GetImageIO() == "NrrdImageIO":
             begin, packed = nrrd_voxels(start)
         elif reader.GetImageIO() == "NiftiImageIO":
-            size, needed, affines = nifti_affines(start)
+            size, needed, affines, floats = nifti_affines(start, channel)
             check_affines([*size, 1, 1][:3], affines)  # ITK has no words for some faults
         else:
             raise Fault("its format does not say where voxels lie", "convert it to .nii.gz, .mha or .nrrd")
@@ -128,10 +139,14 @@ def _checked(path: Path) -> sitk.ImageFileReader:
         needed = math.prod(size) * one.GetNumberOfComponentsPerPixel() * one.GetSizeOfPixelComponent()
     with voxels.open("rb") as file, named(voxels):
         file.seek(begin)
-        held = unpacked_size(file) if packed else voxels.stat().st_size - begin
+        held, wrong = voxels.stat().st_size - begin, 0
+        if packed or floats:
+            held, wrong = count_bytes(unpacked(file) if packed else iter(partial(file.read, 2**20), b""), floats)
     if held < needed or math.prod(size) > MOST_VOXELS:
         claims = f"it claims {' x '.join(map(str, size))} voxels, {needed} bytes; {voxels.name} holds {held} bytes"
         raise ValueError(f"{path}: cannot be read as an image ({claims}); {AGAIN}")
+    if wrong:
+        raise ValueError(f"{path}: {wrong} voxel(s) in it are NaN or infinite; export the scan again")
     return reader
 
 

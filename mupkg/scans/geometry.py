@@ -7,6 +7,7 @@ An affine is the 4 x 4 matrix that takes a voxel's index (i, j, k, 1) to the poi
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO, FileIO
@@ -115,7 +116,12 @@ def series_geometry(folder: str | Path, files: Iterable[Path] | None = None) -> 
         found = [f"{uid} ({len(files)} file(s): {files[0][0].name}, ...)" for uid, files in series.items()]
         found = f"holds {len(series)} DICOM series: {', '.join(found)}" if series else "holds no DICOM series"
         raise ValueError(f"{folder}: {found}; give a folder with exactly one image series")
-    for path, header in next(iter(series.values())):
+    ((_, headers),) = series.items()
+    frames = {str(header.get("FrameOfReferenceUID") or "") for _, header in headers} - {""}
+    if len(frames) > 1:
+        names = f"{len(frames)} frames of reference ({min(frames)} and others)"
+        warnings.warn(f"{folder}: its slices name {names}; they are taken for one, so look at the scan", stacklevel=3)
+    for path, header in headers:
         with named(path):
             slices += _slices(path, header)
     with named(folder):
@@ -168,6 +174,10 @@ def _header(path: Path) -> Dataset | None:
     remove = "copy it again, or remove it from the folder if it is no part of the scan"
     if header.get("PhotometricInterpretation") != "MONOCHROME2":  # ITK would turn MONOCHROME1 round
         raise Fault("is cut short, or is no MONOCHROME2 image", remove)
+    high, stored = header.get("HighBit"), header.get("BitsStored")
+    if isinstance(high, int) and isinstance(stored, int) and high >= stored:  # GDCM would take the lower bits
+        fault = f"its HighBit is {high}, so that its values do not lie in the lower {stored} bits (BitsStored)"
+        raise Fault(fault, f"export it again with HighBit {stored - 1}")
     claimed = header.Rows * header.Columns * int(header.get("NumberOfFrames") or 1)
     if not 0 < claimed <= path.stat().st_size * MOST_PER_BYTE:
         raise Fault(f"claims {claimed} voxels, which it cannot hold", remove)

@@ -9,10 +9,10 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from pydicom.errors import BytesLengthException, InvalidDicomError
@@ -33,8 +33,10 @@ META_WORDS = {"BinaryData": ("True",), "CompressedData": ("False", "True"), "Hea
 META_WORDS |= {"DistanceUnits": ("mm",)}  # ITK takes all numbers for mm
 NRRD_SPACES = ("left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las")
 META_LINE, NRRD_LINE = r"([^=:]+)[=:](.*)", r"#.*|[^:]*:=.*|([^:]{,99}): (.{,999})"  # a longer one crashes ITK
-NIFTI = {"dim": (40, "8h"), "bitpix": (72, "h"), "pixdim": (76, "8f"), "vox_offset": (108, "f"), "units": (123, "B")}
-NIFTI |= {"codes": (252, "2h"), "qform": (256, "6f"), "sform": (280, "12f")}  # from which byte, and of what kind
+NIFTI_FLOATS = {16: "f4", 64: "f8"}  # by the code of its type
+NIFTI = {"dim": (40, "8h"), "type": (70, "h"), "bitpix": (72, "h"), "pixdim": (76, "8f")}
+NIFTI |= {"vox_offset": (108, "f"), "units": (123, "B"), "codes": (252, "2h"), "qform": (256, "6f")}
+NIFTI |= {"sform": (280, "12f")}  # from which byte, and of what kind
 NIFTI_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by the code of its units; most programs write 0, unknown
 
 
@@ -120,8 +122,19 @@ def nrrd_voxels(start: bytes) -> tuple[int, bool]:
     return end.end(), fields["encoding"] != "raw"
 
 
-def nifti_affines(start: bytes) -> tuple[list[int], int, dict[str, np.ndarray]]:
-    """A NIfTI's size, its bytes when unpacked, and all that places its voxels: affines (see `geometry`) by name."""
+class Floats(NamedTuple):
+    """Where one volume of floats lies in a file, in bytes when unpacked."""
+
+    dtype: np.dtype
+    begin: int
+    size: int
+
+
+def nifti_affines(start: bytes, channel: int) -> tuple[list[int], int, dict[str, np.ndarray], Floats | None]:
+    """A NIfTI's size, its bytes when unpacked, and all that places its voxels: affines (see `geometry`) by name.
+
+    And where the volume of a channel lies if it is of floats.
+    """
     header = zlib.decompressobj(47).decompress(start, 1024) if start.startswith(b"\x1f\x8b") else start
     if header[344:347] != b"n+1":
         raise Fault("cannot be read as an image: it lacks the mark of NIfTI-1", f"{AGAIN}, in this format")
@@ -142,18 +155,35 @@ def nifti_affines(start: bytes) -> tuple[list[int], int, dict[str, np.ndarray]]:
         raise Fault(f"does not say where its voxels lie ({fault})", WITH_AFFINE)
     mm = NIFTI_MM[unit] * np.array([[-1], [-1], [1]])  # NIfTI's x and y lead to the right and to the front
     size = told["dim"][1 : told["dim"][0] + 1].tolist()
-    needed = math.prod(size) * int(told["bitpix"][0]) // 8 + int(told["vox_offset"][0])
-    return size, needed, {name: np.vstack([affine * mm, [0, 0, 0, 1]]) for name, affine in affines.items()}
+    voxel, begin, floats = int(told["bitpix"][0]) // 8, int(told["vox_offset"][0]), None
+    if kind := NIFTI_FLOATS.get(int(told["type"][0])):
+        volume = math.prod(size[:3]) * voxel
+        floats = Floats(np.dtype(order + kind), begin + channel * volume, volume)
+    affines = {name: np.vstack([affine * mm, [0, 0, 0, 1]]) for name, affine in affines.items()}
+    return size, math.prod(size) * voxel + begin, affines, floats
 
 
-def unpacked_size(file: BinaryIO) -> int:
-    """Bytes in a zlib stream or in gzip members, from here on; zlib.error if they are cut or a checksum is wrong."""
-    size, unpacker = 0, zlib.decompressobj(47)  # 47: either kind
+def unpacked(file: BinaryIO) -> Iterator[bytes]:
+    """A zlib stream or gzip members, from here on; zlib.error if they are cut or a checksum is wrong."""
+    unpacker = zlib.decompressobj(47)  # 47: either kind
     while chunk := file.read(2**16):  # so no more than 72 MB at once
-        size += len(unpacker.decompress(chunk))
+        yield unpacker.decompress(chunk)
         while unpacker.eof and unpacker.unused_data.startswith(b"\x1f\x8b"):
             left, unpacker = unpacker.unused_data, zlib.decompressobj(47)
-            size += len(unpacker.decompress(left))
+            yield unpacker.decompress(left)
     if not unpacker.eof:
         raise zlib.error("it is cut short")
-    return size
+
+
+def count_bytes(chunks: Iterable[bytes], floats: Floats | None) -> tuple[int, int]:
+    """How many bytes there are, and how many of the floats among them are NaN or infinite."""
+    held = wrong = 0
+    rest = b""
+    for chunk in chunks:
+        if floats:
+            rest += chunk[max(0, floats.begin - held) : max(0, floats.begin + floats.size - held)]
+            whole = len(rest) - len(rest) % floats.dtype.itemsize
+            wrong += np.count_nonzero(~np.isfinite(np.frombuffer(rest[:whole], floats.dtype)))
+            rest = rest[whole:]
+        held += len(chunk)
+    return held, wrong

@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from mupkg.data.cohort import FINGERPRINT, PHANTOMS, SPLITS, Cohort, read_cases
 from mupkg.data.preprocessing import array_spacing
 from mupkg.metrics import headline, with_unit
-from mupkg.scans.cases import not_in_hu
+from mupkg.scans.cases import not_in_hu, patient_key
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import METRICS, PLATEAU_DSC, RUN, read_run
 
@@ -95,7 +95,8 @@ def trained_on(cohort: Cohort, regions: Regions, training_cases: int | None = No
         "extent_mm": _range(spacing * size),
     }
     if "patient" in cohort.table:
-        data["patients"] = {split: cohort.table.loc[names, "patient"].nunique() for split, names in ids.items()}
+        patients = cohort.table["patient"].map(patient_key, na_action="ignore")
+        data["patients"] = {split: patients[names].nunique() for split, names in ids.items()}
     return data
 
 

@@ -45,22 +45,22 @@ def evaluate_run(
         case, region = cohort.case(case_id), regions.image(case_id)
         if shift is not None:
             region = _shifted_region(case, region, cohort.preparation, shift)
-        mask, row = measured(case, regions, region_probability(network, region))
+        mask, row = mask_and_row(case, regions, region_probability(network, region))
         rows.append(row)
         if shift is None and not last:
             write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")
     return write_metrics(rows, run_folder / (METRICS_LAST if last else metrics_name(shift)))
 
 
-def measured(case: Case, regions: Regions, probability: sitk.Image) -> tuple[sitk.Image, dict[str, Any]]:
+def mask_and_row(case: Case, regions: Regions, probability: sitk.Image) -> tuple[sitk.Image, dict[str, Any]]:
     """The mask on the scan's own grid, with the largest-component step, and a row of metrics.csv.
 
     Args:
         probability: of foreground, on the case's region.
     """
     mask = to_scan_grid(keep_largest(probability), case.image)
-    everything = measure(to_scan_grid(probability, case.image), case)
-    largest = measure(mask, case, tolerance_mm=2.0)
+    everything = mask_metrics(to_scan_grid(probability, case.image), case)
+    largest = mask_metrics(mask, case, tolerance_mm=2.0)
     near = {"surface_DSC_2mm": largest.pop("surface_DSC")}
     row = {"case_id": case.case_id} | largest | {f"{k}_all": v for k, v in everything.items()} | near
     truth = regions.volume(case.case_id, "label") == 1
@@ -68,7 +68,7 @@ def measured(case: Case, regions: Regions, probability: sitk.Image) -> tuple[sit
 
 
 def write_metrics(rows: list[dict[str, Any]], path: Path) -> pd.DataFrame:
-    """Rows of `measured` as a run's metrics.csv, that of its last weights, or that of a shift."""
+    """Rows of `mask_and_row` as a run's metrics.csv, that of its last weights, or that of a shift."""
     table = pd.DataFrame(rows)
     with whole_file(path) as temporary:
         table.to_csv(temporary, index=False)
@@ -85,7 +85,7 @@ def _shifted_region(case: Case, region: sitk.Image, preparation: Preparation, sh
     return sitk.Cast(sitk.Round(on_region), sitk.sitkUInt8)
 
 
-def measure(mask: sitk.Image, case: Case, tolerance_mm: float | None = None) -> dict[str, float]:
+def mask_metrics(mask: sitk.Image, case: Case, tolerance_mm: float | None = None) -> dict[str, float]:
     """All metrics of a mask against the case's label, on the scan's own grid, in mm; see `segmentation_metrics`.
 
     Raises:
@@ -120,5 +120,5 @@ def evaluate_elsewhere(run_folder: str | Path, cohort: Cohort, case_ids: Sequenc
         except NotLocated:
             mask, located = sitk.Image(case.image.GetSize(), sitk.sitkUInt8), False
             mask.CopyInformation(case.image)
-        rows.append({"case_id": case_id, "located": located} | measure(mask, case))
+        rows.append({"case_id": case_id, "located": located} | mask_metrics(mask, case))
     return pd.DataFrame(rows)

@@ -65,7 +65,7 @@ def machine_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} thread(s)"
 
 
-def nearest(source: PatchSource, accelerator: Accelerator) -> PatchSource:
+def on_gpu_if_it_fits(source: PatchSource, accelerator: Accelerator) -> PatchSource:
     """The source with its volumes in the GPU's memory if they fit, else as it is; says which."""
     if accelerator.device.type != "cuda":
         return source

@@ -31,7 +31,7 @@ from mupkg.stages.prediction import Box, predict_volume
 from mupkg.stages.runs import BEST, load_tensors, load_weights, require
 
 CHANNELS = 3  # neighbouring slices into stage 2
-STEP_MM = 4.0  # how far stage 2 looks beyond the coarse mask, a voxel of its; twice as far at every further look
+STEP_MM = 4.0  # how far stage 2 looks beyond the coarse mask: one stage-1 voxel; doubles each time
 LOCALIZER = "localizer.safetensors"  # stage 1's weights, copied into every run
 
 

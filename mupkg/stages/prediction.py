@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -82,14 +83,29 @@ def predict_volume(
             probabilities near 0.5 shift by some hundredths, and so a DSC by up to some thousandths.
         box: the only voxels to look at; the network sees what lies around them all the same.
     """
+    parts = outputs(network, volume, channels=channels, precision=precision, box=box)
+    return np.concatenate([foreground(output) for output in parts])
+
+
+def foreground(output: SegmentationOutput) -> Float[np.ndarray, "n y x"]:
+    """The foreground probability of some slices."""
+    return output.logits.softmax(dim=1)[:, 1].cpu().numpy()
+
+
+def outputs(
+    network: nn.Module,
+    volume: UInt8[np.ndarray, "z y x"],
+    *,
+    channels: int = 3,
+    precision: Literal["no", "bf16"] = "no",
+    box: Box | None = None,
+) -> Iterator[SegmentationOutput]:
+    """What the network says of a volume, or of a box of it, some slices at a time; see `predict_volume`."""
     slices, *window = box or (slice(0, len(volume)),)
-    probability = []
     at_once = len(volume) if is_3d(network) else max(1, VOXELS_AT_ONCE // (volume.shape[1] * volume.shape[2]))
     for start in range(slices.start, slices.stop, at_once):
         middle = np.arange(start, min(start + at_once, slices.stop))
-        logits = run_slices(network, volume, middle, channels, precision, tuple(window) or None).logits
-        probability.append(logits.softmax(dim=1)[:, 1].cpu().numpy())
-    return np.concatenate(probability)
+        yield run_slices(network, volume, middle, channels, precision, tuple(window) or None)
 
 
 def mean_dice(network: nn.Module, volumes: list, labels: list, *, channels: int) -> float:

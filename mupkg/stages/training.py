@@ -26,7 +26,7 @@ from mupkg.data.patches import PatchSource
 from mupkg.losses import LossTerms, SegmentationMetricLoss
 from mupkg.models import SegmentationOutput, layout_of
 from mupkg.scans.writing import machine_lock, whole_file
-from mupkg.stages.hardware import AUTOCAST, batches, check_speed, join_processes, machine_name, nearest
+from mupkg.stages.hardware import AUTOCAST, batches, check_speed, join_processes, machine_name, on_gpu_if_it_fits
 from mupkg.stages.runs import (
     BEST,
     CHECKPOINT,
@@ -121,7 +121,7 @@ def train(
         model = DistributedDataParallel(network) if processes > 1 else network
         model = torch.compile(model) if compile else model  # a wrapper: the weights of `network` keep their names
         numbers = range(run.done * processes + accelerator.process_index, steps * processes, processes)
-        with closing(batches(nearest(source, accelerator), numbers, workers, device, layout)) as feed:
+        with closing(batches(on_gpu_if_it_fits(source, accelerator), numbers, workers, device, layout)) as feed:
             _loop(run, model, loss, feed, rates, seed, precision, validate, validate_every, on_validation, on_step)
         return run.finish()
 

@@ -9,11 +9,12 @@ from torch import nn
 
 from mupkg.models import is_3d
 from mupkg.stages.inference import CHANNELS
-from mupkg.stages.prediction import run_slices
+from mupkg.stages.prediction import foreground, outputs, run_slices
 
 KINDS = ("prostate", "contour", "near background", "far background")
 ELSEWHERE = 255  # in slices without prostate
 NEAR_VOXELS = 4
+EMBEDDINGS_KEPT = 2**30  # bytes; a region of 128^3 voxels with 256 channels has twice as many
 
 
 def kinds(label: UInt8[np.ndarray, "z y x"] | Bool[np.ndarray, "z y x"]) -> UInt8[np.ndarray, "z y x"]:
@@ -56,6 +57,21 @@ def _embed_slices(
     network: nn.Module, region: UInt8[np.ndarray, "z y x"], slices: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, "n y x e"]:
     return run_slices(network, region, slices, CHANNELS).embeddings.movedim(1, -1).cpu().numpy()
+
+
+def predict_and_embed(
+    network: nn.Module, region: UInt8[np.ndarray, "z y x"]
+) -> tuple[Float[np.ndarray, "z y x"], Float[np.ndarray, "z y x e"] | None]:
+    """The foreground probability and the embedding of every voxel, in one pass.
+
+    None stands for embeddings that take more than `EMBEDDINGS_KEPT` bytes: embed the voxels and slices you need.
+    """
+    heat, embeddings = [], []
+    for output in outputs(network, region, channels=CHANNELS):
+        heat.append(foreground(output))
+        if 4 * region.size * output.embeddings.shape[1] <= EMBEDDINGS_KEPT:
+            embeddings.append(output.embeddings.movedim(1, -1).cpu().numpy())
+    return np.concatenate(heat), np.concatenate(embeddings) if embeddings else None
 
 
 def embed_voxels(

@@ -224,6 +224,28 @@ SECTIONS: dict[str, tuple[type[Settings], tuple[str, ...]]] = {  # and what it t
 SECTION = Field(default_factory=dict)  # what a notebook is told beside
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML would take the last of two."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, marks = super().compose_mapping_node(anchor), {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in marks:
+                given = f"the key {key.value!r} is given"
+                raise yaml.composer.ComposerError(given, marks[key.value], "and given again", key.start_mark)
+            marks[key.value] = key.start_mark
+        return node
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a file says; ValueError naming it if it cannot be read, with both lines if it gives a key twice."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return yaml.load(file, _EachKeyOnce)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 class Study(Settings):
     """A study file of notebooks/studies: what a batch runs, and with which parameters."""
 
@@ -244,6 +266,19 @@ class Study(Settings):
     explore: dict[str, Any] = SECTION
     segment_case: bool = False
     threads: dict[Literal["stage1", "stage2"], Annotated[PositiveInt, Field(strict=True)]] = SECTION
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """A study file, read and checked; ValueError naming it and what is wrong."""
+        given = read_yaml(path)
+        try:
+            return cls.checked(given)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def as_yaml(self) -> str:
+        """A study file that says the same, with all that was told on the command line or by a second file."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
 
     @field_validator("configurations")
     @classmethod
@@ -356,12 +391,9 @@ class TrialSettings(Settings):
     def study(self) -> Study:
         """What the file says; ValueError naming it if it is not there, no study, or one without a trial."""
         path = repository() / self.protocol
-        try:
-            study = Study.checked(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"protocol {path}: {error}") from error
+        study = Study.read(path)
         if study.trial is None:
-            raise ValueError(f"protocol {path}: names no trial; evaluate this study with notebook 04")
+            raise ValueError(f"{path}: names no trial; evaluate this study with notebook 04")
         return study
 
     @property

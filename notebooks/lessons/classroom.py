@@ -1,17 +1,22 @@
-"""What the lessons share: colours, small phantoms, a short training, and exercises that check themselves."""
+"""What the lessons share: colours, small phantoms, and a short training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from base64 import b64decode
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 
+import nbformat
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 import torch
+from IPython.display import Image
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from nbclient import NotebookClient
 
+from mupkg import repository
 from mupkg.configurations import build
 from mupkg.data import PatchSource, make_phantom
 from mupkg.losses import SegmentationMetricLoss, gather_embeddings, squared_distance
@@ -25,9 +30,8 @@ OUTLINES = {"truth": SKY, "prediction": VERMILION}  # on grey
 plt.rcParams["axes.prop_cycle"] = plt.cycler(color=[BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY])
 plt.rcParams["figure.constrained_layout.use"] = True
 
-torch.set_num_threads(
-    1
-)  # networks as small as these gain nothing from more, and so all computers get the same figures
+# Networks as small as these gain nothing from more threads, and so all computers get the same figures.
+torch.set_num_threads(1)
 
 SPACING_MM = (4.0, 2.5, 2.5)  # z, y, x
 SIZE = (16, 40, 40)  # 64 x 100 x 100 mm: room for the whole prostate
@@ -131,54 +135,29 @@ def show_slice(ax: Axes, image: np.ndarray, masks: Mapping[str, np.ndarray], tit
     ax.set(title=title, xlabel="to the patient's left, mm", ylabel="to the back, mm")
 
 
-class Hint(AssertionError):
-    """What a check says when an exercise is not solved yet; Jupyter shows it without a traceback."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [f"✗ {self}"]
-
-
-@contextmanager
-def exercise(name: str, begin: str) -> Iterator[None]:
-    """The check of an exercise: says that it is passed, or stops with a hint; `begin` if nothing is written yet."""
-    try:
-        yield
-    except NotImplementedError:
-        raise Hint(f"Exercise {name} is not written yet. {begin}") from None
-    except Hint as hint:
-        raise Hint(f"Exercise {name}: {hint}") from None
-    print(f"✓ Exercise {name} is passed.")
+@cache
+def solved(lesson: str) -> nbformat.NotebookNode:
+    """A solved lesson, run; this takes as long as the lesson computes, the first time."""
+    path = repository() / f"notebooks/lessons/solutions/{lesson}.ipynb"
+    return NotebookClient(nbformat.read(path, 4), kernel_name="python3", startup_timeout=300).execute(
+        cwd=str(path.parent)
+    )
 
 
-def expect(true: object, hint: str) -> None:
-    """Stop with the hint unless this is true."""
-    if not true:
-        raise Hint(hint)
+def shown(lesson: str, text: str) -> list[nbformat.NotebookNode]:
+    """What the code cell that holds this text puts out."""
+    (cell,) = (cell for cell in solved(lesson).cells if cell.cell_type == "code" and text in cell.source)
+    return cell.outputs
 
 
-def same(
-    answer: object, right: object, mistakes: Mapping[str, object], otherwise: str, tolerance: float = 1e-4
-) -> None:
-    """Stop unless the answer is right: with the hint of the mistake that gives the same answer, or `otherwise`.
-
-    Args:
-        mistakes: hint -> what comes out if one makes that mistake.
-        tolerance: relative, for answers that may be right in more than one way.
-    """
-    expect(answer is not None, "your code gives back None. Is a `return` missing?")
-    answer, right = _array(answer), _array(right)
-    if _equal(answer, right, tolerance):
-        return
-    for hint, wrong in mistakes.items():
-        expect(not _equal(answer, _array(wrong), tolerance), hint)
-    expect(answer.shape == right.shape, f"the shape is {answer.shape}, but {right.shape} is wanted. {otherwise}")
-    values = f"You get {answer:.4g}, we get {right:.4g}. " if answer.ndim == 0 else ""
-    raise Hint(values + otherwise)
+def picture(lesson: str, text: str) -> Image:
+    """The figure of the code cell that holds this text."""
+    (png,) = (output.data["image/png"] for output in shown(lesson, text) if "image/png" in output.get("data", {}))
+    return Image(b64decode(png))
 
 
-def _array(values: object) -> np.ndarray:
-    return np.squeeze(np.asarray(values.detach() if isinstance(values, torch.Tensor) else values, dtype=float))
-
-
-def _equal(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
-    return a.shape == b.shape and np.allclose(a, b, rtol=tolerance, atol=1e-6)
+def printed(lesson: str, text: str, *starts: str) -> None:
+    """Print what the code cell that holds this text prints: the lines that start so, or all but the guesses."""
+    lines = "".join(output.get("text", "") for output in shown(lesson, text)).splitlines()
+    kept = [line for line in lines if line.startswith(starts or "") and not line.startswith("your guess")]
+    print("\n".join(line.partition(" (your guess")[0].partition("; your guess")[0] for line in kept))

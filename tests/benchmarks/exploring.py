@@ -18,7 +18,7 @@ CASE = """
 import numpy as np
 import torch
 from mupkg.models import UNet
-from mupkg.explore import CaseViewer, EmbeddingExplorer, SeenCase
+from mupkg.explore import CasePredictions, CaseViewer, EmbeddingExplorer
 
 # a region as in METHOD.md: 128 slices of 128 x 128 voxels of 1 mm, a prostate of 80 ml
 z, y, x = np.indices((128, 128, 128)) - 63.5
@@ -27,12 +27,25 @@ region = np.random.default_rng(0).integers(0, 256, truth.shape, dtype=np.uint8)
 heat = {name: np.clip(truth * 0.8 + 0.1, 0, 1).astype(np.float32) for name in ("UNet", "MetricUNet-HCP")}
 torch.manual_seed(0)
 networks = {name: UNet(3, 4, 16).eval() for name in heat}
-seen = SeenCase("made up", region, truth, (1.0, 1.0, 1.0), networks, heat)
+case = CasePredictions("made up", region, truth, (1.0, 1.0, 1.0), networks, heat)
 """
-EXPLORER = "explorer = EmbeddingExplorer(seen, per_kind=11_000)\nexplorer.widget"
-VIEWER = "view = CaseViewer(seen, 'slices')\nview.widget"
+EXPLORER = "explorer = EmbeddingExplorer(case, per_kind=11_000)\nexplorer.widget"
+VIEWER = "view = CaseViewer(case, 'slices')\nview.widget"
 
-PARTS = ("server and browser", "page and kernel", "cells")  # of opening notebook 08
+COHORT = """
+import pandas as pd
+from mupkg.explore.linked import Scatters
+
+# 200 000 points, as of 170 test cases
+points = np.random.default_rng(0).normal(size=(200_000, 2)).astype(np.float32)
+kind = np.array(("far background", "near background", "contour", "prostate"))[np.arange(200_000) // 50_000]
+many = Scatters(2, ["kind", "error"])
+frame = pd.DataFrame({"kind": kind, "error": np.abs(points[:, 0]).clip(0, 1)})
+many.show([points, points[:, ::-1]], [frame, frame], ["A", "B"])
+many.plots[0]
+"""
+PARTS = ("server and browser", "page and kernel", "workbench", "rest of the cells")  # of opening notebook 08
+WORKBENCH = 3  # code cell, the injected parameters counted
 
 # Milliseconds from an event to the first frame in which the picture is another one.
 WATCH = """([picture, event]) => {
@@ -48,8 +61,24 @@ WATCH = """([picture, event]) => {
 }"""
 
 
+# The same from a list's change to the first picture of a cell that is another one; the element itself may be new.
+WATCH_PAGE = """cell => {
+  window.took = null;
+  const source = () => cell.querySelector('img')?.src, before = source();
+  cell.querySelector('select').addEventListener('change', () => {
+    const start = performance.now();
+    const wait = () => {
+      const image = cell.querySelector('img');
+      if (image && image.src !== before && image.complete) window.took = performance.now() - start;
+      else requestAnimationFrame(wait);
+    };
+    requestAnimationFrame(wait);
+  }, {capture: true, once: true});
+}"""
+
+
 def exploring(repeats: int, quick: bool = False) -> list[dict]:
-    """Seconds of a lasso among 50 000 voxels, a box in the slice, a slice slider; and of opening notebook 08."""
+    """Times of a lasso among 50 000 voxels, a box, sliders, another case, 200 000 points, opening notebook 08."""
     from lab import Lab, find_chromium
 
     if not find_chromium():
@@ -57,7 +86,7 @@ def exploring(repeats: int, quick: bool = False) -> list[dict]:
         return []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "case.ipynb"
-        cells = [nbformat.v4.new_code_cell(cell) for cell in (CASE, EXPLORER, VIEWER)]
+        cells = [nbformat.v4.new_code_cell(cell) for cell in (CASE, EXPLORER, VIEWER, COHORT)]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
         repeats = 3 if quick else repeats
         root = Path(folder) / "root"
@@ -67,16 +96,56 @@ def exploring(repeats: int, quick: bool = False) -> list[dict]:
             marks = [time.perf_counter()]
             with lab.open(ROOT / "notebooks/08_explore.ipynb", {"pictures_folder": str(root / "p")}) as notebook:
                 marks.append(time.perf_counter())
-                notebook.run_all()
+                _run_until_alive(notebook)
                 marks.append(time.perf_counter())
+                notebook.page.wait_for_function("() => window.finished", timeout=300_000)
+                notebook.settle()
+                marks.append(time.perf_counter())
+                cases = _case_changes(notebook, repeats)
             with lab.open(path) as notebook:
                 notebook.run_all()
                 voxels = notebook.ask("len(explorer.table)")
                 times = _times(notebook, repeats)
     rows = [_row(f"{what}, {voxels} voxels, 128-cube", values, bar) for what, values, bar in times]
     parts = ", ".join(f"{what} {took:.1f} s" for what, took in zip(PARTS, np.diff([started, *marks]), strict=True))
-    last = _row("fresh JupyterLab, notebook 08 run to its end", [1e3 * (marks[-1] - started)], 15_000)
-    return [*rows, last | {"note": parts}]
+    rows.append(_row("another case in the workbench, both runs predicted before", cases, 500))
+    opened = (("until the workbench is alive", 3, 10_000), ("run to its end", 4, 19_000))
+    for what, mark, bar in opened:
+        rows.append(_row(f"fresh JupyterLab, notebook 08 {what}", [1e3 * (marks[mark] - started)], bar))
+    rows[-1]["note"] = parts
+    return rows
+
+
+def _run_until_alive(notebook) -> None:
+    """Start all cells, and wait until the workbench shows its slices and its points."""
+    notebook.page.evaluate(
+        "() => { window.finished = false;"
+        " jupyterapp.commands.execute('notebook:run-all-cells').finally(() => { window.finished = true }) }"
+    )
+    cell = notebook.cell(WORKBENCH)
+    cell.locator("canvas").nth(2).wait_for(timeout=300_000)  # each scatter has one for points and one for text
+    notebook.page.wait_for_function(
+        "cell => { const images = [...cell.querySelectorAll('img')];"
+        " return images.length >= 4 && images.every(image => image.complete && image.naturalWidth > 1) }",
+        arg=cell.element_handle(),
+        timeout=300_000,
+    )
+
+
+def _case_changes(notebook, repeats: int) -> list[float]:
+    """Milliseconds from a choice in the case list to the other case's slice."""
+    cell, took = notebook.cell(WORKBENCH), []
+    lines = notebook.ask("[text for text, _ in bench.case.options]")
+    for number in (1, 0, *range(1, repeats + 1)):
+        shown = cell.locator("img").first
+        notebook.page.evaluate(WATCH_PAGE, cell.element_handle())
+        cell.locator("select").first.select_option(index=number % 2)
+        notebook.page.wait_for_function("() => window.took !== null", timeout=60_000)
+        took.append(notebook.page.evaluate("() => window.took"))
+        shown.wait_for()
+        time.sleep(0.5)
+    assert len(lines) > 1
+    return took[2:]
 
 
 def _times(notebook, repeats: int) -> list[tuple[str, list[float], float]]:
@@ -104,11 +173,24 @@ def _times(notebook, repeats: int) -> list[tuple[str, list[float], float]]:
             press = lambda: notebook.page.keyboard.press("ArrowRight")  # noqa: E731
             kept.append(timed(element, "keydown", press))
     return [
-        ("lasso to lit voxels", lassos, 300),
-        ("box in the slice to lit voxels", boxes, 300),
-        ("slice slider, explorer", slides, 150),
-        ("slice slider, case viewer", slices, 150),
+        ("lasso to lit voxels", lassos, 250),
+        ("box in the slice to lit voxels", boxes, 250),
+        ("slice slider, explorer", slides, 100),
+        ("slice slider, case viewer", slices, 100),
+        ("lasso among 200000 points to the kernel", _lassos_of_many(notebook, repeats), 1000),
     ]
+
+
+def _lassos_of_many(notebook, repeats: int) -> list[float]:
+    """Milliseconds from letting go of a lasso until the kernel has the points in it."""
+    scatter, took = notebook.cell(3).locator("canvas").first, []
+    for number in range(repeats):
+        edge = 0.30 + 0.02 * number
+        notebook.drag(scatter, (edge, 0.1), (0.7, 0.1), (0.7, 0.9), (edge, 0.9))
+        start = time.perf_counter()
+        notebook.wait_until(f"len(many.rows) > 1000 and len(many.rows) != {took[-1][1] if took else 0}")
+        took.append((1e3 * (time.perf_counter() - start), notebook.ask("len(many.rows)")))
+    return [milliseconds for milliseconds, _ in took]
 
 
 def _row(what: str, milliseconds: list[float], bar: float) -> dict:

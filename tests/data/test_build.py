@@ -1,24 +1,30 @@
 """Where cohorts come from: every source gives the cases that lie there, or says what is missing."""
 
+import gzip
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+from dicom_series import ROOT, write_series
+from pydicom import dcmread
 
 from mupkg.data.build import (
-    source_from_dicom,
     sources_from_decathlon,
+    sources_from_dicom_rt,
     sources_from_pattern,
     sources_from_phantoms,
     sources_from_promise12,
     sources_from_table,
     write_cohort,
 )
-from mupkg.data.cohort import CohortError, patient_faults
+from mupkg.data.cohort import CohortError, patients, table_faults
+from mupkg.data.phantom import make_phantom
 from mupkg.data.preprocessing import Preparation
+from mupkg.scans.dicom_rt import write_rtstruct
 
 SHAPE = (6, 12, 14)
 MR = Preparation(modality="MR", spacing_mm=(5.0, 4.0, 4.0))
@@ -159,7 +165,7 @@ def test_case_folders_may_be_links_and_circles_end(tmp_path):
     (folder / "c").symlink_to(tmp_path / "elsewhere" / "a")
     with pytest.raises(
         CohortError,
-        match=r"cases a, c: have one and the same image .*t2\.mha; remove the links, or give each its own",
+        match=r"cases a, c: have one and the same image .*a/t2\.mha and .*c/t2\.mha; give each its own",
     ):
         sources_from_pattern(folder, "{case}/t2.mha", "{case}/roi.mha", modality="MR")
     (folder / "c").unlink()
@@ -232,7 +238,7 @@ def test_a_split_filled_in_part_names_the_cases(table_folder):
     with pytest.raises(CohortError) as error:
         sources_from_table(table_folder, modality="MR")
     assert [fault[:7] for fault in error.value.faults] == ["case b:", "case c:"]
-    assert all("has no split, others have; fill it" in fault for fault in error.value.faults)
+    assert all("has a label but no split; fill it" in fault for fault in error.value.faults)
 
 
 def test_a_table_of_another_name_is_the_one_that_is_read(table_folder):
@@ -249,13 +255,6 @@ def test_a_table_without_needed_columns_is_refused(table_folder):
         sources_from_table(table_folder, modality="MR")
 
 
-def test_a_dicom_folder_is_a_case_without_a_label(tmp_path):
-    (source,) = source_from_dicom(tmp_path / "_Pelvis CT (2)", modality="CT")
-    assert source.case_id == "Pelvis_CT__2_"
-    with pytest.raises(ValueError, match=r"case Pelvis_CT__2_: .*there is no such file"):
-        source.read()
-
-
 # Who is who
 
 
@@ -268,57 +267,49 @@ def three_of(folder: Path, names: dict[str, int], image="_t2w.mha", label="_roi.
 STUDIES = {f"{patient}_{1000000 + n}": n for n, patient in enumerate((10000, 10000, 10000, 10001, 10002, 10003))}
 
 
-def test_scans_of_one_patient_stay_together_where_the_name_tells_the_patient(tmp_path):
-    three_of(tmp_path, STUDIES)
-    sources = sources_from_pattern(tmp_path, "{patient}_{case}_t2w.mha", "{patient}_{case}_roi.mha", modality="MR")
-    assert [source.case_id for source in sources] == [*STUDIES]
-    table = write_cohort(tmp_path / "out", sources, MR, split_seed=1).table
-    assert list(table["patient"]) == [name.partition("_")[0] for name in STUDIES]
-    assert table.groupby("patient")["split"].nunique().tolist() == [1, 1, 1, 1]
-
-
-@pytest.mark.parametrize("ways", [("{case}_t2w.mha", "{case}_roi.mha"), ("table",)])
-def test_names_that_may_tell_a_patient_are_not_taken_for_patients(tmp_path, ways):
+@pytest.mark.parametrize("way", ["pattern", "table"])
+def test_names_that_may_tell_a_patient_are_not_taken_for_patients(tmp_path, way):
     """Regression: three studies of one patient in training and test."""
     three_of(tmp_path, STUDIES)
     table = pd.DataFrame({"case_id": [*STUDIES]})
     table = table.assign(image=table["case_id"] + "_t2w.mha", label=table["case_id"] + "_roi.mha")
     table.to_csv(tmp_path / "cohort.csv", index=False)
-    with pytest.raises(CohortError, match=r"10000_1000002: look like scans of one patient, 10000\. Say who is who"):
-        sources = sources_from_table(tmp_path, modality="MR") if ways == ("table",) else None
-        sources = sources or sources_from_pattern(tmp_path, *ways, modality="MR")
+    with pytest.raises(
+        CohortError, match=r"10000_1000002: look like scans of one patient, 10000\. Say who is who in a"
+    ):
+        if way == "table":
+            sources = sources_from_table(tmp_path, modality="MR")
+        else:
+            sources = sources_from_pattern(tmp_path, "{case}_t2w.mha", "{case}_roi.mha", modality="MR")
         write_cohort(tmp_path / "out", sources, MR, split_seed=1)
     assert not (tmp_path / "out").exists()
 
 
-def test_patients_with_one_scan_each_may_be_said_to_be_so(tmp_path):
+@pytest.mark.parametrize("single", [False, True])
+def test_a_table_says_who_is_who(tmp_path, single):
+    """Of a patient with several scans, and where every scan is another patient's."""
     three_of(tmp_path, STUDIES)
-    sources = sources_from_pattern(tmp_path, "{patient}_t2w.mha", "{patient}_roi.mha", modality="MR")
-    assert [source.columns["patient"] for source in sources] == [source.case_id for source in sources] == [*STUDIES]
+    table = pd.DataFrame({"case_id": [*STUDIES]})
+    table = table.assign(image=table["case_id"] + "_t2w.mha", label=table["case_id"] + "_roi.mha")
+    table["patient"] = table["case_id"] if single else table["case_id"].str.partition("_")[0]
+    table.to_csv(tmp_path / "cohort.csv", index=False)
+    for seed in range(3):
+        sources = sources_from_table(tmp_path, modality="MR")
+        split = write_cohort(tmp_path / "out", sources, MR, split_seed=seed).table.groupby("patient")["split"]
+        assert split.nunique().tolist() == [1] * len(split) and len(split) == (6 if single else 4)
 
 
 @pytest.mark.parametrize(
     "names", [["prostate_00", "prostate_01", "prostate_02"], ["Case00", "Case01"], ["P1_a", "P1_b"], ["a-1", "b-2"]]
 )
 def test_names_with_the_same_beginning_are_no_patients_of_their_own(names):
-    assert not list(patient_faults(pd.DataFrame({"case_id": names})))
+    assert not table_faults(pd.DataFrame({"case_id": names, "label": "x"}))
 
 
-def test_placeholders_may_be_folders_and_come_twice(tmp_path):
-    for name, seed in STUDIES.items():
-        patient, case = name.split("_")
-        three_of(tmp_path / "images" / patient, {name: seed}, label="_other.mha")
-        write(mask(), tmp_path / "labels" / f"{case}.mha")
-    patterns = "images/{patient}/{patient}_{case}_t2w.mha", "labels/{case}.mha"
-    assert [source.case_id for source in sources_from_pattern(tmp_path, *patterns, modality="MR")] == [*STUDIES]
-    with pytest.raises(CohortError, match=r"label_pattern holds \{patient\}, which image_pattern lacks"):
-        sources_from_pattern(tmp_path, "{case}.mha", "{patient}_{case}.mha", modality="MR")
-
-
-def test_a_name_that_can_be_read_in_two_ways_is_refused(tmp_path):
-    three_of(tmp_path, {"a_b_c": 0})
-    with pytest.raises(CohortError, match=r"^a_b_c_t2w\.mha: fits .* in two ways, as .*'a_b'.* and .*'a'"):
-        sources_from_pattern(tmp_path, "{patient}_{case}_t2w.mha", "{patient}_{case}_roi.mha", modality="MR")
+@pytest.mark.parametrize("patterns", [("{patient}_{case}.mha", "{case}.mha"), ("{case}.mha", "{patient}.mha")])
+def test_a_pattern_tells_cases_alone_and_a_table_the_rest(tmp_path, patterns):
+    with pytest.raises(CohortError, match=r"_pattern must hold \{case\} once.* whose patients are known, in a table"):
+        sources_from_pattern(tmp_path, *patterns, modality="MR")
 
 
 def test_labels_without_an_image_are_told(tmp_path):
@@ -351,3 +342,58 @@ def test_the_same_voxels_under_two_names_are_refused(tmp_path):
         write_cohort(tmp_path / "out", sources, MR, split_seed=0)
     assert error.value.faults == ["cases b, d: have the same voxels; leave one of them out"]
     assert not (tmp_path / "out").exists()
+
+
+# Planning scans
+
+
+def planned(scans: Path, patients: Sequence[str], places: Sequence[str] | None = None) -> Path:
+    """Every patient's scan and structure set, each in a folder of its own."""
+    phantom = make_phantom(0, spacing_mm=(7.0, 6.0, 6.0))
+    for number, patient in enumerate(patients):
+        place = scans / (places or list(map(str, range(len(patients)))))[number]
+        uids = {"series": f"{ROOT}1{number}", "frame": f"{ROOT}9{number}"}
+        write_series(place, phantom.image + number, patient=patient, **uids)
+        write_rtstruct(phantom.label, place, place.parent / f"Kontur_{number}.dcm")
+    return scans
+
+
+@pytest.mark.parametrize("ids", [("12", "12.0"), ("4711", "04711"), ("P 1", "p1")])
+def test_a_planned_patient_of_two_spellings_is_one(tmp_path, ids):
+    scans = planned(tmp_path, [*ids, "B", "C"])
+    for hash_patients in (False, True):
+        sources = sources_from_dicom_rt(scans, hash_patients=hash_patients)
+        table = pd.DataFrame([{"case_id": source.case_id, **source.columns} for source in sources])
+        assert len(set(table["case_id"])) == 4 and len(set(patients(table))) == 3
+
+
+def test_slices_in_another_frame_of_reference_are_told_when_they_are_left_out(tmp_path):
+    """Regression: half of a scan went without a word."""
+    scans = planned(tmp_path, ["A"])
+    paths = sorted((tmp_path / "0").iterdir())  # from the top down
+    for path in paths[:3]:
+        header = dcmread(path)
+        header.FrameOfReferenceUID = f"{ROOT}8"
+        header.save_as(path)
+    with pytest.warns(UserWarning, match=r"ROI 'Prostate': 3 slices of series .* are in another frame of reference"):
+        (source,) = sources_from_dicom_rt(scans)
+    assert source.read().image.GetSize()[2] == len(paths) - 3
+
+
+def test_with_hash_patients_nothing_of_a_path_or_a_person_enters_a_cohort(tmp_path):
+    """Regression: a case was called by its folder, and that by the patient's name."""
+    places = [f"SURNAME^GIVEN_1950010{number}/Planungs-CT {number}" for number in range(3)]
+    scans = planned(tmp_path / "scans", ["ID-47110", "ID-47111", "ID-47112"], places)
+    sources = sources_from_dicom_rt(scans, hash_patients=True)
+    preparation, cohort = Preparation(spacing_mm=(6.0, 5.0, 5.0)), tmp_path / "data" / "cohort"
+    write_cohort(cohort, sources, preparation, split_seed=0, source="dicom_rt")
+    names = {"ID-4711", "Doe^John", "19500102", str(scans)}
+    for path in scans.rglob("*"):
+        names |= {*path.relative_to(scans).parts, path.stem}
+    files = [path for path in cohort.rglob("*") if path.is_file()]
+    assert len(files) == 3 * 4 + 3 and len(names) > 3 * 4
+    for path in files:
+        content = path.read_bytes()
+        unpacked = gzip.decompress(content) if path.suffix == ".gz" else b""
+        whole = b"\n".join([str(path.relative_to(cohort)).encode(), content, unpacked])
+        assert not [name for name in names if name.encode() in whole], path

@@ -1,21 +1,29 @@
 """The views' states, without a browser (tests/lab drives them in one): what is chosen, cut, measured."""
 
+import json
+import re
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from torch import nn
 
 from mupkg.explore import linked
 from mupkg.explore.case import CaseViewer
 from mupkg.explore.linked import DistanceMap, EmbeddingExplorer
-from mupkg.explore.seen import SeenCase
+from mupkg.explore.predictions import CasePredictions, Cases
 from mupkg.models import EmbeddingTap, SegmentationOutput
-from mupkg.report.figures import png
-from mupkg.stages.voxels import KINDS, embed_slice, kinds
+from mupkg.report.figures import CHOSEN, KIND_COLOURS, png
+from mupkg.stages import voxels
+from mupkg.stages.inference import load_network
+from mupkg.stages.prediction import predict_volume
+from mupkg.stages.runs import BEST
+from mupkg.stages.voxels import KINDS, embed_slice, embed_voxels, kinds
 
 SPACING = (3.0, 2.0, 1.0)
 TRUTH = np.zeros((6, 24, 30), bool)
@@ -36,28 +44,63 @@ class Places(nn.Module):
 
 
 @pytest.fixture
-def seen() -> SeenCase:
+def seen() -> CasePredictions:
     """Two runs: one nearly right, one a voxel off to the right and unsure on slice 3."""
     region = np.random.default_rng(0).integers(0, 256, TRUTH.shape).astype(np.uint8)
     sure, shifted = TRUTH * 0.9, np.roll(TRUTH, 1, axis=2) * 0.8
     shifted[3] *= 0.5
     heat = {"UNet": sure.astype(np.float32), "MetricUNet-H": shifted.astype(np.float32)}
-    return SeenCase("made up", region, TRUTH, SPACING, {"UNet": Places(), "MetricUNet-H": Places(3.0)}, heat)
+    return CasePredictions("made up", region, TRUTH, SPACING, {"UNet": Places(), "MetricUNet-H": Places(3.0)}, heat)
 
 
 def test_a_case_is_read_with_its_runs(regions, run_folder, tmp_path):
     shutil.copytree(run_folder.parent, tmp_path / "study")
     run_folder = tmp_path / "study" / run_folder.name
-    (run_folder / "metrics.csv").write_text("case_id,DSC\n", encoding="utf-8")  # marks a run that is finished
-    seen = SeenCase.read(run_folder.parent)
     (case_id,) = regions.ids("test")
-    assert seen.case_id == case_id and list(seen.networks) == ["MetricUNet-HCP"]
+    (run_folder / "metrics.csv").write_text(f"case_id,DSC\n{case_id},0.5\n", encoding="utf-8")
+    record = json.dumps({"data_fingerprint": regions.fingerprint(), "parameters": {}})
+    (run_folder / "run.json").write_text(record, encoding="utf-8")
+    cases = Cases.read(run_folder.parent)
+    seen = cases.open(case_id)
+    assert seen.case_id == case_id and list(seen.networks) == ["MetricUNet-HCP"] and seen.split == "test"
     np.testing.assert_array_equal(seen.truth, regions.volume(case_id, "label") == 1)
     assert seen.spacing_mm == (6.0, 5.0, 5.0) and seen.heat["MetricUNet-HCP"].shape == seen.region.shape
+    network = seen.networks["MetricUNet-HCP"]
+    np.testing.assert_array_equal(seen.heat["MetricUNet-HCP"], predict_volume(network, seen.region))
+    index = np.array([[2, 5, 7], [0, 1, 2], [2, 3, 3]])
+    np.testing.assert_allclose(  # what the prediction computed is what running the slices again gives
+        seen.embed("MetricUNet-HCP", index), embed_voxels(network, seen.region, index), rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(ValueError, match=r"case 'nobody' is not in .*; there are phantom"):
-        SeenCase.read(run_folder.parent, "nobody")
+        cases.open("nobody")
     with pytest.raises(ValueError, match=r"no finished run of any configuration with seed 7"):
-        SeenCase.read(run_folder.parent, seed=7)
+        Cases.read(run_folder.parent, seed=7)
+
+
+def test_nothing_is_run_again_for_embeddings_or_a_case_that_was_open(regions, run_folder, monkeypatch):
+    runs = []
+    network, _ = load_network(run_folder / BEST)
+    network.register_forward_hook(lambda *_: runs.append(1))
+    cases = Cases(regions, {"mine": network})
+    explorer = EmbeddingExplorer(cases.open(), per_kind=10)
+    passes = len(runs)
+    assert passes and explorer.samples["mine"].embedding.shape[1] == 4
+    DistanceMap(explorer.case)
+    cases.open(explorer.case.case_id)
+    assert len(runs) == passes
+    monkeypatch.setattr(voxels, "EMBEDDINGS_KEPT", 0)  # embeddings that are too large to keep are made when needed
+    large = Cases(regions, {"mine": network}).open()
+    index = explorer.index
+    np.testing.assert_allclose(large.embed("mine", index), explorer.samples["mine"].embedding, rtol=1e-4, atol=1e-5)
+
+
+def test_a_place_in_mm_is_the_scans_own(seen, regions):
+    assert seen.world_mm(np.array([[1, 2, 3]])).tolist() == [[3.0, 4.0, 3.0]]
+    (case_id,) = regions.ids("test")
+    image = regions.image(case_id)
+    case = replace(seen, grid=image, spacing_mm=image.GetSpacing()[::-1])
+    expected = image.TransformIndexToPhysicalPoint((4, 3, 2))
+    np.testing.assert_allclose(case.world_mm(np.array([[2, 3, 4]]))[0], expected)
 
 
 def test_scores_follow_the_threshold(seen):
@@ -112,8 +155,28 @@ def test_one_slider_moves_all_views_of_a_case(seen):
 
 def test_a_voxel_is_described_by_what_it_is_and_what_is_said_of_it(seen):
     said = seen.describe(2, 12, 9)  # a voxel beside the prostate
-    assert "(2, 12, 9), +1.0 mm, near background; p: UNet 0.00, MetricUNet-H 0.00" in said
+    assert said.splitlines() == [
+        "voxel (z, y, x) 2, 12, 9",
+        "x 9.00, y 24.00, z 6.00 mm",
+        "near background, +1.00 mm",
+        "probability: A 0.00, B 0.00",
+    ]
     assert "far background" in seen.describe(0, 12, 9)  # its slice has no prostate
+    assert "TRAINING" in replace(seen, split="train").describe(2, 12, 9)
+
+
+def test_a_mask_with_islands_says_so_and_a_training_case_is_marked_beside_every_number(seen):
+    heat = {name: heat.copy() for name, heat in seen.heat.items()}
+    heat["UNet"][5, 22, 28] = 1.0
+    heat["MetricUNet-H"][:] = 0.9 * TRUTH
+    case = replace(seen, heat=heat, split="train")
+    view, explorer, distance = CaseViewer(case, "slices"), EmbeddingExplorer(case, per_kind=5), DistanceMap(case)
+    assert case.scores()["islands"].tolist() == [1, 0]
+    assert "with 1 island" in view.panel.titles[0] and "island" not in view.panel.titles[1]
+    titles = [*view.panel.titles, *distance.panel.titles, *(t.value for t in explorer.scatters.titles)]
+    assert len(titles) == 6 and all("TRAINING case" in title for title in titles)
+    assert "TRAINING case" in explorer.measured.value
+    assert "TRAINING" not in "".join(CaseViewer(seen, "slices").panel.titles)
 
 
 def test_the_embeddings_of_a_slice_are_the_networks(seen):
@@ -134,7 +197,7 @@ def test_any_network_and_any_layer_can_be_seen(seen):
             return self.head(torch.relu(self.inner(images)))
 
     own = Own().eval()
-    mine = SeenCase.predicted("mine", seen.region, TRUTH, SPACING, {"own": EmbeddingTap(own, "inner")})
+    mine = CasePredictions.predicted("mine", seen.region, TRUTH, SPACING, {"own": EmbeddingTap(own, "inner")})
     assert mine.heat["own"].shape == TRUTH.shape and mine.embedding("own", 2).shape == (24, 30, 5)
     assert EmbeddingExplorer(mine, per_kind=10).samples["own"].embedding.shape[1] == 5
     tapped = mine.tapped("network.head")
@@ -161,8 +224,8 @@ def test_the_table_says_of_every_voxel_what_it_is(seen):
 def test_hard_voxels_are_added_and_left_out_of_the_numbers(seen):
     few, many = (EmbeddingExplorer(seen, per_kind=20, tau=tau) for tau in (1.0, 0.15))
     assert len(few.table) == 80 and len(many.table) == 100  # nothing errs by more than 1
-    errors = many.table[["error UNet", "error MetricUNet-H"]].max(axis=1)
-    assert (errors.iloc[80:] > 0.15).all()
+    errors, extra = many.table[["error UNet", "error MetricUNet-H"]].max(axis=1), ~many.drawn.balanced
+    assert extra.sum() == 20 and (errors[extra] > 0.15).all()
     assert few.numbers.equals(many.numbers)
     assert list(few.numbers) == ["silhouette", "Fisher ratio", "active triplets", "mean d(a, p)", "mean d(a, n)"]
     # the second network's distances are nine times the first's, which separates nothing better
@@ -173,8 +236,8 @@ def test_hard_voxels_are_added_and_left_out_of_the_numbers(seen):
 
 def test_what_is_chosen_lights_up_in_its_slice_and_in_every_scatter(seen):
     explorer = EmbeddingExplorer(seen, per_kind=30)
-    scatters = explorer.scatters.values()
-    next(iter(scatters)).widget.selection = np.array([4, 2, 77])  # as a lasso does
+    scatters = explorer.scatters.scatters
+    scatters[0].widget.selection = np.array([4, 2, 77])  # as a lasso does
     assert explorer.rows.tolist() == [2, 4, 77]
     assert [sorted(s.widget.selection) for s in scatters] == [[2, 4, 77]] * 2
     for z in range(6):
@@ -184,6 +247,31 @@ def test_what_is_chosen_lights_up_in_its_slice_and_in_every_scatter(seen):
     explorer.clear.click()
     assert not len(explorer.rows) and not len(explorer.view.panel.lit)
     assert all(not len(s.widget.selection) for s in scatters)
+
+
+def test_a_click_on_a_point_goes_to_its_slice_and_a_lasso_stays(seen):
+    explorer, places = EmbeddingExplorer(seen, per_kind=30), []
+    explorer.went = places.append
+    row = int(np.flatnonzero(explorer.index[:, 0] != explorer.slice.value)[0])
+    explorer.scatters.scatters[1].widget.selection = np.array([row])
+    assert explorer.slice.value == explorer.index[row, 0] and places == [tuple(explorer.index[row])]
+    before = explorer.slice.value
+    explorer.scatters.scatters[0].widget.selection = np.flatnonzero(explorer.index[:, 0] != before)[:2]
+    assert explorer.slice.value == before and len(places) == 1
+
+
+def test_a_point_under_the_mouse_is_told(seen):
+    explorer = EmbeddingExplorer(seen, per_kind=30)
+    explorer.scatters.scatters[0].widget.hovering = 3
+    assert "voxel (z, y, x) {}, {}, {}".format(*explorer.index[3]) in explorer.words.value
+    assert not explorer.scatters.scatters[0].widget.tooltip_enable  # which would lie over the points
+
+
+def test_the_prostate_is_painted_last_and_points_are_translucent_where_they_are_dense(seen):
+    explorer = EmbeddingExplorer(seen, per_kind=30)
+    numbers = explorer.table["kind"].map(KINDS.index).to_numpy()
+    assert (np.diff(numbers) <= 0).all() and numbers[-1] == 0
+    assert explorer.scatters.scatters[0].widget.opacity_by == "density"
 
 
 def test_a_box_chooses_all_drawn_voxels_in_it_and_a_click_the_nearest(seen):
@@ -212,12 +300,21 @@ def test_a_box_without_drawn_voxels_chooses_none(seen):
 @pytest.mark.parametrize("colour", ["kind", "probability", "mm to contour", "error"])
 def test_colours_and_projections(seen, colour):
     explorer = EmbeddingExplorer(seen, per_kind=20)
-    scatter = explorer.scatters["UNet"]
-    explorer.colour.value = colour
-    assert scatter.color()["by"] == colour
-    assert (KINDS[0] in explorer.legend.value) if colour == "kind" else (colour in explorer.legend.value)
+    shown, scatter = explorer.scatters, explorer.scatters.scatters[0]
+    shown.colour.value = colour
+    assert (KINDS[0] in shown.legend.value) if colour == "kind" else (colour in shown.legend.value)
+    assert CHOSEN in shown.legend.value and set(scatter.widget.color_selected) == {CHOSEN}
     before, coloured = explorer.points["UNet"], scatter.widget.points[:, 2].copy()
-    explorer.projection.value = "t-SNE"
+    assert len(scatter.widget.color) == len(scatter.widget.color_selected)
+    column = {"probability": "p UNet", "error": "error UNet"}.get(colour, colour)
+    own = explorer.table[column]
+    if colour == "kind":
+        steps = np.minimum((coloured * 256).astype(int), 255)
+        colours = [to_hex(c) for c in np.array(scatter.widget.color)[steps]]
+        assert colours == [KIND_COLOURS[KINDS.index(kind)].lower() for kind in own]
+    else:
+        assert np.corrcoef(coloured, own.clip(-10, 10))[0, 1] == pytest.approx(1, abs=1e-5)
+    shown.projection.value = "t-SNE"
     after = explorer.points["UNet"]
     assert not np.allclose(before, after)
     shown = scatter.widget.points[:, :2]
@@ -230,7 +327,7 @@ def test_colours_and_projections(seen, colour):
 
 def test_only_projections_that_are_installed_are_offered(seen, monkeypatch):
     monkeypatch.setattr(linked, "find_spec", lambda name: None)
-    assert EmbeddingExplorer(seen, per_kind=10).projection.options == ("PCA", "t-SNE")
+    assert EmbeddingExplorer(seen, per_kind=10).scatters.projection.options == ("PCA", "t-SNE")
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ModuleNotFoundError, match="UMAP is not installed: pip install"):
         EmbeddingExplorer(seen, per_kind=10, projection="UMAP")
@@ -240,28 +337,39 @@ def test_the_axes_are_named_with_their_share_of_the_variance(seen):
     explorer = EmbeddingExplorer(seen, per_kind=30)
     values = explorer.samples["UNet"].embedding
     share = np.linalg.svd(values - values.mean(axis=0), compute_uv=False) ** 2
-    assert f"PC 1 ({share[0] / share.sum():.0%})" in explorer.titles["UNet"].value
-    explorer.projection.value = "t-SNE"
-    assert "t-SNE 1" in explorer.titles["UNet"].value and "%)" not in explorer.titles["UNet"].value
+    assert f"PC 1 ({share[0] / share.sum():.0%})" in explorer.scatters.titles[0].value
+    steps = []
+    explorer.status.observe(lambda change: steps.append(change["new"]), "value")
+    explorer.scatters.projection.value = "t-SNE"
+    title = explorer.scatters.titles[0].value
+    assert "t-SNE: gaps, sizes mean nothing" in title and "%)" not in title
+    shares = [int(share) for text in steps for share in re.findall(r"t-SNE of UNet: (\d+)%", text)]
+    assert len(shares) > 5 and shares == sorted(shares) and shares[-1] == 100
+    assert "voxels chosen" in explorer.status.value
 
 
-def test_the_chosen_voxels_are_saved_as_a_table(seen, tmp_path):
+def test_the_chosen_voxels_are_saved_and_named_by_how_they_were_chosen(seen, tmp_path):
     explorer = EmbeddingExplorer(seen, per_kind=10, folder=tmp_path)
-    explorer.choose(np.array([4, 2]))
+    explorer.choose(np.array([4, 2]), "lasso")
     explorer.keep.click()
-    saved = pd.read_csv(tmp_path / "chosen_made up.csv")
-    pd.testing.assert_frame_equal(saved, explorer.table.loc[[2, 4]].reset_index(drop=True), check_dtype=False)
-    assert "2 voxels written to" in explorer.found.value
+    saved = pd.read_parquet(tmp_path / "voxels_made-up_lasso-2_UNet_MetricUNet-H.parquet")
+    assert saved["run"].tolist() == ["UNet"] * 2 + ["MetricUNet-H"] * 2
+    chosen = explorer.table.loc[[2, 4]]
+    assert saved[["z", "y", "x"]].to_numpy().tolist() == 2 * chosen[["z", "y", "x"]].to_numpy().tolist()
+    np.testing.assert_allclose(saved["probability"][2:], chosen["p MetricUNet-H"])
+    assert "2 voxels written to" in explorer.status.value
+    explorer.clear.click()
+    assert explorer.save().name == f"voxels_made-up_all-{len(explorer.table)}_UNet_MetricUNet-H.parquet"
 
 
 def test_scatters_made_later_show_what_was_chosen_before(seen):
     explorer = EmbeddingExplorer(seen, per_kind=10)
     explorer.choose(np.array([3, 9]))
-    assert [sorted(s.widget.selection) for s in explorer.scatters.values()] == [[3, 9]] * 2
+    assert [sorted(s.widget.selection) for s in explorer.scatters.scatters] == [[3, 9]] * 2
 
 
 def test_a_case_without_prostate_cannot_be_explored(seen):
-    empty = SeenCase("none", seen.region, np.zeros_like(TRUTH), SPACING, seen.networks, seen.heat)
+    empty = CasePredictions("none", seen.region, np.zeros_like(TRUTH), SPACING, seen.networks, seen.heat)
     with pytest.raises(ValueError, match="case none: its region holds no prostate"):
         EmbeddingExplorer(empty)
 
@@ -279,7 +387,7 @@ def test_the_distance_map_is_the_squared_distance_over_the_runs_own_scale(seen):
     # what is near glows: all at the voxel, nothing as far away as background usually is
     near, far = view.panel.heats[0], view.distances()["UNet"] >= 1
     assert near[9, 3] == 1 and (near[far] == 0).all() and (near >= 0).all()
-    assert "distance: UNet 0.00, MetricUNet-H 0.00" in view.tell(2, 9, 3)
+    assert view.describe(2, 9, 3).splitlines()[4] == "distance: A 0.00, B 0.00"
 
 
 def test_distances_are_those_of_the_slice_shown(seen):
@@ -289,7 +397,7 @@ def test_distances_are_those_of_the_slice_shown(seen):
             grey = images[:, 1:2, :1, :1]  # a corner of the middle slice
             return output._replace(embeddings=output.embeddings * grey)
 
-    seen = SeenCase("made up", seen.region, TRUTH, SPACING, {"UNet": Slices()}, {"UNet": seen.heat["UNet"]})
+    seen = CasePredictions("made up", seen.region, TRUTH, SPACING, {"UNet": Slices()}, {"UNet": seen.heat["UNet"]})
     view, at = DistanceMap(seen, voxel=(2, 5, 7)), np.array([5, 7])
     chosen = seen.region[2, 0, 0] / 255 * at  # the voxel's embedding stays, whichever slice is shown
     for z in (2, 4, 2):

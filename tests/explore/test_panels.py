@@ -12,18 +12,20 @@ from PIL import Image
 from mupkg import in_lab
 from mupkg.explore import panels
 from mupkg.explore.panels import SlicePanel, show
-from mupkg.explore.seen import SeenCase
+from mupkg.explore.predictions import CasePredictions
 from mupkg.report.figures import CHOSEN, TRUTH, colour_bar
 
 SHAPE = (12, 20)
 COLD = np.zeros(SHAPE, np.float32)
 
 
-def grey_case(truth: np.ndarray | None = None, spacing_mm=(3.0, 1.0, 1.0), runs=("a",)) -> SeenCase:
+def grey_case(truth: np.ndarray | None = None, spacing_mm=(3.0, 1.0, 1.0), runs=("a",)) -> CasePredictions:
     """Two slices of one grey, without prostate if no truth is given."""
     region = np.full((2, *SHAPE), 90, np.uint8)
     truth = np.zeros((2, *SHAPE), bool) if truth is None else np.stack([truth, truth])
-    return SeenCase("made up", region, truth, spacing_mm, {}, dict.fromkeys(runs, np.zeros((2, *SHAPE), np.float32)))
+    return CasePredictions(
+        "made up", region, truth, spacing_mm, {}, dict.fromkeys(runs, np.zeros((2, *SHAPE), np.float32))
+    )
 
 
 def pixels(panel: SlicePanel, number: int = 0) -> np.ndarray:

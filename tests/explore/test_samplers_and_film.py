@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from mupkg.explore.samplers_and_film import FilmPlayer, SamplersAtWork, SeenFilm
-from mupkg.explore.seen import SeenCase
+from mupkg.explore.predictions import CasePredictions
+from mupkg.explore.samplers_and_film import CaseFilm, FilmPlayer, SamplersAtWork
 from mupkg.losses import VoxelMetricLoss
 from mupkg.models import UNet
 from mupkg.report.figures import mix, png
@@ -21,20 +21,20 @@ REGION = np.random.default_rng(0).integers(0, 256, TRUTH.shape).astype(np.uint8)
 
 
 @pytest.fixture
-def seen() -> SeenCase:
+def seen() -> CasePredictions:
     torch.manual_seed(3)
     heat = TRUTH * np.linspace(0.5, 1, 48, dtype=np.float32)  # surer to the right
-    return SeenCase("made up", REGION, TRUTH, (3.0, 1.0, 1.0), {"UNet": UNet(3, 2, 6).eval()}, {"UNet": heat})
+    return CasePredictions("made up", REGION, TRUTH, (3.0, 1.0, 1.0), {"UNet": UNet(3, 2, 6).eval()}, {"UNet": heat})
 
 
 @pytest.fixture
-def films(tmp_path) -> dict[str, SeenFilm]:
+def films(tmp_path) -> dict[str, CaseFilm]:
     film, found = Film(tmp_path / "UNet-seed0", "case", REGION, TRUTH.astype(np.uint8), per_kind=30, patch=16), {}
     for step in (0, 5, 10):
         torch.manual_seed(step)
         film.record(UNet(3, 2, 6), step)
     frames = read_film(tmp_path / "UNet-seed0")
-    found["UNet"] = SeenFilm(frames, REGION[frames.z], TRUTH[frames.z], (3.0, 1.0, 1.0))
+    found["UNet"] = CaseFilm(frames, REGION[frames.z], TRUTH[frames.z], (3.0, 1.0, 1.0))
     return found
 
 

@@ -15,16 +15,16 @@ import SimpleITK as sitk
 
 from mupkg.explore import volumes
 from mupkg.explore.case import CaseViewer
-from mupkg.explore.seen import SeenCase
+from mupkg.explore.predictions import CasePredictions
 
 TRUTH = np.zeros((6, 8, 10), np.uint8)
 TRUTH[2:4, 2:6, 3:8] = 1
 
 
 @pytest.fixture
-def seen() -> SeenCase:
+def seen() -> CasePredictions:
     heat = {"UNet": TRUTH * np.float32(0.9), "MetricUNet-H": TRUTH * np.float32(0.7)}
-    return SeenCase("made up", TRUTH * 200, TRUTH == 1, (3.0, 2.0, 1.0), {}, heat)
+    return CasePredictions("made up", TRUTH * 200, TRUTH == 1, (3.0, 2.0, 1.0), {}, heat)
 
 
 def read_back(content: bytes, tmp_path) -> sitk.Image:

@@ -6,8 +6,11 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from mupkg.explore.predictions import Cases
 from mupkg.explore.workbench import Workbench
+from mupkg.models import UNet
 from mupkg.report import results
 
 SMALL = {"per_kind": 10}
@@ -36,11 +39,22 @@ def test_the_worst_case_comes_first_and_is_shown(bench, study, regions):
     (other,) = regions.ids("train")
     assert [case for _, case in bench.case.options] == [bad, good, other]
     assert [text for text, _ in bench.case.options] == [
-        f"{bad}: DSC 0.400",
-        f"{good}: DSC 0.900",
-        f"{other}: DSC not tested",
+        f"{bad} · validation · MetricUNet-HCP 0.400",
+        f"{good} · test · MetricUNet-HCP 0.900",
+        f"{other} · TRAINING case",
     ]
-    assert bench.seen.case_id == bad
+    assert bench.shown.case_id == bad
+
+
+def test_a_case_that_was_not_tested_is_blank_until_it_is_opened(study, regions):
+    bench = Workbench(study[0], **SMALL)
+    (other,) = regions.ids("train")
+    bench.case.value = other
+    dsc = bench.shown.scores()["DSC"].iloc[0]
+    assert [text for text, case in bench.case.options if case == other] == [
+        f"{other} · TRAINING case · MetricUNet-HCP ≈ {dsc:.3f}"
+    ]
+    assert bench.case.value == other == bench.shown.case_id
 
 
 def test_worst_is_the_mean_over_runs_and_a_failed_case_is_worse_than_any(regions):
@@ -53,7 +67,7 @@ def test_worst_is_the_mean_over_runs_and_a_failed_case_is_worse_than_any(regions
 
 def test_a_click_chooses_a_voxel_and_measures_from_it_and_a_box_only_chooses(bench):
     (z, y, x), before = bench.explorer.index[0], bench.distance.voxel
-    bench.seen.slice.value = int(z)
+    bench.shown.slice.value = int(z)
     bench.panels[0].choose((y - 2, x - 2), (y + 2, x + 2))
     assert 0 in bench.explorer.rows and bench.distance.voxel == before
     for panel in bench.panels:  # in the slices as in the distance maps
@@ -62,20 +76,28 @@ def test_a_click_chooses_a_voxel_and_measures_from_it_and_a_box_only_chooses(ben
         assert bench.explorer.rows.tolist() == [0] and bench.distance.voxel == (z, y, x)
 
 
-def test_both_pictures_tell_of_the_voxel_in_one_line(bench):
+def test_both_pictures_tell_of_the_voxel_in_five_lines(bench):
     assert bench.panels[0].words is bench.panels[1].words
-    assert "distance: " in bench.panels[0].told(0, 1, 2)
+    assert bench.panels[0].told(0, 1, 2).splitlines()[4].startswith("distance: A ")
 
 
 def test_another_case_comes_into_the_same_panel(study):
     folder, bad, good = study
     bench = Workbench(folder, bad, **SMALL)
-    pictures = bench.widget.children
+    controls, _ = bench.widget.children
+    scatters, before = bench.scatters.scatters, bench.panels[0].pictures[0]
+    bench.scatters.colour.value, bench.explorer.view.threshold.value = "error", 0.3
+    bench.scatters.projection.value = "t-SNE"
     bench.case.value = good
-    assert bench.seen.case_id == bench.explorer.seen.case_id == bench.distance.seen.case_id == good
-    assert bench.widget.children != pictures
-    names = [type(part).__name__ for part in bench.widget.children[0].children]
-    assert names[:2] == ["Dropdown", "IntSlider"] and bench.seen.slice in bench.widget.children[0].children
+    assert bench.shown.case_id == bench.explorer.case.case_id == bench.distance.case.case_id == good
+    assert bench._places[0][0].children == (bench.panels[0].pictures[0],) != (before,)
+    assert bench.shown.slice in controls.children and bench.case in controls.children
+    # what was chosen stays chosen
+    assert bench.scatters.scatters is scatters and bench.explorer.view.threshold.value == 0.3
+    assert bench.scatters.colour.value == "error" and "t-SNE" in bench.scatters.titles[0].value
+    np.testing.assert_allclose(
+        scatters[0].widget.points[:, 2], bench.explorer.table["error MetricUNet-HCP"], rtol=1e-5
+    )
 
 
 def test_a_case_that_cannot_be_shown_is_said_and_the_one_before_stays(study, regions, monkeypatch):
@@ -88,16 +110,101 @@ def test_a_case_that_cannot_be_shown_is_said_and_the_one_before_stays(study, reg
 
     monkeypatch.setattr(type(regions), "volume", empty)
     bench.case.value = good
-    assert f"case {good}: its region holds no prostate" in bench.explorer.found.value
-    assert bench.seen.case_id == bench.explorer.seen.case_id == bad
+    assert f"case {good}: its region holds no prostate" in bench.explorer.status.value
+    assert bench.shown.case_id == bench.explorer.case.case_id == bench.case.value == bad
 
 
 def test_without_a_browser_it_is_a_picture_of_three_columns(bench):
     slices, feature_space, distances = bench.figure.axes
     assert "DSC" in slices.get_title() and "silhouette" in feature_space.get_title()
-    assert "mean distance" in distances.get_title()
+    assert "mean: prostate" in distances.get_title()
 
 
 def test_a_case_that_is_not_there_is_named(study):
     with pytest.raises(ValueError, match="case 'nobody' is not in"):
         Workbench(study[0], "nobody", **SMALL)
+
+
+def run_of_its_own(seed: int) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(3, 2, 4).eval()
+
+
+@pytest.fixture(scope="module")
+def three(regions):
+    """A workbench of three networks of one's own."""
+    return Workbench(Cases(regions, {name: run_of_its_own(n) for n, name in enumerate("xyz")}), **SMALL)
+
+
+def test_two_different_runs_are_compared(three):
+    a, b = three.runs.lists
+    assert three.runs.names == ["x", "z"] == list(three.shown.heat)
+    a.value = "y"
+    assert list(three.shown.heat) == ["y", "z"] and len(three.figure.axes) == 6
+    b.value = "y"  # they change places
+    assert three.runs.names == ["z", "y"] == list(three.shown.heat) == list(three.explorer.numbers.index)
+    assert three.shown.title("y", "").startswith("B · y")
+    assert [text.split(" · ")[2][0] for text, case in three.case.options if case == three.shown.case_id] == ["z"]
+
+
+def test_a_single_run_has_one_list_and_one_row(bench):
+    assert len(bench.runs.lists) == 1 and len(bench.widget.children[1].children[0].children) == 1
+
+
+def test_a_click_on_a_point_moves_all_views_and_measures_from_it(three):
+    row = int(np.flatnonzero(three.explorer.index[:, 0] != three.shown.slice.value)[0])
+    three.scatters.scatters[0].widget.selection = np.array([row])
+    voxel = tuple(three.explorer.index[row])
+    assert three.shown.slice.value == voxel[0] and three.distance.voxel == voxel
+    assert three.explorer.rows.tolist() == [row]
+
+
+def test_the_neighbours_are_the_nearest_of_all_open_cases_in_the_whole_space(three, regions):
+    (first,), (second,) = regions.ids("test"), regions.ids("train")
+    for case_id in (first, second):
+        three.case.value = case_id
+    assert set(three.opened) >= {first, second}
+    z, y, x = three.explorer.index[5]
+    three.shown.slice.value = int(z)
+    three.panels[0].choose((y, x), (y, x))
+    name = three.runs.names[1]
+    near = three.neighbours.table(name)
+    # by hand, case by case, over everything that was drawn
+    chosen, every = three.distance.embedding(name), []
+    for case_id in three.opened:
+        drawn = three.drawn(case_id)
+        for place, embedding in zip(drawn.index.tolist(), drawn.samples[name].embedding, strict=True):
+            if (case_id, *place) != (second, z, y, x):
+                every.append((((embedding - chosen) ** 2).sum() / three.distance.scale[name], case_id, *place))
+    np.testing.assert_allclose(near["distance"], [row[0] for row in sorted(every)[:10]], rtol=1e-4, atol=1e-9)
+    assert len(near) == 10 and near["distance"].is_monotonic_increasing
+    row = near.iloc[0]
+    case = three.cases.open(row["case"], three.runs.names)
+    place = tuple(row[["z", "y", "x"]])
+    assert row["p"] == pytest.approx(case.heat[name][place]) and row["kind"] == case.kind_of(place)
+
+
+def test_neighbours_are_shown_as_patches_that_follow_the_click(three):
+    assert three.widget
+    three.right.value = "neighbours"
+    words = three.neighbours.words
+    assert [text.value.count("<img") for text in words] == [10, 10] and "p 0" in words[0].value
+    assert all(place.layout.display == "none" for places in three._places for place in places)
+    before = words[0].value
+    row = int(np.flatnonzero(three.explorer.table["kind"] == "far background")[0])
+    three.scatters.scatters[0].widget.selection = np.array([row])
+    assert words[0].value != before
+    three.right.value = "distances"
+    assert words[0].layout.display == "none" and three._places[0][0].layout.display == "flex"
+    assert len(three.neighbours.figure.axes) == 22
+
+
+def test_a_whole_cohort_will_do_as_well(cohort):
+    bench = Workbench(Cases(cohort, {"mine": run_of_its_own(0)}), **SMALL)
+    (case_id,) = cohort.ids("test")
+    prepared = cohort.prepared(case_id)
+    bench.case.value = case_id
+    assert bench.shown.region.shape == prepared.image.GetSize()[::-1]
+    voxel = bench.explorer.index[0]
+    expected = prepared.image.TransformIndexToPhysicalPoint([int(i) for i in voxel[::-1]])
+    np.testing.assert_allclose(bench.shown.world_mm(voxel[None])[0], expected)

@@ -102,12 +102,15 @@ def wait_for(holds: Callable[[], Any], what: str, timeout: float = 20) -> Any:
 class Lab:
     """A JupyterLab server over the folder `root` and a headless browser; both end with the `with` block.
 
+    Args:
+        options: more of the server's options, of its command line.
+
     Attributes:
         outside: addresses asked for that are not the server's own, in order; none of them was reached.
     """
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, *options: str):
+        self.root, self.options = root, options
         self.outside: list[str] = []
 
     def __enter__(self) -> Lab:
@@ -145,6 +148,7 @@ class Lab:
                     *("--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"),
                     *("--LabApp.news_url=None", "--ServerApp.iopub_data_rate_limit=1e10"),
                     "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
+                    *self.options,
                 ],
                 env=os.environ
                 | {f"JUPYTER_{name}_DIR": str(state / folder) for name, folder in folders.items()}

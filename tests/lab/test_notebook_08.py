@@ -16,7 +16,7 @@ from mupkg.report.figures import CHOSEN
 
 ROOT = Path(__file__).parents[2]
 # code cells, the injected parameters counted
-WORKBENCH, CASE, EMBEDDINGS, DISTANCE, SAMPLERS, FILM = 3, 5, 8, 11, 12, 16
+WORKBENCH, CASE, EMBEDDINGS, DISTANCE, NEIGHBOURS, SAMPLERS, FILM, COHORT = 3, 5, 8, 11, 12, 13, 17, 18
 RUNS = ("UNet", "MetricUNet-HCP")
 
 
@@ -45,13 +45,13 @@ def scatter(notebook: Notebook, number: int):
 
 def places(notebook: Notebook, voxels) -> np.ndarray:
     """Where the middles of voxels (row, column) lie in a slice, as fractions (x, y) of its picture."""
-    height, width = notebook.ask("seen.region.shape[1:]")
+    height, width = notebook.ask("case.region.shape[1:]")
     return (np.array(voxels, float)[:, ::-1] + 0.5) / (width, height)
 
 
 def lit(notebook: Notebook, cell: int, number: int) -> set[tuple[int, int]]:
     """The voxels that are lit on the screen, read off the pixels around the middle of every voxel."""
-    voxels = list(itertools.product(*(range(size) for size in notebook.ask("seen.region.shape[1:]"))))
+    voxels = list(itertools.product(*(range(size) for size in notebook.ask("case.region.shape[1:]"))))
     pixels = notebook.pixels(picture(notebook, cell, number))
     at = (places(notebook, voxels) * (pixels.shape[1], pixels.shape[0])).astype(int)
     around = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]  # a contour may run through the very middle
@@ -62,7 +62,7 @@ def lit(notebook: Notebook, cell: int, number: int) -> set[tuple[int, int]]:
 
 def selected(notebook: Notebook) -> list[list[int]]:
     """The points that each scatter shows as chosen."""
-    return [sorted(notebook.ask(f"explorer.scatters[{name!r}].widget.selection")) for name in RUNS]
+    return [sorted(notebook.ask(f"explorer.scatters.scatters[{run}].widget.selection")) for run in range(len(RUNS))]
 
 
 def assert_lit(notebook: Notebook, rows: list[int], z: int) -> None:
@@ -86,34 +86,13 @@ def test_nothing_is_shown_twice(notebook: Notebook, pictures: Path):
         "() => jupyterapp.shell.currentWidget.content.widgets.filter(cell => cell.model.type === 'code')"
         ".map(cell => cell.model.outputs.toJSON().flatMap(output => Object.keys(output.data || {})))"
     )
-    for cell in (WORKBENCH, CASE, EMBEDDINGS, DISTANCE, SAMPLERS, FILM):
+    for cell in (WORKBENCH, CASE, EMBEDDINGS, DISTANCE, NEIGHBOURS, SAMPLERS, FILM, COHORT):
         assert "application/vnd.jupyter.widget-view+json" in kinds[cell] and "image/png" not in kinds[cell]
     assert [path.name for path in pictures.glob("*.png")] == ["explore_active.png"]
 
 
-@pytest.mark.parametrize(("width", "height"), [(1400, 900), (1000, 800)])
-def test_the_workbench_fits_one_screen(notebook: Notebook, width: int, height: int):
-    size, cell = notebook.page.viewport_size, notebook.cell(WORKBENCH)
-    notebook.page.set_viewport_size({"width": width, "height": height})
-
-    def fits() -> bool:
-        screen = notebook.page.locator(".jp-WindowedPanel-outer").last.bounding_box()
-        elements = [cell.locator("select").first, *cell.locator("img").all(), *cell.locator("canvas").all()]
-        boxes = [element.bounding_box() for element in elements]
-        assert len(boxes) == 9  # two runs, and two canvases a scatter
-        top, bottom = min(b["y"] for b in boxes), max(b["y"] + b["height"] for b in boxes)
-        right = max(box["x"] + box["width"] for box in boxes)
-        assert boxes[1]["width"] > 200 and boxes[1]["width"] == pytest.approx(boxes[1]["height"], abs=2)
-        return bottom - top < screen["height"] < height and right < screen["x"] + screen["width"] < width
-
-    try:
-        wait_for(fits, "the workbench fits")  # the page takes its time to follow
-    finally:
-        notebook.page.set_viewport_size(size)
-
-
 def test_a_click_in_the_workbench_chooses_a_voxel_and_measures_from_it(notebook: Notebook):
-    z, voxel = notebook.ask("bench.seen.slice.value"), (20, 25)
+    z, voxel = notebook.ask("bench.shown.slice.value"), (20, 25)
     before = notebook.pixels(picture(notebook, WORKBENCH, 1))
     notebook.click_at(picture(notebook, WORKBENCH, 1), *places(notebook, [voxel])[0])  # in a distance map
     notebook.wait_for_change(picture(notebook, WORKBENCH, 1), before)
@@ -130,16 +109,69 @@ def test_the_mouse_is_told_of_the_voxel_under_it(notebook: Notebook):
     shown = picture(notebook, WORKBENCH)
     shown.scroll_into_view_if_needed()
     notebook.page.mouse.move(*notebook._at(shown, places(notebook, [(30, 12)])[0]))
-    z = notebook.ask("bench.seen.slice.value")
-    words = notebook.cell(WORKBENCH).get_by_text(f"voxel (z, y, x) = ({z}, 30, 12)")
+    z = notebook.ask("bench.shown.slice.value")
+    words = notebook.cell(WORKBENCH).get_by_text(f"voxel (z, y, x) {z}, 30, 12")
     words.wait_for()
-    assert "p: UNet" in words.inner_text() and "distance: UNet" in words.inner_text()
+    lines = words.inner_text().splitlines()
+    assert len(lines) == 5 and lines[1].endswith(" mm") and lines[2].endswith(" mm")
+    assert lines[3].startswith("probability: A ") and lines[4].startswith("distance: A ")
+    assert words.bounding_box()["x"] > max(box["x"] + box["width"] for box in boxes(notebook, "img", "canvas"))
+
+
+def boxes(notebook: Notebook, *kinds: str) -> list[dict]:
+    cell = notebook.cell(WORKBENCH)
+    return [box for kind in kinds for element in cell.locator(kind).all() if (box := element.bounding_box())]
+
+
+def points_on_screen(notebook: Notebook, scatters: str, number: int, canvas) -> np.ndarray:
+    """Where a scatter's points lie on the page: the square of the data fills the square canvas."""
+    box, data = canvas.bounding_box(), notebook.ask(f"{scatters}.frames[{number}][['x', 'y']].to_numpy()")
+    middle = np.array([box["x"] + box["width"] / 2, box["y"] + box["height"] / 2])
+    return middle + min(box["width"], box["height"]) / 2 / 1.05 * np.array(data) * (1, -1)
+
+
+def lonely(points: np.ndarray, wanted: np.ndarray) -> int:
+    """The row among those wanted whose point lies farthest from all others."""
+    apart = [np.sort(np.hypot(*(points - points[row]).T))[1] if wanted[row] else -1 for row in range(len(points))]
+    return int(np.argmax(apart))
+
+
+def test_a_click_on_a_point_moves_all_views_to_its_slice_and_measures_from_it(notebook: Notebook):
+    z, index = notebook.ask("bench.shown.slice.value"), np.array(notebook.ask("bench.explorer.index"))
+    canvas = notebook.cell(WORKBENCH).locator("canvas").first
+    canvas.scroll_into_view_if_needed()
+    points = points_on_screen(notebook, "bench.scatters", 0, canvas)
+    row = lonely(points, index[:, 0] != z)
+    notebook.page.mouse.move(*points[row])
+    voxel = ", ".join(map(str, index[row]))
+    notebook.cell(WORKBENCH).get_by_text(f"voxel (z, y, x) {voxel}").wait_for()
+    before = notebook.pixels(picture(notebook, WORKBENCH))
+    notebook.page.mouse.click(*points[row])
+    notebook.wait_until(f"bench.explorer.rows.tolist() == [{row}]")
+    notebook.wait_until(f"bench.distance.voxel == {tuple(index[row].tolist())}")
+    assert notebook.ask("bench.shown.slice.value") == index[row, 0]
+    notebook.wait_for_change(picture(notebook, WORKBENCH), before)
+    assert lit(notebook, WORKBENCH, 0) == {tuple(index[row, 1:])} == lit(notebook, WORKBENCH, 1)
+
+
+def test_chosen_points_have_the_colour_of_the_lit_voxels(notebook: Notebook):
+    canvas = notebook.cell(WORKBENCH).locator("canvas").first
+    chosen = np.round(255 * np.array(to_rgb(CHOSEN)))
+
+    def violet() -> int:
+        return int((np.abs(notebook.pixels(canvas) - chosen).max(axis=2) < 40).sum())
+
+    notebook.press("clear", within=notebook.cell(WORKBENCH))
+    notebook.wait_until("len(bench.explorer.rows) == 0")
+    wait_for(lambda: violet() == 0, "nothing is violet")
+    notebook.drag(canvas, (0.3, 0.05), (0.9, 0.05), (0.9, 0.9), (0.3, 0.9))
+    wait_for(lambda: violet() > 100, "chosen points are violet")
 
 
 def test_one_slice_slider_moves_all_views(notebook: Notebook):
     cells = (WORKBENCH, CASE, EMBEDDINGS, DISTANCE)
     before = [notebook.pixels(picture(notebook, cell)) for cell in cells]
-    z = notebook.ask("seen.slice.value") - 1
+    z = notebook.ask("case.slice.value") - 1
     notebook.slider("slice", z, within=notebook.cell(DISTANCE))
     for cell, pixels in zip(cells, before, strict=True):
         notebook.wait_for_change(picture(notebook, cell), pixels)
@@ -152,7 +184,7 @@ def test_the_threshold_cuts_the_contour_anew_and_the_scores_follow(notebook: Not
     notebook.slider("threshold", 0.3, within=notebook.cell(CASE))
     notebook.wait_for_change(shown, before)
     by_hand = (
-        "[2 * ((h > 0.3) & seen.truth).sum() / ((h > 0.3).sum() + seen.truth.sum()) for h in seen.heat.values()]"
+        "[2 * ((h > 0.3) & case.truth).sum() / ((h > 0.3).sum() + case.truth.sum()) for h in case.heat.values()]"
     )
     assert notebook.ask("view.threshold.value") == pytest.approx(0.3)
     assert notebook.ask("view.scores['DSC'].to_numpy()") == pytest.approx(notebook.ask(by_hand))
@@ -160,7 +192,7 @@ def test_the_threshold_cuts_the_contour_anew_and_the_scores_follow(notebook: Not
 
 def test_worst_slice_is_the_one_with_most_wrong_voxels(notebook: Notebook):
     notebook.press("worst slice", within=notebook.cell(CASE))
-    wrong = "sum(((h > view.threshold.value) != seen.truth).sum(axis=(1, 2)) for h in seen.heat.values())"
+    wrong = "sum(((h > view.threshold.value) != case.truth).sum(axis=(1, 2)) for h in case.heat.values())"
     notebook.wait_until(f"view.slice.value == np.argmax({wrong})".replace("np.", "__import__('numpy')."))
 
 
@@ -181,7 +213,7 @@ def test_a_lasso_lights_exactly_its_voxels_up_in_the_slice(notebook: Notebook):
     notebook.press("clear", within=notebook.cell(EMBEDDINGS))
     notebook.wait_until("len(explorer.rows) == 0")
     notebook.drag(canvas, *polygon)
-    notebook.wait_until("len(explorer.rows) and explorer.scatters['UNet'].widget.selection is not None")
+    notebook.wait_until("len(explorer.rows) and explorer.scatters.scatters[0].widget.selection is not None")
     # independently: the square of the data, as high as the canvas, lies in the middle of it
     box, data = canvas.bounding_box(), np.array(notebook.ask("explorer.points['UNet']"))
     low, high = data.min(axis=0), data.max(axis=0)
@@ -196,7 +228,7 @@ def test_a_lasso_lights_exactly_its_voxels_up_in_the_slice(notebook: Notebook):
 
 
 def test_another_slice_lights_up_its_own_share(notebook: Notebook):
-    z, shown = notebook.ask("seen.widest"), picture(notebook, EMBEDDINGS)
+    z, shown = notebook.ask("case.widest"), picture(notebook, EMBEDDINGS)
     before = notebook.pixels(shown)
     notebook.slider("slice", z, within=notebook.cell(EMBEDDINGS))
     notebook.wait_for_change(shown, before)
@@ -219,9 +251,10 @@ def test_a_box_in_the_slice_chooses_exactly_its_voxels_in_both_scatters(notebook
 
 def test_the_chosen_voxels_are_saved(notebook: Notebook, pictures: Path):
     notebook.press("save voxels", within=notebook.cell(EMBEDDINGS))
-    path = pictures / f"chosen_{notebook.ask('seen.case_id')}.csv"
-    notebook.cell(EMBEDDINGS).get_by_text(f"voxels written to {path}").wait_for()
-    saved = pd.read_csv(path)[["z", "y", "x"]].to_numpy().tolist()
+    notebook.cell(EMBEDDINGS).get_by_text("voxels written to").wait_for()
+    z, count = notebook.ask("explorer.slice.value"), notebook.ask("len(explorer.rows)")
+    name = f"voxels_{notebook.ask('case.case_id')}_box-slice-{z}-{count}_UNet_MetricUNet-HCP.parquet"
+    saved = pd.read_parquet(pictures / name).query("run == 'UNet'")[["z", "y", "x"]].to_numpy().tolist()
     assert saved == notebook.ask("explorer.table.loc[explorer.rows, ['z', 'y', 'x']].to_numpy()")
 
 
@@ -261,9 +294,9 @@ def test_another_projection_moves_the_points_and_a_lasso_still_finds_them(notebo
     row.locator("select").first.select_option("kind")
     before = notebook.pixels(plot)
     row.locator("select").nth(1).select_option("t-SNE")
-    notebook.wait_until("explorer.projection.value == 't-SNE'")
+    notebook.wait_until("explorer.scatters.projection.value == 't-SNE'")
     notebook.wait_for_change(plot, before, timeout=60)
-    row.get_by_text("across t-SNE 1, up t-SNE 2").first.wait_for()
+    row.get_by_text("t-SNE: gaps, sizes mean nothing").first.wait_for()
     notebook.drag(plot, (0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98))  # around everything
     notebook.wait_until("len(explorer.rows) > 0.9 * len(explorer.table)")
     notebook.press("clear", within=row)
@@ -274,8 +307,8 @@ def test_a_click_in_the_distance_map_measures_from_there(notebook: Notebook):
     canvas, z = picture(notebook, DISTANCE, 1), notebook.ask("distance.slice.value")
     before = notebook.pixels(canvas)
     notebook.click_at(canvas, *places(notebook, [(8, 40)])[0])
+    notebook.wait_until(f"distance.voxel == ({z}, 8, 40)")
     notebook.wait_for_change(canvas, before)
-    assert notebook.ask("distance.voxel") == [z, 8, 40]
     assert lit(notebook, DISTANCE, 0) == {(8, 40)}
     found = [np.array(d) for d in notebook.ask("list(distance.distances().values())")]
     assert all(d[8, 40] == 0 and (d >= 0).all() for d in found)
@@ -320,9 +353,49 @@ def test_another_case_comes_into_the_workbench(notebook: Notebook):
     shown = picture(notebook, WORKBENCH)
     before, other = notebook.pixels(shown), notebook.ask("bench.case.options[1][0]")
     notebook.cell(WORKBENCH).locator("select").first.select_option(other)
-    notebook.wait_until("bench.seen.case_id == bench.case.options[1][1]")
+    notebook.wait_until("bench.shown.case_id == bench.case.options[1][1]")
     notebook.settle()
     assert not np.array_equal(notebook.pixels(shown), before)
+
+
+def test_another_run_comes_into_the_workbench_and_its_settings_stay(notebook: Notebook):
+    cell = notebook.cell(WORKBENCH)
+    notebook.slider("threshold", 0.3, within=cell)
+    cell.locator("select").nth(3).select_option("error")
+    notebook.wait_until("bench.scatters.colour.value == 'error'")
+    before = notebook.pixels(picture(notebook, WORKBENCH))
+    cell.locator("select").nth(1).select_option("MetricUNet-HCP")
+    notebook.wait_until("list(bench.shown.heat) == ['MetricUNet-HCP', 'UNet']")
+    notebook.wait_for_change(picture(notebook, WORKBENCH), before)
+    cell.get_by_text("A · MetricUNet-HCP").first.wait_for()
+    assert notebook.ask("bench.explorer.view.threshold.value") == pytest.approx(0.3)
+    assert notebook.ask("bench.scatters.colour.value") == "error"
+
+
+def test_neighbours_are_shown_in_the_workbench_and_follow_a_click_on_a_point(notebook: Notebook):
+    cell = notebook.cell(WORKBENCH)
+    cell.locator("select").last.select_option("neighbours")
+    notebook.wait_until("bench.right.value == 'neighbours'")
+    patches = cell.locator("img[src^='data:image/png']:visible")
+    wait_for(lambda: patches.count() == 21, "the chosen voxel and ten neighbours a run")
+    first = patches.first.get_attribute("src")
+    notebook.do("bench.scatters.scatters[0].widget.selection = __import__('numpy').array([3])")
+    wait_for(lambda: patches.first.get_attribute("src") != first, "the neighbours follow")
+    cell.locator("select").last.select_option("distances")
+    wait_for(lambda: patches.count() == 0, "the slices are back")
+
+
+def test_the_cohort_is_chosen_from_by_a_lasso_and_by_lists(notebook: Notebook):
+    cell = notebook.cell(COHORT)
+    notebook.do("cohort.error.value = 0, 1")
+    notebook.wait_until("len(cohort.rows) == 0")
+    notebook.drag(cell.locator("canvas").first, (0.3, 0.05), (0.9, 0.05), (0.9, 0.9), (0.3, 0.9))
+    notebook.wait_until("len(cohort.rows) > 50")
+    patches = cell.locator("img[src^='data:image/png']")
+    wait_for(lambda: patches.count() == 24, "patches of the chosen voxels")
+    cell.locator("select").nth(5).select_option("contour")
+    notebook.wait_until("set(cohort.table.iloc[cohort.rows]['kind']) == {'contour'}")
+    assert notebook.ask("sorted(cohort.scatters.scatters[1].widget.selection) == sorted(cohort.rows)")
 
 
 def test_itkwidgets_without_internet_is_one_line_and_nothing_hangs(notebook: Notebook):

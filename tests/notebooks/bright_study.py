@@ -78,7 +78,7 @@ class Study:
         cells = ["".join(c["source"]) for c in json.loads(path.read_bytes())["cells"] if c["cell_type"] == "code"]
         parameters |= {"study": "study", "cohort": "cohort", "size": "smoke", "data_folder": str(self.root)}
         parameters["outputs_folder"] = str(self.root)
-        injected = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
+        injected = "\n".join(["# Parameters", *(f"{key} = {value!r}" for key, value in parameters.items())])
         cells.insert(1, injected)
         namespace = {"In": ["", *cells]}
         for cell in cells:

@@ -4,31 +4,48 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+from jupyter_client.connect import LocalPortCache
 from written_numbers import unfounded
 
 from mupkg.batch import run_notebook
-from mupkg.report.gallery import executed_notebooks, make_gallery
 from mupkg.scans.cases import grid_difference
 from mupkg.stages import card, segment
+from mupkg.trials.protocol import Study, TrialSettings
 
 ROOT = Path(__file__).parents[2]
 RUNS = ("UNet-seed0", "VNet-seed0", "BoundaryFCN-seed0", "MetricUNet-HCP-seed0")
 OF_EXTRAS = {"11_nnunet.ipynb"}  # see test_notebook_11.py
 
 
-def snakemake(folder: Path, *options: str, study: str = "smoke", **config: object) -> subprocess.CompletedProcess:
+def executed_notebooks(folder: Path) -> list[Path]:
+    """The finished notebooks of a study; running and failed ones are left out."""
+    return sorted(path for path in folder.rglob("[0-9][0-9]_*.ipynb") if path.suffixes == [".ipynb"])
+
+
+def snakemake(
+    folder: Path, *options: str, file: str = "smoke", more: tuple = (), **config: object
+) -> subprocess.CompletedProcess:
     folders = {"data_folder": str(folder / "data"), "outputs_folder": str(folder / "outputs"), **config}
-    command = [sys.executable, "-m", "snakemake", "--configfile", f"notebooks/studies/{study}.yaml", "--cores", "2"]
-    command += ["--nolock", *options, "--config", *(f"{name}={value}" for name, value in folders.items())]
+    command = [sys.executable, "-m", "snakemake", "--configfile", f"notebooks/studies/{file}.yaml", *map(str, more)]
+    command += [
+        "--cores",
+        "2",
+        "--nolock",
+        *options,
+        "--config",
+        *(f"{name}={value}" for name, value in folders.items()),
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
@@ -37,7 +54,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke study and the smoke trials, run from scans to tables and figures in a folder of their own."""
     folder = tmp_path_factory.mktemp("smoke")
     for name in ("smoke", "trials/smoke", "trials/smoke_parameters"):
-        done = snakemake(folder, study=name)
+        done = snakemake(folder, file=name)
         assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -166,6 +183,38 @@ def test_a_trial_without_a_prediction_is_refused_before_any_table(spoil, told, s
     assert not (trial / "report").exists()
 
 
+def told_by(notebook: Path) -> dict[str, Any]:
+    return nbformat.read(notebook, 4).metadata.papermill.parameters
+
+
+def test_what_overrides_a_protocol_reaches_its_notebook(study: Path, tmp_path: Path) -> None:
+    """Regression: notebook 10 read the first file, answered by it, and wrote over its tables."""
+    before = {path: path.read_bytes() for path in (study / "outputs/smoke-trials/report/smoke").iterdir()}
+    (tmp_path / "more.yaml").write_text("trial: {name: again, margin: 0.3, primary: ASD}\n", encoding="utf-8")
+    done = snakemake(study, file="trials/smoke", more=(tmp_path / "more.yaml",), trial='{"margin": 0.25}')
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = study / "outputs/smoke-trials/report/again"
+    trial = Study.read(report / "protocol.yaml").trial
+    assert (trial.name, trial.margin, trial.primary, trial.replicates) == ("again", 0.25, "ASD", 2)
+    assert told_by(report / "10_does_it_help.ipynb")["protocol"] == str(report / "protocol.yaml")
+    assert "primary outcome ASD, margin 0.25" in (report / "10_does_it_help.ipynb").read_text(encoding="utf-8")
+    assert "ASD" in set(pd.read_csv(report / "answers.csv")["metric"])
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_study_and_a_cohort_by_another_name_are_those_of_the_protocol(tmp_path: Path) -> None:
+    """And a change of either makes the protocol anew."""
+    target = tmp_path / "outputs/other/report/smoke/protocol.yaml"
+    for cohort in ("mine", "yours"):
+        given = {"study": "other", "cohort": cohort, "source_folder": "/scans"}
+        done = snakemake(tmp_path, str(target), file="trials/smoke", **given)
+        assert done.returncode == 0, done.stderr[-4000:]
+        told = Study.read(target)
+        assert (told.study, told.cohort, told.source_folder) == ("other", cohort, "/scans")
+        settings = TrialSettings(protocol=str(target), outputs_folder=str(tmp_path / "outputs"))
+        assert settings.report_path == target.parent and settings.cohort_path.name == cohort
+
+
 def test_what_is_done_is_skipped(study: Path) -> None:
     again = snakemake(study, "--dry-run")
     assert "Nothing to be done" in again.stdout + again.stderr
@@ -184,14 +233,6 @@ def test_a_cohort_prepared_anew_is_seen_by_all_that_follow(study: Path) -> None:
         assert planned == followers
 
 
-def test_the_gallery_shows_every_notebook(study: Path, tmp_path: Path) -> None:
-    index = make_gallery(executed_notebooks(study), tmp_path / "gallery", "Smoke").read_text(encoding="utf-8")
-    for path in executed_notebooks(study):
-        assert f"{path.stem}-{path.parent.name}.html" in index
-    page = (tmp_path / "gallery" / "05_visualization-report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64") >= 5
-
-
 def test_no_part_of_the_package_leaves_temporary_files(study: Path) -> None:
     assert not list(study.rglob("*.part.*"))
     assert not list(study.rglob("*.running.ipynb"))
@@ -206,10 +247,10 @@ def test_notebook_08_shows_the_shipped_pair_in_pictures_without_a_browser(tmp_pa
     assert "widgets" not in notebook.metadata  # their state is stripped
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     shown = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(shown) == 7
+    assert len(shown) == 9
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     assert text.count("itkwidgets works in JupyterLab only") == 1
-    for name in ("case", "embeddings", "distance", "samplers", "film"):
+    for name in ("workbench", "case", "embeddings", "distance", "neighbours", "samplers", "film", "cohort"):
         assert (tmp_path / "pictures" / f"explore_{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in (tmp_path / "pictures" / f"explore_{name}.svg").read_text(encoding="utf-8")
     numbers = pd.read_csv(tmp_path / "pictures/explore_numbers.csv", index_col="run")
@@ -239,6 +280,31 @@ def test_a_kernel_that_dies_is_told_with_its_notebook(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)dies\.ipynb failed: its kernel died, .* out of memory; .*kept for"):
         run_notebook(tmp_path / "dies.ipynb", tmp_path / "out" / "dies.ipynb", {})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["dies.failed.ipynb"]
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_kernel_that_loses_its_port_is_started_once_more(lost: int, tmp_path: Path, monkeypatch) -> None:
+    """Regression: two kernels chose one port; the notebook was not named, and its .running file stayed."""
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(3)")]), tmp_path / "a.ipynb")
+    target, free, starts = tmp_path / "out" / "a.ipynb", LocalPortCache.find_available_port, []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+
+        def port(cache: LocalPortCache, ip: str) -> int:
+            starts.append(ip)  # five ports a start
+            return taken.getsockname()[1] if (len(starts) - 1) // 5 < lost else free(cache, ip)
+
+        monkeypatch.setattr(LocalPortCache, "find_available_port", port)
+        if lost == 1:
+            run_notebook(tmp_path / "a.ipynb", target, {})
+            (cell,) = nbformat.read(target, 4).cells
+            assert cell.outputs[0].text == "3\n"
+        else:
+            with pytest.raises(
+                RuntimeError, match=r"(?s)a\.ipynb failed: its kernel was started twice .*kept for reading"
+            ):
+                run_notebook(tmp_path / "a.ipynb", target, {})
+    assert len(starts) == 10
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.ipynb" if lost == 1 else "a.failed.ipynb"]
 
 
 def test_a_folder_in_the_targets_place_is_told_before_the_work(tmp_path: Path) -> None:
@@ -283,7 +349,7 @@ def test_a_parameters_cell_with_more_than_literals_is_followed(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "notebooks/studies").glob("*.yaml")))
 def test_every_study_can_be_planned(name: str, tmp_path: Path) -> None:
-    planned = snakemake(tmp_path, "--dry-run", study=name)
+    planned = snakemake(tmp_path, "--dry-run", file=name)
     assert planned.returncode == 0, planned.stderr[-2000:]
     assert "03_stage2_training.ipynb" in planned.stdout + planned.stderr
 

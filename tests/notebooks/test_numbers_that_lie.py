@@ -473,7 +473,7 @@ TRAPS = {
     ),
     "spacing ignored": (check_rows, attribute(evaluation, "array_spacing", lambda image: (1.0, 1.0, 1.0))),
     "spacing transposed": (check_rows, attribute(evaluation, "array_spacing", lambda image: image.GetSpacing())),
-    "measured on the resampled grid": (check_rows, attribute(evaluation, "measure", on_the_working_grid)),
+    "measured on the resampled grid": (check_rows, attribute(evaluation, "mask_metrics", on_the_working_grid)),
     "measured against another case's label": (check_rows, label_by(other_label)),
     "a test case left out": (check_rows, attribute(evaluation, "progress", lambda ids, **_: ids[1:])),
     "label's axes swapped": (check_oracle, label_by(lambda case: replace(case, label=swapped(case.label)))),
@@ -546,7 +546,7 @@ def test_the_two_grids_differ_enough_to_tell(study):
     for case_id in ("d", "e", "f"):
         case = study.cohort.case(case_id)
         mask = sitk.ReadImage(str(study.root / "study" / "UNet-seed0" / "predictions" / f"{case_id}.nii.gz"))
-        own, working = evaluation.measure(mask, case), on_the_working_grid(mask, case)
+        own, working = evaluation.mask_metrics(mask, case), on_the_working_grid(mask, case)
         assert abs(own["DSC"] - working["DSC"]) > 0.005 and abs(own["HD"] - working["HD"]) > 0.1
 
 
@@ -555,4 +555,4 @@ def test_a_mask_on_another_grid_than_its_label_is_not_measured(study):
     moved = sitk.Image(case.label)
     moved.SetOrigin((3.0, 0.0, 0.0))
     with pytest.raises(ValueError, match=r"case d: the mask is not on its label's grid .*; resample it first"):
-        evaluation.measure(moved, case)
+        evaluation.mask_metrics(moved, case)

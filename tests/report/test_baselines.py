@@ -6,7 +6,7 @@ import SimpleITK as sitk
 
 from mupkg.data.preprocessing import to_scan_grid
 from mupkg.report.baselines import THRESHOLDS, Threshold, best_threshold, mean_shape, measure_baseline
-from mupkg.stages.evaluation import measure
+from mupkg.stages.evaluation import mask_metrics
 
 SHAPE = (8, 12, 12)
 
@@ -93,7 +93,7 @@ def test_a_baseline_goes_the_way_of_a_network(cohort, regions):
     table = measure_baseline(lambda region: truth == 1, cohort, regions)
     assert table["case_id"].tolist() == [case_id]
     prepared = cohort.prepared(case_id).label
-    best = measure(
+    best = mask_metrics(
         to_scan_grid(sitk.Cast(prepared, sitk.sitkFloat32), cohort.case(case_id).image), cohort.case(case_id)
     )
     assert table["DSC"][0] == pytest.approx(best["DSC"], abs=0.15) and table["PPV"][0] > 0.7

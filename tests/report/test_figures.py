@@ -90,11 +90,14 @@ def test_a_figure_says_in_words_what_it_shows(tmp_path):
 
 
 def contrast(first: str, second: str) -> float:
-    """Distance in CIELAB (Euclidean, D65) of two colours as a person without red or green receptors sees them."""
-    # Machado, Oliveira and Fernandes 2009: protanopia and deuteranopia at full severity, on linear RGB
+    """Distance in CIELAB (Euclidean, D65) of two colours to whom they are most alike: to people with all receptors,
+    or without those for red, green or blue."""
+    # Machado, Oliveira and Fernandes 2009: protanopia, deuteranopia, tritanopia at full severity, on linear RGB
     kinds = (
         [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+        np.eye(3),
     )
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
@@ -111,12 +114,11 @@ def contrast(first: str, second: str) -> float:
 @pytest.mark.parametrize(
     "together",
     [
-        (figures.TRUTH, figures.PREDICTION, figures.CHOSEN),
-        figures.KIND_COLOURS,
+        (figures.TRUTH, figures.PREDICTION, figures.CHOSEN, *figures.KIND_COLOURS),  # all that notebook 08 shows
         [colour for _, colour in figures.ROLES.values()],
         figures.LINES[:4],
     ],
-    ids=["contours", "kinds", "roles", "lines"],
+    ids=["views", "roles", "lines"],
 )
 def test_colours_that_stand_together_differ_for_colour_blind_readers(together):
     assert contrast("red", "lime") < contrast("red", "blue")  # the measure sees what it should

@@ -9,13 +9,14 @@ import pytest
 
 from mupkg.configurations import TABLE_II
 from mupkg.report.results import (
-    as_text,
+    as_table,
     case_metrics,
     finished_runs,
     per_case,
     published,
     published_as_text,
     save_table,
+    shown,
     summary,
 )
 
@@ -225,24 +226,49 @@ def test_a_case_undefined_everywhere_is_still_a_case():
     assert summary(metrics_of(A=[nan, 0.7], B=[nan, 0.2]), ["DSC"])[("DSC", "undefined")].tolist() == [1, 1]
 
 
-def test_a_summary_as_text_tells_the_number_of_seeds():
-    text = as_text(summary(metrics_of(A=[[0.5, 0.7], [0.6, 0.8], [0.7, 0.9]], B=[0.1, 0.2]), ["DSC"]))
-    assert text["seeds"].to_dict() == {"A": 3, "B": 1} and list(text) == ["seeds", "collapsed", "DSC"]
+def test_a_summary_to_read_has_one_number_a_cell_and_what_is_the_same_in_its_head():
+    table = as_table(summary(metrics_of(A=[[0.5, 0.7], [0.6, 0.8], [0.7, 0.9]], B=[0.1, 0.2]), ["DSC"]))
+    assert table["", "seeds"].to_dict() == {"A": 3, "B": 1}
+    parts = [("DSC, n = 2", part) for part in ("mean", "sd", "median")]
+    assert list(table) == [("", "seeds"), ("", "collapsed"), *parts]
+    assert table.loc["A"].tolist() == [3, 0, "0.700", "0.141", "0.700"]
 
 
-def test_a_summary_as_text_says_it_too():
+def test_a_summary_to_read_says_what_was_undefined_and_where_n_differs():
     table = summary(metrics_of(A=[0.5, nan, 0.9], B=[1.0, inf, 3.0], C=[0.25, 0.25, 0.25]), ["DSC"])
-    text = as_text(table)["DSC"]
-    assert text["A"] == "0.700 ± 0.283 (0.700), n=2, 1 undefined"
-    assert text["B"] == "inf ± nan (3.000), n=3"
-    assert as_text(table)["seeds"].tolist() == [1, 1, 1]
-    assert as_text(table, 1)["DSC"]["C"] == "0.2 ± 0.0 (0.2), n=3"
+    text = as_table(table)["DSC"]
+    assert text.loc["A"].to_dict() == {"mean": "0.700", "sd": "0.283", "median": "0.700", "n": 2, "undefined": 1}
+    assert text.loc["B"].tolist() == [inf, "", "3.00", 3, 0]
+
+
+def test_of_one_case_no_deviation_is_shown():
+    assert list(as_table(summary(metrics_of(A=[0.5], B=[0.7]), ["DSC"]))["DSC, n = 1"]) == ["mean", "median"]
 
 
 def test_a_collapsed_run_is_counted_in_the_summary_and_stays_in_its_mean():
-    text = as_text(summary(metrics_of(A=[[0.8, 0.6], [0.0, 0.0]], B=[[0.8, 0.6], [0.0, 0.5]]), ["DSC"]))
-    assert text["collapsed"].to_dict() == {"A": 1, "B": 0}
-    assert text["DSC"]["A"].startswith("0.350")
+    table = as_table(summary(metrics_of(A=[[0.8, 0.6], [0.0, 0.0]], B=[[0.8, 0.6], [0.0, 0.5]]), ["DSC"]))
+    assert table["", "collapsed"].to_dict() == {"A": 1, "B": 0}
+    assert table["DSC, n = 2", "mean"]["A"] == "0.350"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (25.50601, "25.5"), (0.64, "0.640"), (551.264, "551"), (99.96, "100"), (99.94, "99.9"), (0.0071, "0.00710"),
+        (-195.645, "-196"), (0.0, "0.00"), (8.6e-06, "8.60e-06"), (12345.6, "12346"), (nan, ""), (inf, inf),
+        (-inf, -inf), (7, 7), (True, True), ("a", "a"), ([1.2345], [1.2345]),
+    ],
+)  # fmt: skip
+def test_a_table_to_read_has_three_digits(value, text):
+    assert shown(pd.DataFrame({"x": pd.Series([value, "b"], dtype=object)})).loc[0, "x"] == text
+
+
+def test_a_table_to_read_names_units_and_leaves_out_what_is_empty_altogether():
+    table = pd.DataFrame({"HD95": [4.5678, nan], "DSC_all": [0.9, 0.8], "p": [nan, nan], "aRVD_all": [1.0, 2.0]})
+    table[3] = [1, 2]
+    assert list(shown(table)) == ["HD95 (mm)", "DSC_all", "aRVD_all (%)", 3]
+    assert shown(table)["HD95 (mm)"].tolist() == ["4.57", ""]
+    assert list(table) == ["HD95", "DSC_all", "p", "aRVD_all", 3]
 
 
 # Tables
@@ -264,6 +290,7 @@ def test_a_table_is_saved_and_given_back(tmp_path):
 
 def test_published_tables_are_shown_with_the_papers_digits_and_without_what_they_lack():
     text = published_as_text(3)
-    assert text.loc["MetricUNet-R-Sep", "DSC"] == "0.8514 ± 0.0506 (0.8550)"
+    assert text.loc["MetricUNet-R-Sep", "DSC"].to_dict() == {"mean": "0.8514", "sd": "0.0506", "median": "0.8550"}
     assert list(text.index) == list(published(3)["configuration"])
     assert " nan" not in published_as_text(4).to_string().lower()
+    assert list(published_as_text(6)["DSC"]) == ["mean"]

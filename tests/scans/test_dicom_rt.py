@@ -20,11 +20,9 @@ from mupkg.data.preprocessing import Preparation
 from mupkg.scans.cases import CohortError, grid_difference, name_faults
 from mupkg.scans.dicom_rt import (
     NO_DEVICE,
-    RESEARCH,
     list_dicom,
     pseudonym,
     read_rtstruct,
-    write_dicom_seg,
     write_rtstruct,
 )
 from mupkg.scans.files import read_scan
@@ -251,23 +249,6 @@ def test_dciodvfy_finds_no_error_though_the_real_series_has_some(tmp_path, real_
     series = real_scan(f"rt_sts/{name}/dicom/image")
     write_rtstruct(noise(read_scan(series), 0.00001), series, tmp_path / "rs.dcm")
     assert "Error" not in dciodvfy(tmp_path / "rs.dcm")
-
-
-@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
-def test_a_segmentation_object_holds_the_same_voxels(tmp_path, axes):
-    highdicom = pytest.importorskip("highdicom", reason="highdicom, the extra dicomseg, is not installed")
-    image = scan(axes, shape=(4, 9, 11))
-    write_series(tmp_path / "ct", image)
-    mask = noise(read_scan(tmp_path / "ct"))
-    write_dicom_seg(mask, tmp_path / "ct", tmp_path / "seg.dcm", description="MetricUNet-HCP, phantoms")
-    written = highdicom.seg.segread(tmp_path / "seg.dcm")
-    assert RESEARCH in (written.ContentDescription, written.SeriesDescription)
-    volume = written.get_volume(combine_segments=True)
-    index = np.argwhere(np.asarray(volume.array) != 0)
-    points = index @ volume.affine[:3, :3].T + volume.affine[:3, 3]
-    found = {mask.TransformPhysicalPointToIndex(point.tolist()) for point in points}
-    assert found == {tuple(int(i) for i in zyx[::-1]) for zyx in np.argwhere(voxels(mask))}
-    assert shutil.which("dciodvfy") is None or "Error" not in dciodvfy(tmp_path / "seg.dcm")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,17 @@ def test_one_channel_of_a_4d_file(tmp_path):
             read_scan(tmp_path / "mr.nii.gz", channel=channel)
 
 
+@pytest.mark.parametrize("kind", [sitk.sitkFloat32, sitk.sitkFloat64])
+def test_only_the_chosen_volume_must_hold_numbers(tmp_path, kind):
+    good = sitk.Cast(volume(), kind)
+    (bad := sitk.Image(good))[1, 2, 3] = np.nan
+    sitk.WriteImage(sitk.JoinSeries([good, bad]), str(tmp_path / "mr.nii.gz"))
+    found = read_scan(tmp_path / "mr.nii.gz", channel=0)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), sitk.GetArrayFromImage(good))
+    with pytest.raises(ValueError, match=r"mr\.nii\.gz: 1 voxel\(s\) in it are NaN or infinite; export"):
+        read_scan(tmp_path / "mr.nii.gz", channel=1)
+
+
 def test_what_is_no_scan_is_refused_by_name(tmp_path):
     (tmp_path / "text.nii.gz").write_text("hello")
     sitk.WriteImage(volume()[:, :, 0], str(tmp_path / "flat.mha"))

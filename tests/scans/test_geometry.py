@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -267,6 +269,11 @@ REFUSED = {
         "01.dcm: its RescaleSlope is 0",
         "single-frame",
     ),
+    "a high bit above the stored ones": (
+        changed("BitsStored", 12, 4),
+        "04.dcm: its HighBit is 15",
+        "with HighBit 11",
+    ),
     "inverted": (
         changed("PhotometricInterpretation", "MONOCHROME1"),
         "00.dcm: is cut short, or is no MONOCH",
@@ -399,6 +406,21 @@ def test_a_slice_that_is_cut_is_named(bytes_left, tmp_path):
         read_scan(path.parent)
 
 
+@pytest.mark.parametrize("uids", [["1.2.8", "1.2.9"], [f"1.2.{n}" for n in range(N)], ["1.2.8", ""], ["1.2.8"]])
+def test_slices_of_several_frames_of_reference_are_told(uids, tmp_path):
+    """They may lie anywhere to one another; most often they do not, and an anonymiser made the UIDs up."""
+    slices = series()
+    for k, header in enumerate(slices):
+        header.FrameOfReferenceUID = uids[k % len(uids)]
+    folder = write(slices, tmp_path / "series")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_in_place(read_scan(folder))
+    frames = {*uids} - {""}
+    told = [f"{folder}: its slices name {len(frames)} frames of reference ({min(frames)} and others)"]
+    assert [str(warning.message).partition(";")[0] for warning in caught] == told * (len(frames) > 1)
+
+
 # NIfTI
 
 
@@ -495,6 +517,19 @@ def test_a_nifti_that_says_two_things_or_none_is_refused(name, tmp_path):
     fields, named, cure = NIFTI_REFUSED[name]
     with pytest.raises(ValueError, match=rf"scan\.nii: .*{named}.*{cure}"):
         read_scan(nifti(tmp_path / "scan.nii", **fields))
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_voxels_of_a_nifti_that_are_no_numbers_are_counted(order, pack, tmp_path):
+    """Regression: ITK read them as 0, water."""
+    content = bytearray(nifti(tmp_path / "whole.nii", order=order, **BOTH).read_bytes())
+    for voxel, value in ((0, np.nan), (777, np.inf), (N * ROWS * COLUMNS - 1, -np.inf)):
+        struct.pack_into(order + "f", content, 352 + 4 * voxel, value)
+    path = tmp_path / ("scan.nii" if pack is bytes else "scan.nii.gz")
+    path.write_bytes(pack(bytes(content)))
+    with pytest.raises(ValueError, match=rf"{path.name}: 3 voxel\(s\) in it are NaN or infinite; export the scan"):
+        read_scan(path)
 
 
 # MHA and NRRD

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from mupkg.metrics import calibration, segmentation_metrics
 from mupkg.scans.cases import Case
 from mupkg.stages import evaluation
-from mupkg.stages.evaluation import evaluate_elsewhere, measure
+from mupkg.stages.evaluation import evaluate_elsewhere, mask_metrics
 from mupkg.stages.inference import Pipeline, load_network, segment
 from mupkg.stages.localization import NotLocated
 
@@ -117,7 +117,7 @@ def test_metrics_are_in_mm_of_the_scan():
     label.SetSpacing((2.0, 3.0, 5.0))
     shifted = sitk.GetImageFromArray(np.roll(voxels, 1, axis=0))
     shifted.CopyInformation(label)
-    found = measure(shifted, Case("a", label, label))
+    found = mask_metrics(shifted, Case("a", label, label))
     assert found["DSC"] == 0.5 and found["HD"] == 5.0
 
 
@@ -130,7 +130,7 @@ def test_on_its_own_cohort_it_is_what_segmenting_gives(cohort, run_folder):
     table = evaluate_elsewhere(run_folder, cohort, ids)
     assert table["case_id"].tolist() == ids and table["located"].all()
     case = cohort.case(ids[0])
-    expected = measure(segment(case.image, run_folder), case)
+    expected = mask_metrics(segment(case.image, run_folder), case)
     assert {name: table[name].iloc[0] for name in expected} == pytest.approx(expected, nan_ok=True)
 
 

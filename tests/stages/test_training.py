@@ -266,20 +266,20 @@ def test_the_cohort_goes_to_the_gpu_if_half_of_its_free_memory_is_enough(monkeyp
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
     source = PatchSource([IMAGE], [LABEL], patch_size=(16, 16))
     monkeypatch.setattr(source, "to", lambda device: f"on {device}")
-    found = hardware.nearest(source, a_gpu(free))
+    found = hardware.on_gpu_if_it_fits(source, a_gpu(free))
     assert found == "on cuda" if fits else found is source
     assert ("lies in GPU memory" if fits else "cut on the CPU, see `workers`") in capsys.readouterr().out
 
 
 def test_without_a_gpu_the_volumes_stay_where_they_are():
     source = PatchSource([IMAGE], [LABEL], patch_size=(16, 16))
-    assert hardware.nearest(source, SimpleNamespace(device=torch.device("cpu"))) is source
+    assert hardware.on_gpu_if_it_fits(source, SimpleNamespace(device=torch.device("cpu"))) is source
 
 
 @pytest.fixture
 def in_device_memory(monkeypatch):
     """The CPU stands for the GPU."""
-    monkeypatch.setattr(training, "nearest", lambda source, accelerator: source.to("cpu"))
+    monkeypatch.setattr(training, "on_gpu_if_it_fits", lambda source, accelerator: source.to("cpu"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,12 +1,19 @@
 # %% [markdown]
-# # Lesson 1 · Cross-entropy cannot see neighbours
+# # Lesson 1 · What does a loss know of a shape?
 #
-# We find out what a voxel-wise loss knows of a shape, which is nothing, and what that means for a network that is
+# We find out what a voxel-wise loss, the cross-entropy, knows of a shape, and what that means for a network that is
 # trained by it.
 #
 # * **Time**: 40 minutes. The computer works for about 10 seconds.
-# * **In the paper**: Abstract and Section I; Eq. (3); the metrics, Eq. (5) to (8) in Section IV-C.
+# * **In the paper** (He et al., *MetricUNet*, Medical Image Analysis 2021,
+#   [doi:10.1016/j.media.2021.102039](https://doi.org/10.1016/j.media.2021.102039)): Abstract and Section I; Eq. (3);
+#   the metrics, Eq. (5) to (8) in Section IV-C.
 # * **We need**: NumPy, and to have seen a UNet. It is the first lesson.
+# * **Afterwards you can** write the cross-entropy; construct masks that it cannot tell apart; say which metric can;
+#   and tell what a voxel-wise loss leaves to the network.
+#
+# **Work cell by cell** (Shift and Enter), not with *Run All*: a guess comes before its answer, and an exercise that
+# is not solved yet stops the run. You can go back and run an earlier cell at any time.
 
 # %% [markdown]
 # ## A picture first
@@ -31,7 +38,8 @@ from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
 
 # %% tags=["setup"]
 sys.path.append(str(repository() / "notebooks/lessons"))
-from classroom import SPACING_MM, embed, exercise, expect, narrow, phantoms, same, show_slice, train
+from checks import check
+from classroom import SPACING_MM, embed, narrow, phantoms, show_slice, train
 
 # %%
 (image,), (label,) = phantoms([8])
@@ -39,8 +47,8 @@ truth = label == 1
 beside = ndimage.binary_dilation(truth) & ~truth
 masks = {}
 for name, where in {"rim": beside, "scattered": ~truth}.items():
-    wrong = np.random.default_rng(0).choice(np.flatnonzero(where), 120, replace=False)
-    masks[name] = truth | np.isin(np.arange(truth.size), wrong).reshape(truth.shape)
+    chosen = np.random.default_rng(0).choice(np.flatnonzero(where), 120, replace=False)
+    masks[name] = truth | np.isin(np.arange(truth.size), chosen).reshape(truth.shape)
 middle = int(truth.sum(axis=(1, 2)).argmax())
 figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True)
 for ax, (name, mask) in zip(axes, masks.items(), strict=True):
@@ -56,15 +64,15 @@ plt.show()
 # lower HD95 (the 95th percentile of the distances between both surfaces)?
 
 # %%
-guess = {"cross-entropy": "?", "DSC": "?", "HD95": "?"}  # "rim", "scattered" or "equal"
+guess_masks = {"cross-entropy": "?", "DSC": "?", "HD95": "?"}  # "rim", "scattered" or "equal"
 
 # %%
 for name, mask in masks.items():
-    probability = torch.from_numpy(np.where(mask, 0.9, 0.1))
-    loss = F.binary_cross_entropy(probability, torch.from_numpy(truth).double())
+    certainty = torch.from_numpy(np.where(mask, 0.9, 0.1))
+    loss = F.binary_cross_entropy(certainty, torch.from_numpy(truth).double())
     scores = segmentation_metrics(mask, truth, spacing_mm=SPACING_MM)
     print(f"{name:9}: cross-entropy {loss:.4f}, DSC {scores['DSC']:.3f}, HD95 {scores['HD95']:.1f} mm")
-print("your guess:", guess)
+print("your guess:", guess_masks)
 
 # %% [markdown]
 # The loss and the DSC cannot tell the two apart. HD95 can. A radiotherapist could, too: the first mask is a little
@@ -90,72 +98,43 @@ def cross_entropy(p, y):
     ### END SOLUTION
 
 
-# %% tags=["alternative"]
-def cross_entropy(p, y):
-    return float(np.log(1 / np.where(np.asarray(y) == 1, p, 1 - p)).mean())
-
-
-# %% tags=["mistake"]
-# hint: background voxels count nothing
-def cross_entropy(p, y):
-    return -np.mean(y * np.log(p))
-
-
-# %% tags=["mistake"]
-# hint: a mean
-def cross_entropy(p, y):
-    return -np.sum(y * np.log(p) + (1 - y) * np.log(1 - p))
-
-
-# %% tags=["mistake"]
-# hint: minus sign
-def cross_entropy(p, y):
-    return np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
-
-
-# %% tags=["mistake"]
-# hint: of the prostate only
-def cross_entropy(p, y):
-    return -np.log(p[y == 1]).mean()
-
-
 # %% tags=["check"]
-rng = np.random.default_rng(0)
-p, y = rng.uniform(0.02, 0.98, (4, 10, 10)), (rng.random((4, 10, 10)) < 0.2).astype(float)
-right = F.binary_cross_entropy(torch.from_numpy(p), torch.from_numpy(y)).item()
-mistakes = {
-    "background voxels count nothing in yours. Where y is 0, log(1 - p) counts.": -np.mean(y * np.log(p)),
-    "you sum; the loss is a mean over the voxels.": right * p.size,
-    "the minus sign is missing: a loss is above 0.": -right,
-    "you took the mean of the prostate only; every voxel counts.": -np.log(p[y == 1]).mean(),
-}
-with exercise("1.1", "np.log and np.mean are all you need."):
-    same(cross_entropy(p, y), right, mistakes, "Try one voxel by hand: p = 0.9, y = 1 gives 0.105.")
+# Check of 1.1: run this cell
+check("1.1", globals())
 
 # %% [markdown]
 # Now we shuffle *all voxels* of the volume, label and prediction in the same way.
 #
-# **Guess**: what becomes of the cross-entropy and of the DSC?
+# **Write down your guess**: what becomes of the cross-entropy and of the DSC?
 
 # %%
-order = np.random.default_rng(1).permutation(truth.size)
+guess_shuffled = {"cross-entropy": "?", "DSC": "?"}  # "lower", "equal" or "higher"
+
+# %%
+permutation = np.random.default_rng(1).permutation(truth.size)
 
 
 def shuffled(volume):
-    return volume.ravel()[order].reshape(volume.shape)
+    return volume.ravel()[permutation].reshape(volume.shape)
 
 
-mask, figure = masks["rim"], plt.figure(figsize=(5, 4.3))
+# %% [markdown]
+# The loss and the DSC of the mask with the fat rim, and a slice of the shuffled volume:
+
+# %%
+losses, figure = [], plt.figure(figsize=(5, 4.3))
 for name, change in {"as it was": np.array, "shuffled": shuffled}.items():
-    p, y = np.where(change(mask), 0.9, 0.1), change(truth)
-    dice = segmentation_metrics(change(mask), y, spacing_mm=SPACING_MM)["DSC"]
-    print(f"{name:10}: cross-entropy {cross_entropy(p, y):.12f}, DSC {dice:.12f}")
+    p, y = change(masks["rim"]), change(truth)
+    losses.append(cross_entropy(np.where(p, 0.9, 0.1), y))
+    dice = segmentation_metrics(p, y, spacing_mm=SPACING_MM)["DSC"]
+    print(f"{name:10}: cross-entropy {losses[-1]:.12f}, DSC {dice:.12f}")
+print(f"the two losses differ by {abs(np.diff(losses)[0]):.0e}; your guess: {guess_shuffled}")
 show_slice(figure.gca(), shuffled(image)[middle], {}, "the same slice, all voxels shuffled")
 plt.show()
 
 # %% [markdown]
-# Nothing has changed but the last digit's rounding. To the loss, an organ and this confetti are the same problem.
-# That is the paper's starting point: a voxel-wise loss takes every voxel for itself (Section I).
+# Nothing has changed, but for rounding at the far end of the digits. To the loss, an organ and this confetti are the
+# same problem. That is the paper's starting point: a voxel-wise loss takes every voxel for itself (Section I).
 #
 # Mind what this does *not* say. The **network** does see neighbours, by its convolutions. The **loss** does not
 # tell it what to do with them.
@@ -181,69 +160,15 @@ def two_masks(truth, count):
     ### END SOLUTION
 
 
-# %% tags=["alternative"]
-def two_masks(truth, count):
-    near, far = truth.copy(), truth.copy()
-    z, y, x = np.nonzero(ndimage.binary_dilation(truth) & ~truth)
-    near[z[:count], y[:count], x[:count]] = True
-    far[0, : count // 10, :10] = True  # a block in a corner
-    return near, far
-
-
-# %% tags=["mistake"]
-# hint: prostate voxels are missing
-def two_masks(truth, count):
-    rim = np.flatnonzero(ndimage.binary_dilation(truth) & ~truth)[:count]
-    far = np.flatnonzero(~truth)[:count]
-    return tuple(np.isin(np.arange(truth.size), wrong).reshape(truth.shape) for wrong in (rim, far))
-
-
-# %% tags=["mistake"]
-# hint: drawn twice
-def two_masks(truth, count):
-    near, far = truth.copy(), truth.copy()
-    rng = np.random.default_rng(0)
-    near.ravel()[rng.choice(np.flatnonzero(ndimage.binary_dilation(truth) & ~truth), count)] = True
-    far.ravel()[rng.choice(np.flatnonzero(~truth), count)] = True
-    return near, far
-
-
-# %% tags=["mistake"]
-# hint: first mask
-def two_masks(truth, count):
-    near, far = truth.copy(), truth.copy()
-    near.ravel()[np.flatnonzero(~truth)[:count]] = True
-    far.ravel()[np.flatnonzero(~truth)[-count:]] = True
-    return near, far
-
-
-# %% tags=["mistake"]
-# hint: second mask
-def two_masks(truth, count):
-    near, far = truth.copy(), truth.copy()
-    rim = np.flatnonzero(ndimage.binary_dilation(truth) & ~truth)
-    near.ravel()[rim[:count]] = True
-    far.ravel()[rim[-count:]] = True
-    return near, far
-
-
 # %% tags=["check"]
-with exercise("1.2", "The rim is what a dilation adds. For the far voxels, think of the corners."):
-    for count in (60, 150):
-        both = two_masks(truth.copy(), count)
-        for mask in both:
-            expect(mask[truth].all(), "prostate voxels are missing. Add the wrong voxels to the truth.")
-            added = int((mask & ~truth).sum())
-            expect(added == count, f"there are {added} wrong voxels, not {count}. Were some drawn twice?")
-        near, far = (segmentation_metrics(mask, truth, spacing_mm=SPACING_MM)["HD95"] for mask in both)
-        expect(near < 6, f"the first mask has an HD95 of {near:.1f} mm. Stay closer to the prostate.")
-        expect(far > 25, f"the second mask has an HD95 of {far:.1f} mm. Go farther away.")
+# Check of 1.2: run this cell
+check("1.2", globals())
 
 # %%
-for name, mask in zip(("near", "far"), two_masks(truth, 120), strict=True):
+for name, mask in zip(("below 6 mm", "above 25 mm"), two_masks(truth, 120), strict=True):
     loss = cross_entropy(np.where(mask, 0.9, 0.1), truth)
     scores = segmentation_metrics(mask, truth, spacing_mm=SPACING_MM)
-    print(f"{name:4}: cross-entropy {loss:.4f}, DSC {scores['DSC']:.3f}, HD95 {scores['HD95']:.1f} mm")
+    print(f"cross-entropy {loss:.4f}, DSC {scores['DSC']:.3f}, HD95 {scores['HD95']:.1f} mm, wanted {name}")
 
 # %% [markdown]
 # So **a lower loss is no better shape**. Nor is a higher DSC.
@@ -254,8 +179,8 @@ for name, mask in zip(("near", "far"), two_masks(truth, 120), strict=True):
 # If the loss cannot see neighbours, does a network trained by it make confetti? We train a narrow UNet by
 # cross-entropy alone and look where it errs on phantoms that it has not seen.
 #
-# **Guess**: of how many separate pieces is one of its masks made? And which share of its wrong voxels lies within 5
-# mm of the true contour?
+# **Write down your guess**: of how many separate pieces is one of its masks made? And which share of its wrong
+# voxels lies within 5 mm of the true contour?
 
 # %%
 guess_pieces, guess_near = "?", "?"
@@ -265,14 +190,15 @@ volumes, unseen = phantoms(range(8)), phantoms(range(8, 12))
 network, loss = narrow("UNet")
 history = train(network, loss, volumes)
 truths = [label == 1 for label in unseen[1]]
-masks = [embed(network, image).logits.argmax(dim=1).numpy() == 1 for image in unseen[0]]
-wrong = [mask != truth for mask, truth in zip(masks, truths, strict=True)]
+predicted = [embed(network, image).logits.argmax(dim=1).numpy() == 1 for image in unseen[0]]
+wrong = [mask != truth for mask, truth in zip(predicted, truths, strict=True)]
 print(f"cross-entropy {history['cross-entropy'].tail(20).mean():.3f}; {np.mean(wrong):.1%} of the voxels are wrong")
 
 # %% [markdown]
-# **Exercise 1.3** (10 minutes). Write the share of the wrong voxels that are near. The distance of a voxel is that
-# to the nearest voxel of the *other* label, in mm, centre to centre. `ndimage.distance_transform_edt(mask,
-# sampling=spacing_mm)` gives each voxel *in* the mask its distance to the nearest one outside.
+# **Exercise 1.3** (10 minutes). Write the share of the wrong voxels that are at most `within_mm` away. The distance
+# of a voxel is that to the nearest voxel of the *other* label, in mm, centre to centre.
+# `ndimage.distance_transform_edt(mask, sampling=spacing_mm)` gives each voxel *in* the mask its distance to the
+# nearest one outside.
 
 
 # %%
@@ -285,48 +211,9 @@ def share_near(wrong, truth, spacing_mm, within_mm=5):
     ### END SOLUTION
 
 
-# %% tags=["mistake"]
-# hint: in voxels
-def share_near(wrong, truth, spacing_mm, within_mm=5):
-    distance = ndimage.distance_transform_edt(truth) + ndimage.distance_transform_edt(~truth)
-    return np.mean(distance[wrong] <= within_mm)
-
-
-# %% tags=["mistake"]
-# hint: inside the prostate
-def share_near(wrong, truth, spacing_mm, within_mm=5):
-    distance = ndimage.distance_transform_edt(~truth, sampling=spacing_mm)
-    return np.mean(distance[wrong] <= within_mm)
-
-
-# %% tags=["mistake"]
-# hint: other way round
-def share_near(wrong, truth, spacing_mm, within_mm=5):
-    distance = sum(ndimage.distance_transform_edt(mask, sampling=spacing_mm) for mask in (truth, ~truth))
-    return np.mean(wrong[distance <= within_mm])
-
-
 # %% tags=["check"]
-rng = np.random.default_rng(2)
-ball = np.hypot(*np.mgrid[-15:16, -15:16]) < 9.5
-noise, spacing = rng.random(ball.shape) < 0.3, (3.0, 2.0)
-depth, away = (ndimage.distance_transform_edt(mask, sampling=spacing) for mask in (ball, ~ball))
-in_voxels = ndimage.distance_transform_edt(ball) + ndimage.distance_transform_edt(~ball)
-mistakes = {
-    "you measure in voxels; `sampling` makes it mm.": np.mean(in_voxels[noise] <= 5),
-    "voxels inside the prostate have no distance in yours. They need the other transform.": np.mean(away[noise] <= 5),
-    "you have it the other way round: of the near voxels, the share that is wrong.": np.mean(
-        noise[depth + away <= 5]
-    ),
-}
-with exercise("1.3", "One distance transform for voxels inside, one for those outside."):
-    right = np.mean((depth + away)[noise] <= 5)
-    same(
-        share_near(noise, ball, spacing),
-        right,
-        mistakes,
-        "Of the wrong voxels, how many have a distance of 5 or less?",
-    )
+# Check of 1.3: run this cell
+check("1.3", globals())
 
 # %%
 pairs = list(zip(wrong, truths, strict=True))
@@ -336,25 +223,26 @@ print(f"{of_errors:.0%} of the wrong voxels lie within 5 mm of the contour (your
 print(f"where {of_all:.0%} of all voxels lie")
 
 # %% [markdown]
-# Most of what goes wrong goes wrong at the contour, where grey values do not tell and labels themselves are least
-# certain. A cure for cross-entropy has to prove itself *there* (lesson 5). And the rest? We count the pieces of
-# each mask, and throw all but the largest away.
+# Compare the two shares: what goes wrong gathers at the contour, where grey values do not tell and labels themselves
+# are least certain. A cure for cross-entropy has to prove itself *there* (lesson 5). And the rest? We count the
+# pieces of each mask, and throw all but the largest away.
 
 # %%
-print(f"your guess: {guess_pieces} pieces")
-for mask, truth in zip(masks, truths, strict=True):
+falls = 0
+for mask, actual in zip(predicted, truths, strict=True):
     pieces, count = ndimage.label(mask)
     largest = pieces == 1 + np.bincount(pieces.ravel())[1:].argmax()
-    print(f"{count:2} pieces", end="")
-    for name, shown in {"all": mask, "largest": largest}.items():
-        scores = segmentation_metrics(shown, truth, spacing_mm=SPACING_MM)
-        print(f"; {name}: DSC {scores['DSC']:.3f}, HD95 {scores['HD95']:4.1f} mm", end="")
-    print()
+    before, after = (segmentation_metrics(m, actual, spacing_mm=SPACING_MM) for m in (mask, largest))
+    falls += after["HD95"] < before["HD95"]
+    print(f"{count:2} pieces: DSC {before['DSC']:.3f}, HD95 {before['HD95']:4.1f} mm;", end=" ")
+    print(f"the largest: DSC {after['DSC']:.3f}, HD95 {after['HD95']:4.1f} mm")
+print(f"HD95 falls in {falls} of {len(predicted)} masks; your guess: {guess_pieces} pieces")
 
 # %% [markdown]
 # Some islands, as the paper says of networks trained like this, but no confetti: convolutions make neighbours
-# answer alike, whatever the loss. And one line of clean-up removes the islands. So ask of every comparison whether
-# *both* sides were cleaned up; the paper does not say (reading R10 of `METHOD.md`).
+# answer alike, whatever the loss. And one line of clean-up removes the islands; where they lay far away, HD95 falls.
+# So ask of every comparison whether *both* sides were cleaned up. The paper does not say (reading R10 of
+# `METHOD.md`).
 
 # %% [markdown]
 # ## Step 4: and the metric loss?
@@ -363,27 +251,36 @@ for mask, truth in zip(masks, truths, strict=True):
 # to model "inter-voxel relationships". But which? We take the trained network's embeddings, draw triplets with the
 # paper's three samplers, and shuffle all voxels once again.
 #
-# **Guess**: which of R (random), H (hard) and C (contour) notices?
+# **Write down your guess**: which of R (random), H (hard) and C (contour) notices?
 
 # %%
-logits, embeddings = embed(network, unseen[0][0])
-labels, probability = torch.from_numpy(unseen[1][0]).long(), logits.softmax(dim=1)[:, 1]
+guess_notices = "?"  # letters
+
+# %% tags=["setup"]
+labels = torch.from_numpy(unseen[1][0]).long()
 slices = labels.flatten(1).any(dim=1)
-labels, probability, embeddings = labels[slices], probability[slices], embeddings[slices]
+logits, embeddings = (values[slices] for values in embed(network, unseen[0][0]))
+labels, probability = labels[slices], logits.softmax(dim=1)[:, 1]
 mixed = torch.randperm(labels[0].numel(), generator=torch.Generator().manual_seed(0))
-for sampler in (RandomSampler(2000), HardNegativeSampler(2000), ContourSampler(2000)):
-    losses = []
-    for order in (torch.arange(len(mixed)), mixed):
-        here = [x.flatten(-2)[..., order].unflatten(-1, (40, 40)) for x in (labels, probability, embeddings)]
-        tuples = sampler(*here[:2], torch.Generator().manual_seed(0))
-        losses.append(VoxelMetricLoss()(here[2], tuples).item())
-    print(f"{sampler.letter}: metric loss {losses[0]:.3f}, with shuffled voxels {losses[1]:.3f}")
 
 # %% [markdown]
-# R and H do not notice (the small differences come from the draws). They relate voxels by their *label*, not by
-# their place: two prostate voxels are to have like embeddings, wherever they are. Only C looks at places at all, to
-# find the contour. **The metric loss is as blind to shape as cross-entropy.** If it makes better shapes, it is in
-# some other way.
+# Eight draws each, 500 anchors an image, first with all voxels in place and then shuffled:
+
+# %%
+print("your guess:", guess_notices)
+for sampler in (RandomSampler(500), HardNegativeSampler(500), ContourSampler(500)):
+    for name, order in {"metric loss": torch.arange(len(mixed)), "shuffled": mixed}.items():
+        here = [x.flatten(-2)[..., order].unflatten(-1, (40, 40)) for x in (labels, probability, embeddings)]
+        draws = (sampler(*here[:2], torch.Generator().manual_seed(k)) for k in range(8))
+        losses = [VoxelMetricLoss()(here[2], tuples).item() for tuples in draws]
+        print(f"{sampler.letter}: {name:11} {np.mean(losses):.4f} (8 draws: ± {np.std(losses):.4f})", end="  ")
+    print()
+
+# %% [markdown]
+# Compare each difference with what the draws alone do (±). R and H do not notice. They relate voxels by their
+# *label*, not by their place: two prostate voxels are to have like embeddings, wherever they are. Only C looks at
+# places at all, to find the contour. **The metric loss is as blind to shape as cross-entropy.** If it makes better
+# shapes, it is in some other way.
 
 # %% [markdown]
 # ## What we have learned
@@ -394,6 +291,32 @@ for sampler in (RandomSampler(2000), HardNegativeSampler(2000), ContourSampler(2
 #
 # **To think about**: in the paper's Table III the UNet has an ASD of 3.9 mm and MetricUNet-HCP 1.4 mm, but a DSC of
 # 0.84 and 0.88. Could islands explain the difference in ASD? What would you need to know?
+
+# %% [markdown] tags=["exam"]
+# **Two exam questions**
 #
-# **Read next**: the paper's Section I; Maier-Hein et al., *Metrics reloaded* (Nature Methods 2024), on what each
-# metric cannot see; then lesson 2: how a voxel becomes a vector.
+# 1. Two masks have the same DSC, 0.90, with the same truth. Draw (in 2D) a pair of which one is useful to a
+#    radiotherapist and the other is not. Name a metric that tells them apart, and a pair that *it* cannot tell apart.
+# 2. "We added a term to the cross-entropy and the number of islands fell, so the term models the neighbourhood."
+#    Name two other explanations, and an experiment for each.
+
+# %% [markdown]
+# **Read next**: the paper's Section I; Maier-Hein et al., *Metrics reloaded* (Nature Methods 2024,
+# [doi:10.1038/s41592-023-02151-z](https://doi.org/10.1038/s41592-023-02151-z)), on what each metric cannot see; then
+# lesson 2: how a voxel becomes a vector.
+
+# %% [markdown] tags=["answer"]
+# ## Answers (in the solutions only)
+#
+# **To think about.** Islands can: a few voxels far away move an average of distances much and a DSC hardly, as the
+# pieces above show. To know, one needs both rows with the largest component only, or the masks. The paper gives
+# neither, nor does it say whether both were cleaned up.
+
+# %% [markdown] tags=["answer", "exam"]
+# **Exam 1.** A ring one voxel wide around the truth against the same number of voxels in a far corner: HD95 (or
+# HD, ASD) tells them apart, the DSC does not. HD95 cannot tell apart, for instance, a far island of 4 % of the
+# surface from none, and the maximum HD cannot tell one stray voxel from a hundred in the same place.
+#
+# **Exam 2.** Clean-up or its absence on one side (repeat with and without the largest component on both); the draw
+# of the seed (train several times, lesson 6); a longer or better training (compare at the same cross-entropy). For
+# the claim itself: shuffle the voxels and look whether the term changes, as in Step 4.

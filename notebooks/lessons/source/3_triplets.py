@@ -5,8 +5,15 @@
 # the margin is measured in.
 #
 # * **Time**: 45 minutes. The computer works for about 15 seconds.
-# * **In the paper**: Section III-B.3, Eq. (2). How we read it: `METHOD.md`, readings R6 and R7.
+# * **In the paper** (He et al., *MetricUNet*, Medical Image Analysis 2021,
+#   [doi:10.1016/j.media.2021.102039](https://doi.org/10.1016/j.media.2021.102039)): Section III-B.3, Eq. (2). How we
+#   read it: `METHOD.md`, readings R6 and R7.
 # * **We need**: gradients by hand, a little PyTorch, and lesson 2.
+# * **Afterwards you can** write a triplet loss and its gradient; say what a loss without a lower end does to a
+#   training; and tell in which unit a margin is given.
+#
+# **Work cell by cell** (Shift and Enter), not with *Run All*: a guess comes before its answer, and an exercise that
+# is not solved yet stops the run. You can go back and run an earlier cell at any time.
 
 # %% [markdown]
 # ## A picture first
@@ -29,7 +36,8 @@ from mupkg.samplers import RandomSampler, VoxelTuples
 from mupkg.stages import predict_volume
 
 sys.path.append(str(repository() / "notebooks/lessons"))
-from classroom import BACKGROUND, PROSTATE, SPACING_MM, exercise, expect, narrow, phantoms, same, train
+from checks import check
+from classroom import BACKGROUND, PROSTATE, SPACING_MM, narrow, phantoms, train
 
 
 # %% tags=["setup"]
@@ -70,12 +78,12 @@ plt.show()
 # another 60 steps?
 
 # %%
-guess = "?"  # your number for A's loss after 120 steps
+guess_120 = "?"  # your number for A's loss after 120 steps
 
 # %%
 for name, loss in losses.items():
     print(f"{name}: the loss is {move(loss, 120)[1][-1]:.2f} after 120 steps")
-print(f"your guess for A was {guess}")
+print(f"your guess for A was {guess_120}")
 
 # %% [markdown]
 # A's loss has no lower end. It falls faster and faster, and more of it means nothing: the two kinds were apart long
@@ -110,81 +118,9 @@ def triplet_loss(anchors, positives, negatives, margin=0.7):
     ### END SOLUTION
 
 
-# %% tags=["alternative"]
-def triplet_loss(anchors, positives, negatives, margin=0.7):
-    losses = []
-    for a, p, n in zip(anchors, positives, negatives, strict=True):
-        losses.append(max(0.0, float((a - p) @ (a - p) - (a - n) @ (a - n)) + margin))
-    return sum(losses) / len(losses)
-
-
-# %% tags=["mistake"]
-# hint: the hinge is missing
-def triplet_loss(anchors, positives, negatives, margin=0.7):
-    to_positive = (anchors - positives).square().sum(dim=1)
-    to_negative = (anchors - negatives).square().sum(dim=1)
-    return (to_positive - to_negative + margin).mean()
-
-
-# %% tags=["mistake"]
-# hint: mean comes before the hinge
-def triplet_loss(anchors, positives, negatives, margin=0.7):
-    to_positive = (anchors - positives).square().sum(dim=1)
-    to_negative = (anchors - negatives).square().sum(dim=1)
-    return ((to_positive - to_negative).mean() + margin).relu()
-
-
-# %% tags=["mistake"]
-# hint: square is missing
-def triplet_loss(anchors, positives, negatives, margin=0.7):
-    to_positive = (anchors - positives).norm(dim=1)
-    to_negative = (anchors - negatives).norm(dim=1)
-    return (to_positive - to_negative + margin).relu().mean()
-
-
-# %% tags=["mistake"]
-# hint: changed places
-def triplet_loss(anchors, positives, negatives, margin=0.7):
-    to_positive = (anchors - positives).square().sum(dim=1)
-    to_negative = (anchors - negatives).square().sum(dim=1)
-    return (to_negative - to_positive + margin).relu().mean()
-
-
-# %% tags=["mistake"]
-# hint: summed over the triplets
-def triplet_loss(anchors, positives, negatives, margin=0.7):
-    to_positive = (anchors - positives).square().sum(dim=1)
-    to_negative = (anchors - negatives).square().sum(dim=1)
-    return (to_positive - to_negative + margin).relu().sum()
-
-
-# %% tags=["mistake"]
-# hint: over the channels
-def triplet_loss(anchors, positives, negatives, margin=0.7):
-    to_positive = (anchors - positives).square().mean(dim=1)
-    to_negative = (anchors - negatives).square().mean(dim=1)
-    return (to_positive - to_negative + margin).relu().mean()
-
-
 # %% tags=["check"]
-def ours(a, p, n):
-    tuples = VoxelTuples(*torch.arange(3 * len(a)).view(3, -1))
-    return VoxelMetricLoss()(torch.cat([a, p, n]).T[None], tuples)
-
-
-a, p, n = torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(0))
-raw = squared_distance(a, p) - squared_distance(a, n) + 0.7
-unsquared = (a - p).norm(dim=1) - (a - n).norm(dim=1) + 0.7
-mistakes = {
-    "the hinge is missing: a satisfied triplet must count 0, not less.": raw.mean(),
-    "the mean comes before the hinge, so that satisfied triplets pay for the others.": raw.mean().relu(),
-    "the square is missing: d is the squared distance.": unsquared.relu().mean(),
-    "positive and negative have changed places.": (1.4 - raw).relu().mean(),
-    "you summed over the triplets; we take the mean.": raw.relu().sum(),
-    "d is a sum over the channels, not a mean.": ((raw - 0.7) / 4 + 0.7).relu().mean(),
-}
-with exercise("3.1", "Begin with d(a, p) and d(a, n), a number for each triplet."):
-    same(triplet_loss(a, p, n), ours(a, p, n), mistakes, "Try it by hand on one triplet.")
+# Check of 3.1: run this cell
+check("3.1", globals())
 
 # %% [markdown]
 # ## Step 2: how hard does a triplet push?
@@ -192,7 +128,10 @@ with exercise("3.1", "Begin with d(a, p) and d(a, n), a number for each triplet.
 # Training follows gradients, not losses. So look at the gradient of $d(a, p) - d(a, n) + \sigma$ with respect to
 # the anchor.
 #
-# **Guess first**: we move the negative twice as far away. Does it push harder, as hard as before, or less?
+# **Write down your guess**: we move the negative twice as far away. Does it push harder, as hard as before, or less?
+
+# %%
+guess_push = {"A, as printed": "?", "B, with hinge": "?"}  # "harder", "equal" or "less"
 
 # %% [markdown]
 # **Exercise 3.2** (10 minutes). Work the gradient of *one* triplet's loss **with the hinge** out on paper, then
@@ -209,56 +148,9 @@ def anchor_gradient(anchors, positives, negatives, margin=0.7):
     ### END SOLUTION
 
 
-# %% tags=["alternative"]
-def anchor_gradient(anchors, positives, negatives, margin=0.7):
-    gradient = 2 * (anchors - positives) - 2 * (anchors - negatives)
-    silent = torch.cdist(anchors, negatives).diag() ** 2 >= torch.cdist(anchors, positives).diag() ** 2 + margin
-    gradient[silent] = 0
-    return gradient
-
-
-# %% tags=["mistake"]
-# hint: satisfied triplet still pushes
-def anchor_gradient(anchors, positives, negatives, margin=0.7):
-    return 2 * (negatives - positives)
-
-
-# %% tags=["mistake"]
-# hint: factor 2
-def anchor_gradient(anchors, positives, negatives, margin=0.7):
-    raw = (anchors - positives).square().sum(dim=1) - (anchors - negatives).square().sum(dim=1) + margin
-    return (negatives - positives) * (raw > 0)[:, None]
-
-
-# %% tags=["mistake"]
-# hint: points the other way
-def anchor_gradient(anchors, positives, negatives, margin=0.7):
-    raw = (anchors - positives).square().sum(dim=1) - (anchors - negatives).square().sum(dim=1) + margin
-    return 2 * (positives - negatives) * (raw > 0)[:, None]
-
-
-# %% tags=["mistake"]
-# hint: margin
-def anchor_gradient(anchors, positives, negatives, margin=0.7):
-    raw = (anchors - positives).square().sum(dim=1) - (anchors - negatives).square().sum(dim=1)
-    return 2 * (negatives - positives) * (raw > 0)[:, None]
-
-
 # %% tags=["check"]
-a, p, n = torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(1))
-(right,) = torch.autograd.grad(len(a) * ours(a.requires_grad_(), p, n), a)
-a = a.detach()
-no_margin = (squared_distance(a, p) > squared_distance(a, n))[:, None]
-mistakes = {
-    "a satisfied triplet still pushes. What is the slope of max(0, x) below 0?": 2 * (n - p),
-    "the factor 2 of the square's derivative is missing.": right / 2,
-    "it points the other way. The gradient is where the loss grows.": -right,
-    "you left the margin out when you asked which triplets are satisfied.": 2 * (n - p) * no_margin,
-}
-with exercise("3.2", "The derivative of d(a, p) with respect to a is 2 (a - p)."):
-    same(
-        anchor_gradient(a, p, n), right, mistakes, "Two pieces: which triplets push at all, and the two derivatives."
-    )
+# Check of 3.2: run this cell
+check("3.2", globals())
 
 # %% [markdown]
 # The anchor itself has dropped out: the push of a triplet is $2(n - p)$, as long as the distance of negative and
@@ -275,6 +167,7 @@ ax.axvline((0.25 + 0.7) ** 0.5, color="gray", lw=1, label="d(a, n) = d(a, p) + �
 ax.set(xlabel="distance from anchor to negative", ylabel="push on the anchor (gradient's length)")
 ax.legend()
 plt.show()
+print("your guess:", guess_push)
 
 # %% [markdown]
 # Without the hinge the push *grows* with the distance: what is far apart already is driven apart fastest. That is
@@ -302,9 +195,9 @@ volumes, networks, histories = phantoms(range(8)), {}, {}
 for name, hinge in {"A": False, "B": True}.items():
     networks[name], loss = narrow("MetricUNet-R", hinge=hinge)
     histories[name] = train(networks[name], loss, volumes, steps=150, measure=length)
-    last = histories[name].tail(20).mean()  # over 20 steps, because single patches differ
-    print(f"{name}: metric loss {last['metric']:.3g}, squared length {last['squared length']:.3g}, ", end="")
-    print(f"cross-entropy {last['cross-entropy']:.3f}")
+    first, last = histories[name].iloc[0], histories[name].tail(20).mean()  # single patches differ
+    print(f"{name}: squared length {first['squared length']:.3g}, then {last['squared length']:.3g}", end=", ")
+    print(f"metric loss {last['metric']:.3g}, cross-entropy {last['cross-entropy']:.3f}")
 print("your guesses for the squared length:", guess_a, guess_b)
 
 # %%
@@ -323,15 +216,18 @@ plt.show()
 
 # %%
 images, labels = phantoms(range(8, 12))
+scores = {}
 for name, network in networks.items():
     masks = [predict_volume(network, image) > 0.5 for image in images]
     pairs = zip(masks, labels, strict=True)
-    dice = [segmentation_metrics(mask, label, spacing_mm=SPACING_MM)["DSC"] for mask, label in pairs]
-    print(f"{name}: DSC {', '.join(f'{value:.2f}' for value in dice)}")
+    scores[name] = [segmentation_metrics(mask, label, spacing_mm=SPACING_MM)["DSC"] for mask, label in pairs]
+    print(f"{name}: DSC {', '.join(f'{value:.2f}' for value in scores[name])}")
+worse = sum(a < b for a, b in zip(scores["A"], scores["B"], strict=True))
+print(f"A is worse than B on {worse} of {len(images)} phantoms")
 
 # %% [markdown]
-# A's loss is the "best" by far, and its network the worst. Its embeddings grow, and the cross-entropy has less and
-# less say. A hundredth of a term without an end is still a term without an end.
+# A's loss is by far the lower one, and its network the worse one. Its embeddings grow, and the cross-entropy has less
+# and less say. A hundredth of a term without an end is still a term without an end.
 #
 # **A lower loss is no better loss** if it has no lower end. We doubt that Eq. (2) was trained as it is printed, and
 # read it with the hinges of the losses that the paper cites (reading R6).
@@ -356,8 +252,11 @@ print(f"and d(a, n) is {to_negative.mean():.2f} on average; the margin is 0.7")
 # %% [markdown]
 # A triplet that the hinge has not silenced is *active*: only active triplets teach.
 #
-# **Guess first**: we multiply all embeddings by 10. Nothing moves against anything else. What happens to the share
-# of active triplets?
+# **Write down your guess**: we multiply all embeddings by 10. Nothing moves against anything else. What happens to
+# the share of active triplets?
+
+# %%
+guess_scale = "?"  # the share with embeddings × 10
 
 # %% [markdown]
 # **Exercise 3.3** (10 minutes). Write the share of active triplets. With `normalize=True` bring every embedding to
@@ -375,71 +274,15 @@ def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
     ### END SOLUTION
 
 
-# %% tags=["mistake"]
-# hint: satisfied ones
-def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
-    if normalize:
-        anchors, positives, negatives = (x / x.norm(dim=1, keepdim=True) for x in (anchors, positives, negatives))
-    to_positive = (anchors - positives).square().sum(dim=1)
-    to_negative = (anchors - negatives).square().sum(dim=1)
-    return (to_negative > to_positive + margin).float().mean()
-
-
-# %% tags=["mistake"]
-# hint: left the margin out
-def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
-    if normalize:
-        anchors, positives, negatives = (x / x.norm(dim=1, keepdim=True) for x in (anchors, positives, negatives))
-    return ((anchors - positives).norm(dim=1) > (anchors - negatives).norm(dim=1)).float().mean()
-
-
-# %% tags=["mistake"]
-# hint: number, not the share
-def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
-    if normalize:
-        anchors, positives, negatives = (x / x.norm(dim=1, keepdim=True) for x in (anchors, positives, negatives))
-    to_positive = (anchors - positives).square().sum(dim=1)
-    to_negative = (anchors - negatives).square().sum(dim=1)
-    return (to_positive - to_negative + margin > 0).sum()
-
-
-# %% tags=["mistake"]
-# hint: row by row
-def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
-    if normalize:
-        anchors, positives, negatives = (x / x.norm() for x in (anchors, positives, negatives))
-    to_positive = (anchors - positives).square().sum(dim=1)
-    to_negative = (anchors - negatives).square().sum(dim=1)
-    return (to_positive - to_negative + margin > 0).float().mean()
-
-
-# %% tags=["mistake"]
-# hint: length of 1
-def active_share(anchors, positives, negatives, margin=0.7, normalize=False):
-    to_positive = (anchors - positives).square().sum(dim=1)
-    to_negative = (anchors - negatives).square().sum(dim=1)
-    return (to_positive - to_negative + margin > 0).float().mean()
-
-
 # %% tags=["check"]
-raw = squared_distance(seen[0], seen[1]) - squared_distance(seen[0], seen[2])
-right, active = (raw + 0.7 > 0).float().mean(), (raw + 0.7 > 0).sum()
-mistakes = {
-    "you count the satisfied ones. Active triplets are the others.": 1 - right,
-    "you left the margin out.": (raw > 0).float().mean(),
-    "that is the number, not the share.": active,
-}
-with exercise("3.3", "A triplet is active while d(a, p) - d(a, n) + σ is above 0."):
-    same(active_share(*seen), right, mistakes, "Count the triplets whose hinged loss is above 0.")
-    once, tenfold = (active_share(*(k * x for x in seen), normalize=True) for k in (1, 10))
-    expect(torch.isclose(once, tenfold), "with normalize=True every embedding must come to a length of 1.")
-    unit = [torch.nn.functional.normalize(x, dim=1) for x in seen]
-    expect(torch.isclose(once, active_share(*unit)), "normalise row by row: dim=1 and keepdim=True in the norm.")
+# Check of 3.3: run this cell
+check("3.3", globals())
 
 # %%
 for scale in (0.1, 1, 10):
     raw, unit = (active_share(*(scale * x for x in seen), normalize=k) for k in (False, True))
     print(f"embeddings × {scale:<4}: {raw:.3f} of the triplets are active, {unit:.3f} if normalised")
+print("your guess for × 10:", guess_scale)
 
 # %% [markdown]
 # The same geometry, and anything between all and almost none of the triplets teach. So **σ has no meaning by
@@ -457,7 +300,31 @@ for scale in (0.1, 1, 10):
 #
 # **To think about**: Eq. (2) adds ε in its second term, $d(a, p) + \varepsilon$, though the text calls ε the
 # greatest distance of positive pairs. What is the gradient of an added constant? What would a hinge make of it?
+
+# %% [markdown] tags=["exam"]
+# **Two exam questions**
 #
-# **Read next**: the paper's Section III-B.3 once more, now with R6 and R7 of `METHOD.md`; *FaceNet* (Schroff et
-# al., CVPR 2015), Section 3, for where the hinge comes from; then lesson 4: of the triplets we draw, who still
-# teaches?
+# 1. One triplet: a = (0, 0), p = (1, 0), n = (0, 2), σ = 0.7. Compute the loss with and without the hinge and the
+#    gradient with respect to a in both cases. At which distance of n from a does B fall silent?
+# 2. Two groups report their best margin: 0.7 with 256 channels, 1.0 with 64 channels. A third group concludes that
+#    fewer channels need a larger margin. What do you ask before you believe it?
+
+# %% [markdown]
+# **Read next**: the paper's Section III-B.3 once more, now with R6 and R7 of `METHOD.md`; *FaceNet* (Schroff et al.,
+# CVPR 2015, [doi:10.1109/CVPR.2015.7298682](https://doi.org/10.1109/CVPR.2015.7298682)), Section 3, for where the
+# hinge comes from; then lesson 4: of the triplets we draw, who still teaches?
+
+# %% [markdown] tags=["answer"]
+# ## Answers (in the solutions only)
+#
+# **To think about.** An added constant has the gradient zero: as printed, ε does nothing. In a hinge,
+# $\max(0, d(a, p) - \varepsilon)$, it becomes what the text calls it: pairs nearer than ε are left alone.
+
+# %% [markdown] tags=["answer", "exam"]
+# **Exam 1.** d(a, p) = 1, d(a, n) = 4: without a hinge 1 - 4 + 0.7 = -2.3, with it 0. The gradient is
+# 2 (n - p) = (-2, 4) without and (0, 0) with it. B falls silent once d(a, n) reaches 1.7, that is at a distance of
+# √1.7, about 1.3.
+#
+# **Exam 2.** How large are d(a, p) and d(a, n) in both networks? The margin is compared with them, and a sum over
+# more channels is larger to begin with. Were the embeddings normalised? Which share of the triplets is active? And
+# how many seeds stand behind each "best"?

@@ -1,12 +1,19 @@
 # %% [markdown]
 # # Lesson 5 · The contour
 #
-# "Contour-aware" sounds like sharper contours. We measure how sharp they are, find out what contour-aware sampling
-# asks for, and see why a millimetre is not the same to every prostate.
+# "Contour-aware" sounds like sharper contours. We measure how sharp they are, find out that we have measured
+# something else, measure again, and see why a millimetre is not the same to every prostate.
 #
-# * **Time**: 45 minutes. The computer works for about 20 seconds.
-# * **In the paper**: Section III-B.2, iii); Fig. 1 and 5(c); DSC and ASD, Eq. (5) and (6).
+# * **Time**: 55 minutes. The computer works for about 20 seconds.
+# * **In the paper** (He et al., *MetricUNet*, Medical Image Analysis 2021,
+#   [doi:10.1016/j.media.2021.102039](https://doi.org/10.1016/j.media.2021.102039)): Section III-B.2, iii); Fig. 1 and
+#   5(c); DSC and ASD, Eq. (5) and (6).
 # * **We need**: lesson 3 and a little of lesson 4.
+# * **Afterwards you can** find a contour in a label; tell a blurred edge from a displaced one; and say what a mean
+#   DSC hides about small organs.
+#
+# **Work cell by cell** (Shift and Enter), not with *Run All*: a guess comes before its answer, and an exercise that
+# is not solved yet stops the run. You can go back and run an earlier cell at any time.
 
 # %% [markdown]
 # ## A picture first
@@ -19,19 +26,19 @@
 import sys
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 from scipy import ndimage
 from torch.nn import functional as F
 
 from mupkg import repository
-from mupkg.data import PatchSource
 from mupkg.metrics import segmentation_metrics
-from mupkg.samplers import contour
 
 # %% tags=["setup"]
 sys.path.append(str(repository() / "notebooks/lessons"))
-from classroom import BLUE, SPACING_MM, VERMILION, embed, exercise, narrow, phantoms, same, train
+from checks import check
+from classroom import BLUE, SPACING_MM, VERMILION, embed, narrow, phantoms, train
 
 # %%
 volumes, unseen = phantoms(range(8)), phantoms(range(8, 14))
@@ -51,25 +58,35 @@ def signed_distance(label):
 
 
 # %% [markdown]
-# We collect voxels in bins of 2.5 mm, the edge of a voxel, and average the probability in each.
+# A *profile* collects voxels in bins of 2.5 mm, the edge of a voxel: their mean distance and their mean probability.
 
 # %% tags=["setup"]
-distance = np.concatenate([signed_distance(label).ravel() for label in unseen[1]])
-edges = np.arange(-12.5, 12.6, 2.5)
-number = np.digitize(distance, edges)
-middle = np.array([distance[number == k].mean() for k in range(1, len(edges))])
-profiles = {}
+EDGES = np.arange(-12.5, 12.6, 2.5)
+
+
+def profile(distances, heats):
+    """Mean distance and mean heat in each bin, over all voxels of all phantoms."""
+    distance, heat = (np.concatenate([part.ravel() for part in parts]) for parts in (distances, heats))
+    bins = [np.digitize(distance, EDGES) == k for k in range(1, len(EDGES))]
+    return tuple(np.array([values[some].mean() for some in bins]) for values in (distance, heat))
+
+
+# %% [markdown]
+# A heatmap, the probability of prostate, of every phantom and network; and the profile of each network.
+
+# %% tags=["setup"]
+from_truth = [signed_distance(label) for label in unseen[1]]
+heatmaps, profiles = {}, {}
 for run, network in networks.items():
-    heats = [embed(network, image).logits.softmax(dim=1)[:, 1] for image in unseen[0]]
-    heat = torch.cat([heat.flatten() for heat in heats]).numpy()
-    profiles[run] = np.array([heat[number == k].mean() for k in range(1, len(edges))])
+    heatmaps[run] = [embed(network, image).logits.softmax(dim=1)[:, 1].numpy() for image in unseen[0]]
+    profiles[run] = profile(from_truth, heatmaps[run])
 
 # %%
 order = np.random.default_rng(0).permutation(4)
 hidden = {letter: list(profiles)[k] for letter, k in zip("abcd", order, strict=True)}
 figure, ax = plt.subplots(figsize=(6.5, 3.8))
 for (letter, run), style in zip(hidden.items(), ("-", "--", "-.", ":"), strict=True):
-    ax.plot(middle, profiles[run], style, marker="o", ms=3, label=letter)
+    ax.plot(*profiles[run], style, marker="o", ms=3, label=letter)
 ax.axvline(0, color="gray", lw=1)
 ax.set(xlabel="distance to the true contour, mm (inside < 0)", ylabel="mean probability of prostate", ylim=(0, 1))
 ax.set_title("mean over 6 phantoms")
@@ -80,7 +97,7 @@ plt.show()
 # **Write down your guess**: which two of a, b, c, d were trained with contour-aware sampling?
 
 # %%
-guess = "?"  # two letters
+guess_c = "?"  # two letters
 
 # %% [markdown]
 # ## Step 1: what is a contour?
@@ -105,81 +122,9 @@ def edge(labels):
     ### END SOLUTION
 
 
-# %% tags=["alternative"]
-def edge(labels):
-    prostate = F.pad((labels == 1).float(), (1, 1, 1, 1), mode="replicate")
-    across = F.avg_pool2d(prostate, (1, 3), stride=1)[:, 1:-1]
-    down = F.avg_pool2d(prostate, (3, 1), stride=1)[:, :, 1:-1]
-    return (labels == 1) & ((across < 0.9) | (down < 0.9))
-
-
-# %% tags=["mistake"]
-# hint: border of the patch counts
-def edge(labels):
-    prostate = F.pad(labels == 1, (1, 1, 1, 1))
-    inner = prostate[:, :-2, 1:-1] & prostate[:, 2:, 1:-1] & prostate[:, 1:-1, :-2] & prostate[:, 1:-1, 2:]
-    return prostate[:, 1:-1, 1:-1] & ~inner
-
-
-# %% tags=["mistake"]
-# hint: other end of the patch
-def edge(labels):
-    prostate, found = labels == 1, torch.zeros_like(labels, dtype=torch.bool)
-    for shift, axis in ((1, 1), (-1, 1), (1, 2), (-1, 2)):
-        found |= prostate & ~prostate.roll(shift, axis)
-    return found
-
-
-# %% tags=["mistake"]
-# hint: background's side
-def edge(labels):
-    prostate, found = labels == 1, torch.zeros_like(labels, dtype=torch.bool)
-    found[:, 1:] |= prostate[:, :-1] & ~prostate[:, 1:]
-    found[:, :-1] |= prostate[:, 1:] & ~prostate[:, :-1]
-    found[:, :, 1:] |= prostate[:, :, :-1] & ~prostate[:, :, 1:]
-    found[:, :, :-1] |= prostate[:, :, 1:] & ~prostate[:, :, :-1]
-    return found
-
-
-# %% tags=["mistake"]
-# hint: diagonal
-def edge(labels):
-    background = (labels == 0).float()
-    return (F.max_pool2d(background, 3, stride=1, padding=1) > 0) & (labels == 1)
-
-
-# %% tags=["mistake"]
-# hint: two of the four
-def edge(labels):
-    prostate, found = labels == 1, torch.zeros_like(labels, dtype=torch.bool)
-    found[:, 1:] |= prostate[:, 1:] & ~prostate[:, :-1]
-    found[:, :, 1:] |= prostate[:, :, 1:] & ~prostate[:, :, :-1]
-    return found
-
-
 # %% tags=["check"]
-_, patches = PatchSource(*unseen, patch_size=(16, 16), batch_size=200, seed=0).batch(0)  # many cut through the organ
-prostate = patches == 1
-
-
-def sides(beyond):
-    """The four neighbours of every voxel, if this lies beyond the border."""
-    around = F.pad(prostate.float(), (1, 1, 1, 1), mode=beyond) > 0
-    return torch.stack([around[:, :-2, 1:-1], around[:, 1:-1, :-2], around[:, 2:, 1:-1], around[:, 1:-1, 2:]])
-
-
-diagonals = F.max_pool2d((~prostate).float(), 3, stride=1, padding=1) > 0
-mistakes = {
-    "the border of the patch counts as background in yours.": prostate & ~sides("constant").all(dim=0),
-    "a voxel at the border sees the other end of the patch. Your shift wraps around.": (
-        prostate & ~sides("circular").all(dim=0)
-    ),
-    "that is the background's side. Contour voxels are prostate.": ~prostate & sides("replicate").any(dim=0),
-    "a diagonal neighbour is not beside. Look at four neighbours, not at eight.": prostate & diagonals,
-    "you look at two of the four sides.": prostate & ~sides("replicate")[:2].all(dim=0),
-}
-with exercise("5.1", "A prostate voxel whose left neighbour is none: prostate[:, :, 1:] & ~prostate[:, :, :-1]."):
-    same(edge(patches.clone()), contour(patches), mistakes, "Compare one patch with its label, voxel by voxel.")
+# Check of 5.1: run this cell
+check("5.1", globals())
 
 # %% [markdown]
 # The sampler C draws anchors *and positives* from these voxels, and negatives from anywhere in the background.
@@ -205,83 +150,134 @@ def width_mm(distance, probability):
     ### END SOLUTION
 
 
-# %% tags=["alternative"]
-def width_mm(distance, probability):
-    found = []
-    for level in (0.8, 0.2):
-        k = int(np.flatnonzero(probability < level)[0])
-        part = (probability[k - 1] - level) / (probability[k - 1] - probability[k])
-        found.append(distance[k - 1] + part * (distance[k] - distance[k - 1]))
-    return found[1] - found[0]
-
-
-# %% tags=["mistake"]
-# hint: must grow
-def width_mm(distance, probability):
-    at_high, at_low = np.interp([0.8, 0.2], probability, distance)
-    return at_low - at_high
-
-
-# %% tags=["mistake"]
-# hint: negative
-def width_mm(distance, probability):
-    at_high, at_low = np.interp([0.8, 0.2], probability[::-1], distance[::-1])
-    return at_high - at_low
-
-
-# %% tags=["mistake"]
-# hint: nearest measured point
-def width_mm(distance, probability):
-    at_high, at_low = (distance[np.abs(probability - level).argmin()] for level in (0.8, 0.2))
-    return at_low - at_high
-
-
-# %% tags=["mistake"]
-# hint: number of points
-def width_mm(distance, probability):
-    return np.sum((probability > 0.2) & (probability < 0.8))
-
-
 # %% tags=["check"]
-x = np.array([-9.0, -6, -4, -1, 1, 2, 5, 9])
-fall = np.array([1.0, 0.95, 0.85, 0.7, 0.5, 0.3, 0.12, 0.0])
-at_high, at_low = -4 + 3 * 0.05 / 0.15, 2 + 3 * 0.1 / 0.18  # by hand
-broken = np.interp([0.8, 0.2], fall, x)
-mistakes = {
-    "np.interp's second argument must grow, and a probability that falls does not. Turn both round.": (
-        broken[1] - broken[0]
-    ),
-    "a width is not negative. Which of the two distances is the larger?": at_high - at_low,
-    "you take the nearest measured point. Interpolate between two points.": x[6] - x[2],
-    "that is the number of points between, not their distance.": 3,
-}
-with exercise("5.2", "np.interp(0.8, ...) gives the distance where the probability is 0.8."):
-    same(width_mm(x, fall), at_low - at_high, mistakes, "0.8 is a third of the way from -4 to -1 mm.")
+# Check of 5.2: run this cell
+check("5.2", globals())
 
 # %%
 figure, ax = plt.subplots(figsize=(6.5, 3.8))
 for (letter, (name, seed)), style in zip(hidden.items(), ("-", "--", "-.", ":"), strict=True):
-    profile, colour = profiles[name, seed], VERMILION if name == "MetricUNet-C" else BLUE
-    ax.plot(middle, profile, style, color=colour, marker="o", ms=3, label=f"{letter}: {name}, seed {seed}")
-    print(f"{letter}: {name:12} seed {seed}: {width_mm(middle, profile):.1f} mm wide")
+    colour = VERMILION if name == "MetricUNet-C" else BLUE
+    ax.plot(*profiles[name, seed], style, color=colour, marker="o", ms=3, label=f"{letter}: {name}, seed {seed}")
+    print(f"{letter}: {name:12} seed {seed}: {width_mm(*profiles[name, seed]):.1f} mm wide")
 ax.axvline(0, color="gray", lw=1)
 ax.set(xlabel="distance to the true contour, mm (inside < 0)", ylabel="mean probability of prostate", ylim=(0, 1))
 ax.set_title("mean over 6 phantoms")
 ax.legend()
 plt.show()
-print("your guess:", guess)
+print("contour-aware, your guess:", guess_c)
 
 # %% [markdown]
-# Compare two widths of the same kind with two of different kinds. Is the step from UNet to C larger than the step
-# from one seed to the other? With two seeds each we cannot tell a small gain from none (lesson 6). But
-# **contour-aware does not mean sharp contours**: C chooses *which* voxels speak, it does not say what is to happen
-# at the edge.
+# If the width were the blur of a heatmap, we could compare the two kinds now. Is it?
+#
+# ## Step 3: blurred, or displaced?
+#
+# A mean profile can be wide for two reasons. A heatmap may be *blurred*: it falls slowly, wherever its edge is. Or
+# it is sharp, but *displaced*: too far out here, too far in there, so that the mean over many places falls slowly
+# all the same.
+#
+# We take the blur away. Every heatmap is cut at 0.5, so that each voxel is 0 or 1, and we measure the profile around
+# the true contour once more.
+#
+# **Write down your guess**: how many of the millimetres are left, on average of the four networks?
+
+# %%
+guess_sharp = "?"  # mm
+
+# %%
+widths = {}
+for run, maps in heatmaps.items():
+    sharp = [(heat > 0.5).astype(float) for heat in maps]
+    widths[run] = width_mm(*profiles[run]), width_mm(*profile(from_truth, sharp))
+    print(f"{run[0]:12} seed {run[1]}: {widths[run][0]:.1f} mm wide, {widths[run][1]:.1f} mm with no blur at all")
+before, after = np.mean(list(widths.values()), axis=0)
+print(f"on average {after:.1f} of {before:.1f} mm are left, {after / before:.0%} (your guess: {guess_sharp} mm)")
+
+# %% [markdown]
+# **A perfectly sharp mask still has a wide profile.** What is left cannot be blur: it is displacement. So the width
+# around the *true* contour measures both at once, and we must measure them apart:
+#
+# * **blur**: the width of the profile around the network's **own** contour, where its probability is 0.5. Wherever
+#   that lies, a sharp edge is narrow there.
+# * **displacement**: how far the own contour lies from the true one.
+#
+# **Exercise 5.3** (8 minutes). Every voxel has two distances, one to the true contour and one to the network's own,
+# both in mm and below 0 inside. At the own contour, `from_truth - from_own` says how far it has moved: above 0
+# outwards, below 0 inwards. Write the mean of its *absolute* value over the voxels that lie at most `within_mm` from
+# the own contour. Both arrays are flat.
+
+
+# %%
+def displacement_mm(from_truth, from_own, within_mm=1.3):
+    ### BEGIN SOLUTION
+    at_own = np.abs(from_own) <= within_mm
+    return np.mean(np.abs(from_truth[at_own] - from_own[at_own]))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+# Check of 5.3: run this cell
+check("5.3", globals())
+
+# %% [markdown]
+# Only slices that hold both contours are used: a slice without one has no distance to it.
+
+
+# %% tags=["setup"]
+def both_distances(label, heat):
+    """Of the slices with both contours: distance to the true one, distance to the own one, and heat; flat."""
+    own = heat > 0.5
+    both = (label == 1).any(axis=(1, 2)) & own.any(axis=(1, 2))
+    return [values[both].ravel() for values in (signed_distance(label), signed_distance(own), heat)]
+
+
+# %%
+rows, around_own = {}, {}
+for run, maps in heatmaps.items():
+    parts = [both_distances(label, heat) for label, heat in zip(unseen[1], maps, strict=True)]
+    to_truth, to_own, heat = (np.concatenate(part) for part in zip(*parts, strict=True))
+    around_own[run] = profile([to_own], [heat])
+    measured = width_mm(*profiles[run]), width_mm(*around_own[run]), displacement_mm(to_truth, to_own)
+    rows[run] = dict(zip(("around the truth, mm", "blur, mm", "displacement, mm"), measured, strict=True))
+table = pd.DataFrame(rows).T.rename_axis(["network", "seed"])
+table.round(1)
+
+# %% [markdown]
+# The same four networks, on the left around the true contour and on the right around their own:
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+for ax, curves, name in zip(axes, (profiles, around_own), ("true", "network's own"), strict=True):
+    for (kind, seed), style in zip(curves, ("-", "--", "-", "--"), strict=True):
+        colour = VERMILION if kind == "MetricUNet-C" else BLUE
+        ax.plot(*curves[kind, seed], style, color=colour, marker="o", ms=3, label=f"{kind}, seed {seed}")
+    ax.axvline(0, color="gray", lw=1)
+    ax.set(xlabel=f"distance to the {name} contour, mm (inside < 0)", ylim=(0, 1))
+axes[0].set_ylabel("mean probability of prostate")
+axes[1].legend()
+plt.show()
+
+# %% [markdown]
+# Is a difference between the kinds larger than that between two seeds?
+
+# %%
+for column, values in table.items():
+    unet, c = values["UNet"], values["MetricUNet-C"]
+    kinds, seeds = c.mean() - unet.mean(), max(abs(c[1] - c[0]), abs(unet[1] - unet[0]))
+    print(f"{column:20}: C less UNet {kinds:+.1f} mm; two seeds of one kind differ by up to {seeds:.1f} mm:", end=" ")
+    print("no more than that" if abs(kinds) <= seeds else "more than that")
+
+# %% [markdown]
+# A difference between the kinds that is no larger than that between two seeds says nothing; and with two seeds each a
+# larger one says little (lesson 6). (A stray island is displaced, too, and counts.) **Contour-aware does not mean
+# sharp contours**: C chooses *which* voxels speak, it does not say what is to happen at the edge.
 #
 # The paper claims more precise boundaries for MetricUNet-HCP where they are fuzzy, and shows heatmaps for it (Fig.
-# 1). A profile like ours, over all test cases and some seeds, would be the measurement.
+# 1). Is "fuzzy" blurred or displaced? These two numbers, over all test cases and some seeds, would be the
+# measurement.
 
 # %% [markdown]
-# ## Step 3: what a voxel costs
+# ## Step 4: what a voxel costs
 #
 # Now a mask that is perfect but for its outermost layer of voxels, 2.5 mm in plane.
 #
@@ -291,7 +287,7 @@ print("your guess:", guess)
 guess_small, guess_large = "?", "?"
 
 # %% [markdown]
-# **Exercise 5.3** (8 minutes). Take the contour voxels off a label `(z, y, x)`, slice by slice, and give the DSC of
+# **Exercise 5.4** (8 minutes). Take the contour voxels off a label `(z, y, x)`, slice by slice, and give the DSC of
 # what is left with the whole, $2 |A \cap B| / (|A| + |B|)$. Use your `edge`: a volume is a batch of slices.
 
 
@@ -304,46 +300,9 @@ def dsc_without_rim(label):
     ### END SOLUTION
 
 
-# %% tags=["alternative"]
-def dsc_without_rim(label):
-    kept = (label == 1) & ~edge(torch.from_numpy(label)).numpy()
-    return segmentation_metrics(kept, label == 1, spacing_mm=SPACING_MM)["DSC"]
-
-
-# %% tags=["mistake"]
-# hint: sensitivity
-def dsc_without_rim(label):
-    rim = edge(torch.from_numpy(label).long()).numpy()
-    return np.sum((label == 1) & ~rim) / np.sum(label == 1)
-
-
-# %% tags=["mistake"]
-# hint: rim with the whole
-def dsc_without_rim(label):
-    rim = edge(torch.from_numpy(label).long()).numpy()
-    return 2 * rim.sum() / (np.sum(label == 1) + rim.sum())
-
-
-# %% tags=["mistake"]
-# hint: factor 2
-def dsc_without_rim(label):
-    rim = edge(torch.from_numpy(label).long()).numpy()
-    whole, left = np.sum(label == 1), np.sum((label == 1) & ~rim)
-    return left / (whole + left)
-
-
 # %% tags=["check"]
-label = volumes[1][2]
-rim = contour(torch.from_numpy(label).long()).numpy()
-whole, left = (label == 1).sum(), ((label == 1) & ~rim).sum()
-right = segmentation_metrics((label == 1) & ~rim, label == 1, spacing_mm=SPACING_MM)["DSC"]
-mistakes = {
-    "that is left / whole, the sensitivity. The DSC divides by the mean of both sizes.": left / whole,
-    "you compare the rim with the whole. Take it off first.": 2 * rim.sum() / (whole + rim.sum()),
-    "the factor 2 is missing: equal masks must give 1.": left / (whole + left),
-}
-with exercise("5.3", "What is left lies within the whole, so |A ∩ B| is |A|."):
-    same(dsc_without_rim(label), right, mistakes, "Count the voxels of the whole and of what is left.")
+# Check of 5.4: run this cell
+check("5.4", globals())
 
 # %% [markdown]
 # All 14 phantoms, training ones too: this is about labels only.
@@ -369,11 +328,39 @@ print(f"{millilitres[large]:.0f} ml: {scores[large]:.3f} (your guess: {guess_lar
 # ## What we have learned
 #
 # * The border of a patch is no contour.
-# * C asks contour voxels to be like each other. It does not ask for sharp edges, and we did not measure any.
+# * A profile around the truth mixes blur and displacement. Around the own contour it measures blur alone.
+# * C asks contour voxels to be like each other. It does not ask for sharp edges.
 # * DSC is kind to large organs.
 #
 # **To think about**: the paper's last section proposes that contour-aware sampling consider how contours are
 # displaced. Sketch a sampler whose triplets do speak about the two sides of the contour. What did lesson 4 suggest?
+
+# %% [markdown] tags=["exam"]
+# **Two exam questions**
 #
+# 1. Two networks have the same mean profile around the true contour. In one, all heatmaps are blurred and centred;
+#    in the other, all are sharp and displaced. Sketch both profiles around their own contours, and say which
+#    network a dose planner would rather have.
+# 2. Method A has a DSC of 0.86 on 20 small prostates, method B one of 0.88 on 20 large ones. Which is better?
+#    Which number would you ask for?
+
+# %% [markdown]
 # **Read next**: the paper's Section III-B.2, iii); Reinke et al., *Understanding metric-related pitfalls in image
-# analysis validation* (Nature Methods 2024); then lesson 6: how many runs does it take to believe a gain?
+# analysis validation* (Nature Methods 2024,
+# [doi:10.1038/s41592-023-02150-0](https://doi.org/10.1038/s41592-023-02150-0)); then lesson 6: how many runs does it
+# take to believe a gain?
+
+# %% [markdown] tags=["answer"]
+# ## Answers (in the solutions only)
+#
+# **To think about.** Take as anchor a prostate voxel at the contour, as positive a prostate voxel farther in, and as
+# negative a background voxel just across the contour. Lesson 4: it is the near negative that keeps teaching. (With N
+# the suite draws such negatives.) To speak of displacement, one could draw them where the network's own contour and
+# the true one part.
+
+# %% [markdown] tags=["answer", "exam"]
+# **Exam 1.** The blurred one is as wide around its own contour as around the true one; the displaced one is a step.
+# It depends: a blurred but centred heatmap cut at 0.5 gives a good mask, a displaced one does not.
+#
+# **Exam 2.** Nobody knows: a small gland loses more DSC for the same millimetre. Ask for a distance (ASD, HD95) on
+# the same cases, case by case.
