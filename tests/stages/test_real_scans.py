@@ -11,7 +11,7 @@ import torch
 
 from mupkg.configurations import build, configuration
 from mupkg.data import Cohort, PatchSource, Preparation
-from mupkg.data.build import sources_from_pattern, write_cohort
+from mupkg.data.build import Source, sources_from_pattern, write_cohort
 from mupkg.data.preprocessing import prepare, resample
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import light_unet
