@@ -5,6 +5,7 @@ from __future__ import annotations
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from io import BytesIO
 
 import nbformat
 import numpy as np
@@ -153,7 +154,8 @@ def shown(lesson: str, text: str) -> list[nbformat.NotebookNode]:
 def picture(lesson: str, text: str) -> Image:
     """The figure of the code cell that holds this text."""
     (png,) = (output.data["image/png"] for output in shown(lesson, text) if "image/png" in output.get("data", {}))
-    return Image(b64decode(png), height=300)  # leaves room on a slide for what is printed
+    height, width = plt.imread(BytesIO(b64decode(png))).shape[:2]
+    return Image(b64decode(png), width=min(900, 300 * width // height))  # leaves a slide room for what is printed
 
 
 def printed(lesson: str, text: str, *starts: str) -> None:
