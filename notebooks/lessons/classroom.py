@@ -153,7 +153,7 @@ def shown(lesson: str, text: str) -> list[nbformat.NotebookNode]:
 def picture(lesson: str, text: str) -> Image:
     """The figure of the code cell that holds this text."""
     (png,) = (output.data["image/png"] for output in shown(lesson, text) if "image/png" in output.get("data", {}))
-    return Image(b64decode(png))
+    return Image(b64decode(png), height=300)  # leaves room on a slide for what is printed
 
 
 def printed(lesson: str, text: str, *starts: str) -> None:

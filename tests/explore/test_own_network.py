@@ -15,7 +15,7 @@ from mupkg.samplers import RandomSampler
 
 def test_monais_basic_unet_is_trained_fifty_steps_and_explored(regions):
     torch.manual_seed(0)
-    network = BasicUNet(spatial_dims=2, in_channels=3, out_channels=2, features=(8, 8, 16, 16, 16, 8))
+    network = BasicUNet(spatial_dims=2, in_channels=3, out_channels=2, features=(8, 8, 16, 16, 16, 8), norm="batch")
     tapped = EmbeddingTap(network, layer="upcat_1")
     loss = SegmentationMetricLoss([RandomSampler(anchors=4)], VoxelMetricLoss())
     optimizer = torch.optim.Adam(tapped.parameters(), 0.01)
