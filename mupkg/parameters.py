@@ -48,6 +48,7 @@ from mupkg.data.build import (
 )
 from mupkg.data.preprocessing import CT_WINDOW, Grid, HuRange, Preparation
 from mupkg.models import BACKBONES, MULTIPLE, VNET_MULTIPLE, Backbone
+from mupkg.scans.cases import MOST_LETTERS
 from mupkg.stages.runs import MAX_CHANNELS, STAGE1, Shift, run_name
 
 Size = Literal["smoke", "quick", "paper"]
@@ -62,7 +63,7 @@ def check_name(value: str) -> str:
     """A folder's own name, not a path: so no study or cohort can leave its place."""
     if not value.isprintable() or not value or value in (".", "..") or Path(value).name != value or "\\" in value:
         raise ValueError(f"must be a plain folder name, not {value!r}")
-    return _check_length(value, LONGEST_NAME)
+    return _check_length(value, MOST_LETTERS)
 
 
 def check_path(value: str) -> str:
@@ -102,7 +103,6 @@ RoiName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 ALIKE = 0.75  # from this similarity on (difflib's), a name is taken for a misspelt parameter
 LONGEST_SHOWN = 100  # characters of a wrong value
-LONGEST_NAME = 200  # bytes; file systems allow 255, and a run's folder and temporary files have longer names
 ANNOTATED = re.compile(r"^([^\W\d]\w*)[ \t]*:[^=\n]+=", re.MULTILINE)  # in a cell
 INJECTED = re.compile(r"^([^\W\d]\w*) = ", re.MULTILINE)  # in the cell that papermill writes
 

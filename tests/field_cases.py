@@ -780,12 +780,11 @@ def N02_papermill_p_leading_zeros(folder):
     return told_by_notebook(code, text) if code else f"WRONG: made cohort {made}"
 
 
-def study(text):
-    import yaml
+def study(folder, text):
+    from mupkg.trials.protocol import Study
 
-    from mupkg.parameters import Study
-
-    return attempt(lambda: Study.checked(yaml.safe_load(text)))
+    (folder / "study.yaml").write_text(text, encoding="utf-8")
+    return attempt(lambda: Study.read(folder / "study.yaml"))
 
 
 TRIAL = """
@@ -807,7 +806,8 @@ trial:
 def Y01_section_told_twice(folder):
     """stage2 is told twice in a long study file: its first options vanish."""
     s, verdict, _ = study(
-        "study: s\ncohort: c\nsize: quick\nconfigurations: [UNet]\nstage2: {steps: 300, learning_rate: 0.05}\nprepare: {phantoms: 12}\nstage2: {film: true}\n"
+        folder,
+        "study: s\ncohort: c\nsize: quick\nconfigurations: [UNet]\nstage2: {steps: 300, learning_rate: 0.05}\nprepare: {phantoms: 12}\nstage2: {film: true}\n",
     )
     return verdict or f"WRONG: stage2 is {s.stage2}, the first is gone without a word"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from field_cases import CASES
 
-MENDED = ("RT", "RW", "S09")  # how names begin: structure sets, writing them, notebook 09
+MENDED = ("RT", "RW", "S09", "N02", "Y01", "F11")  # how names begin: structure sets, writing them, notebook 09, names
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith(MENDED)])
