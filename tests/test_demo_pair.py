@@ -1,5 +1,6 @@
 """The pair that ships: it is small, whole, and as good as its record says; and how it is taken out of a study."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -84,8 +85,10 @@ def repository(run_folder, regions, tmp_path: Path) -> Path:
     shutil.copytree(run_folder.parent, study)
     shutil.copy2(ROOT / "Makefile", study.parents[1])
     run = study / run_folder.name
-    for name, text in {"metrics.csv": "case_id,DSC\nx,1\n", "run.json": "{}", "history.csv": "step\n12\n"}.items():
+    for name, text in {"metrics.csv": "case_id,DSC\nx,1\n", "history.csv": "step\n12\n"}.items():
         (run / name).write_text(text, encoding="utf-8")
+    record = {"data_fingerprint": regions.fingerprint(), "parameters": {}}
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
     (run / "card.md").write_text(card(run), encoding="utf-8")
     (case_id,) = regions.ids("validation")
     volumes = (np.array(regions.volume(case_id, kind)) for kind in ("image", "label"))

@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # slow to import
     from sklearn.decomposition import PCA
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = map(to_hex, color_sequences["okabe_ito"])
-LINES = (BLUE, ORANGE, GREEN, BLACK, SKY, VERMILLION, PURPLE)  # of curves, one after the other
+LINES = (BLUE, ORANGE, BLACK, SKY, GREEN, VERMILLION, PURPLE)  # of curves; the first four suit the colour-blind
 TRUTH, PREDICTION, CHOSEN = SKY, ORANGE, "#B21AFF"
 BOTH = {"truth": TRUTH, "prediction": PREDICTION}
 KIND_COLOURS = ("#121249", "#1C6E53", "#B83D00", "#B8B8B8")  # of KINDS: cold in the prostate, warm or grey outside

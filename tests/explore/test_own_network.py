@@ -18,8 +18,8 @@ def test_monais_basic_unet_is_trained_fifty_steps_and_explored(regions):
     network = BasicUNet(spatial_dims=2, in_channels=3, out_channels=2, features=(8, 8, 16, 16, 16, 8), norm="batch")
     tapped = EmbeddingTap(network, layer="upcat_1")
     loss = SegmentationMetricLoss([RandomSampler(anchors=4)], VoxelMetricLoss())
-    optimizer = torch.optim.Adam(tapped.parameters(), 0.01)
-    patches = iter(PatchSource(*regions.volumes("train"), patch_size=(16, 16), batch_size=8))
+    optimizer = torch.optim.Adam(tapped.parameters(), 0.02)
+    patches = iter(PatchSource(*regions.volumes("train"), patch_size=(16, 16), batch_size=16))
     first = last = None
     for _ in range(50):
         images, labels = next(patches)

@@ -131,13 +131,13 @@ def test_notebook_9_keeps_the_results_of_all_patients_apart(tmp_path, monkeypatc
 def test_notebook_9_gives_a_dicom_series_its_contours_back(tmp_path, monkeypatch):
     monkeypatch.setattr(Pipeline, "load", lambda folder: Bright())
     plt.switch_backend("Agg")
-    write_series(tmp_path / "P1", scan(0))
+    write_series(tmp_path / "P1", scan(1))
     parameters = {"configuration": "UNet", "seed": 3, "cohort": "phantoms-quick"}
     write_json(tmp_path / "UNet-seed3" / "run.json", {"data_fingerprint": "abc", "parameters": parameters})
     notebook_9(run=str(tmp_path / "UNet-seed3"), scan=str(tmp_path / "P1"), output=str(tmp_path / "segmented"))
     written = tmp_path / "segmented" / "P1_prostate_rtstruct.dcm"
     mask = sitk.GetArrayFromImage(read_rtstruct(written, tmp_path / "P1", "Prostate"))
-    np.testing.assert_array_equal(mask, sitk.GetArrayFromImage(scan(0)) > 400)
+    np.testing.assert_array_equal(mask, sitk.GetArrayFromImage(scan(1)) > 400)
     told = pydicom.dcmread(written).StructureSetDescription
     for words in ("no medical device", "UNet-seed3", "configuration UNet", "cohort phantoms-quick", "data abc"):
         assert words in told
