@@ -46,12 +46,14 @@ def notebooks(source: Path) -> dict[Path, str]:
                 "grade": check, "grade_id": f"{source.stem}-{number}", "locked": check, "schema_version": 3,
                 "solution": not check, "task": False, **({"points": 1} if check else {}),
             }  # fmt: skip
-    solved = nbformat.writes(lesson) + "\n"
+    link = "[METHOD.md]({}METHOD.md)".format
+    solved = (nbformat.writes(lesson) + "\n").replace("`METHOD.md`", link("../../../"))
     lesson.cells = [cell for cell in lesson.cells if not tagged(cell, "answer")]
     for cell in lesson.cells:
         cell.source = blank(cell.source)
     name = f"{source.stem}.ipynb"
-    return {LESSONS / name: nbformat.writes(lesson) + "\n", LESSONS / "solutions" / name: solved}
+    unsolved = (nbformat.writes(lesson) + "\n").replace("`METHOD.md`", link("../../"))
+    return {LESSONS / name: unsolved, LESSONS / "solutions" / name: solved}
 
 
 def slides() -> tuple[Path, str]:

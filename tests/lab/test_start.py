@@ -14,13 +14,16 @@ LINK = re.compile(r"\]\(([^)#]+)\)")
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """The page that opens first, of a server with the options of `make lab`."""
     if not find_chromium():
         pytest.skip("no Chromium: apt-get install chromium, or name one in MUPKG_CHROMIUM")
     command = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     options = re.search(r"jupyter lab (--.*)", command)[1].split()
     options = [option.replace("=notebooks/", f"={ROOT}/notebooks/") for option in options]
+    options.append(
+        f"--FileCheckpoints.checkpoint_dir={tmp_path_factory.mktemp('checkpoints')}"
+    )  # not beside our files
     with Lab(ROOT, *options) as lab:
         page = lab._context.new_page()
         page.goto(f"{lab.address}/?token={lab.token}")
