@@ -342,7 +342,7 @@ def test_a_command_that_fails_is_told_with_the_end_of_its_output(tmp_path, monke
     monkeypatch.setattr(nnunet, "version", lambda _name: nnunet.VERSION)
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "nnUNetv2_train"
-    command.write_text("#!/bin/sh\necho \"$nnUNet_raw\"\necho no case\nexit 1\n")
+    command.write_text('#!/bin/sh\necho "$nnUNet_raw"\necho no case\nexit 1\n')
     command.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     with pytest.raises(RuntimeError, match=r"(?s)nnUNetv2_train 1 2d .* failed; .*nnunet\.log ends with:.*no case"):
