@@ -88,8 +88,10 @@ def find_chromium() -> str | None:
     """The browser's path: that of the environment variable MUPKG_CHROMIUM, or the first installed, or None."""
     return os.environ.get("MUPKG_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
 
+PATIENCE = 60  # seconds: a machine with two cores may be busy, and software draws what a GPU would
 
-def wait_for(holds: Callable[[], Any], what: str, timeout: float = 20) -> Any:
+
+def wait_for(holds: Callable[[], Any], what: str, timeout: float = PATIENCE) -> Any:
     """The first true value of `holds()`; TimeoutError naming `what` after so many seconds."""
     end = time.monotonic() + timeout
     while not (value := holds()):
@@ -261,7 +263,7 @@ class Notebook:
         self.settle()
         self.check()
 
-    def settle(self, timeout: float = 20) -> None:
+    def settle(self, timeout: float = PATIENCE) -> None:
         """Waits until no cell runs and the page shows the widgets of all cells."""
         running = self.page.locator(".jp-InputPrompt", has_text="[*]")
         wait_for(lambda: not running.count(), "no cell runs", timeout)
@@ -289,7 +291,7 @@ class Notebook:
         element.scroll_into_view_if_needed()
         return np.asarray(Image.open(io.BytesIO(element.screenshot())).convert("RGB"))
 
-    def wait_for_change(self, element: Locator, before: np.ndarray, timeout: float = 20) -> np.ndarray:
+    def wait_for_change(self, element: Locator, before: np.ndarray, timeout: float = PATIENCE) -> np.ndarray:
         """The element's pixels as soon as they differ from `before`."""
 
         def changed() -> list[np.ndarray]:
@@ -359,7 +361,7 @@ class Notebook:
             raise RuntimeError(f"{expression}: {answer['ename']}: {answer['evalue']}")
         return json.loads(ast.literal_eval(answer["data"]["text/plain"]))
 
-    def wait_until(self, expression: str, timeout: float = 20) -> Any:
+    def wait_until(self, expression: str, timeout: float = PATIENCE) -> Any:
         """The value of a Python expression in the kernel once it is true: for what a widget sends with delay."""
         return wait_for(lambda: self.ask(expression), expression, timeout)
 
