@@ -88,6 +88,7 @@ def find_chromium() -> str | None:
     """The browser's path: that of the environment variable MUPKG_CHROMIUM, or the first installed, or None."""
     return os.environ.get("MUPKG_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
 
+
 PATIENCE = 60  # seconds: a machine with two cores may be busy, and software draws what a GPU would
 
 
