@@ -34,11 +34,11 @@ from mupkg.metrics import segmentation_metrics
 from mupkg.report import results
 from mupkg.trials import statistics
 
+# %% tags=["setup"]
 sys.path.append(str(repository() / "notebooks/lessons"))
 from checks import check
 from classroom import BLUE, SPACING_MM, VERMILION, phantoms
 
-# %% tags=["setup"]
 rng = np.random.default_rng(3)
 a = rng.normal(0.86, 0.03, 8)
 b = a + rng.normal(0, 0.006, 8)
