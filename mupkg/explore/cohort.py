@@ -8,25 +8,25 @@ from pathlib import Path
 
 import ipywidgets
 import numpy as np
+import pandas as pd
+from jaxtyping import Int
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from mupkg import repository
-from mupkg.explore.controls import beside, button, dropdown, small, table, wrapped
-from mupkg.explore.linked import COLOURS, Scatters, axes_title, lay_out
+from mupkg.explore.controls import beside, dropdown, table, wrapped
 from mupkg.explore.panels import DPI
 from mupkg.explore.predictions import Cases
-from mupkg.explore.voxels import PLACE, DrawnVoxels, patch, patches_html, save_voxels, thumbnail
+from mupkg.explore.scatters import ALL, COLOURS, NO_ROWS, VoxelExplorer
+from mupkg.explore.voxels import DrawnVoxels, draw_patches, patch, patches_html
 from mupkg.explore.workbench import RunLists
 from mupkg.report.embeddings import Projection
-from mupkg.report.figures import KIND_COLOURS
+from mupkg.report.figures import draw_points
 from mupkg.stages.voxels import KINDS
 
 PATCHES = 24  # shown of the chosen voxels
-ALL = "all"
 
 
-class CohortExplorer:
+class CohortExplorer(VoxelExplorer):
     """The drawn voxels of all cases of a split, a scatter a run, in planes that are fitted on all of them.
 
     Choose points by a lasso, or by the lists: a case, a kind, a range of errors (of either run). Some of the chosen
@@ -52,45 +52,40 @@ class CohortExplorer:
         folder: str | Path = "outputs/explore",
         **options,
     ):
-        self.cases = study if isinstance(study, Cases) else Cases.read(study, configurations, seed)
-        self.seed, self.split, self.options, self.folder = seed, split, options, repository() / folder
+        self.cases = Cases.of(study, configurations, seed)
+        self.split, self.options = split, {"seed": seed, **options}
         self.runs = RunLists(self.cases.names, self._open)
-        self.scatters = Scatters(len(self.runs.lists), list(COLOURS), projection)
-        self.scatters.chosen, self.scatters.hovered = self.choose, self._hover
-        self.scatters.projection.observe(lambda _: self._project(), "value")
-        self.status, self.words, self.patches = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
-        self.rows, self.how = np.empty(0, int), ALL
+        super().__init__(len(self.runs.lists), list(COLOURS), projection=projection, seed=seed, folder=folder)
+        self.patches = ipywidgets.HTML()
         self._open()
         self.case = dropdown("case", [ALL, *self.drawn.cases], ALL, 190)
         self.kind = dropdown("kind", [ALL, *KINDS], ALL, 180)
         self.error = ipywidgets.FloatRangeSlider(value=(0, 1), min=0, max=1, step=0.01, description="error")
         self.error.layout.width = "260px"
-        self.clear = button("clear", "choose no voxel", lambda: self.choose(self.rows[:0]))
-        self.keep = button("save voxels", "the chosen ones (all, if none is chosen), as Parquet", self.save)
         for control in (self.case, self.kind, self.error):
             control.observe(lambda _: self._brush(), "value")
 
     def _open(self) -> None:
         names = self.runs.names
-        self.drawn = DrawnVoxels.of_split(self.cases, names, self.split, seed=self.seed, **self.options)
-        self.table = self.drawn.table
-        self.worst = self.table[[f"error {name}" for name in names]].max(axis=1).to_numpy()
-        ranked = [case for case in self.cases.worst_first(names) if case in self.drawn.cases]
-        self.rank = self.table["case"].map(ranked.index) / max(1, len(ranked) - 1)
-        self._project()
-        self.choose(self.rows[:0])
+        drawn = DrawnVoxels.of_split(self.cases, names, self.split, **self.options)
+        self.worst = drawn.table[[f"error {name}" for name in names]].max(axis=1).to_numpy()
+        ranked = [case for case in self.cases.worst_first(names) if case in drawn.cases]
+        self.rank = drawn.table["case"].map(ranked.index) / max(1, len(ranked) - 1)
+        self.show(drawn)
 
-    def _project(self) -> None:
-        def tell(text: str) -> None:
-            self.status.value = small(text)
+    def title(self, name: str) -> str:
+        return f"{'AB'[self.runs.names.index(name)]} · {name}\n{self.axes_title(name)}"
 
-        self.points, self.axes = lay_out(self.drawn, self.scatters.projection.value, self.seed, tell)
-        values = []
-        for name in self.runs.names:
-            own = {"probability": self.table[f"p {name}"], "error": self.table[f"error {name}"], "case": self.rank}
-            values.append(self.table[["kind", "mm to contour"]].assign(**own))
-        titles = [f"{'AB'[n]} · {name}\n{axes_title(self.axes[name])}" for n, name in enumerate(self.runs.names)]
-        self.scatters.show([self.points[name] for name in self.runs.names], values, titles)
+    def count(self) -> str:
+        cases = self.table.iloc[self.rows]["case"].nunique()
+        return f"{len(self.rows)} of {len(self.table)} voxels chosen, in {cases} of {len(self.drawn.cases)} cases"
+
+    def describe(self, row: int) -> str:
+        case, place = self.drawn.voxel(row)
+        return f"{case.case_id}\n{case.describe(*place)}"
+
+    def values(self, name: str) -> dict[str, pd.Series]:
+        return super().values(name) | {"case": self.rank}
 
     def _brush(self) -> None:
         """Choose what all three lists say."""
@@ -101,77 +96,47 @@ class CohortExplorer:
             if control.value != ALL:
                 fits &= (self.table[column] == control.value).to_numpy()
                 parts.append(control.value)
-        self.choose(np.flatnonzero(fits) if parts else self.rows[:0], "_".join(parts))
+        self.choose(np.flatnonzero(fits) if parts else NO_ROWS, "_".join(parts))
 
-    def choose(self, rows: np.ndarray, how: str = "lasso") -> None:
-        """Show these rows as chosen in all scatters, and some of them as patches."""
-        self.rows, self.how = np.unique(np.asarray(rows, int)), how if len(rows) else ALL
-        self.scatters.select(self.rows)
-        count = self.table.iloc[self.rows]["case"].nunique()
-        self.status.value = small(
-            f"{len(self.rows)} of {len(self.table)} voxels chosen, in {count} of {len(self.drawn.cases)} cases"
-        )
-        parts = [(thumbnail(self.drawn.cases[row.case], self._place(row)), self._text(row)) for row in self.some()]
-        self.patches.value = patches_html(parts)
+    def choose(self, rows: Int[np.ndarray, " r"], how: str = "by-code") -> None:
+        """Show these rows as chosen in every scatter, and some of them as patches; `how` names the saved file."""
+        super().choose(rows, how)
+        self.patches.value = patches_html(self._some(PATCHES))
 
-    def some(self) -> list:
-        """Up to `PATCHES` of the chosen rows, from the smallest error to the largest."""
-        order = self.rows[np.argsort(self.worst[self.rows], kind="stable")]
-        if len(order):
-            order = order[np.unique(np.linspace(0, len(order) - 1, PATCHES).round().astype(int))]
-        return list(self.table.iloc[order].assign(row=order).itertuples())
-
-    @staticmethod
-    def _place(row) -> tuple[int, int, int]:
-        return row.z, row.y, row.x
-
-    def _text(self, row) -> str:
-        return f"{row.case}\n{row.kind}\nerror {self.worst[row.row]:.2f}"
-
-    def _hover(self, row: int | None) -> None:
-        if row is not None and row < len(self.table):
-            case, *place = self.table.loc[row, ["case", *PLACE]]
-            self.words.value = small(f"{case}\n{self.drawn.cases[case].describe(*map(int, place))}")
-
-    def save(self) -> Path:
-        """Write the chosen voxels (all, if none is chosen) as Parquet, see `voxels_table`; the file."""
-        rows = self.rows if len(self.rows) else np.arange(len(self.table))
-        table = self.drawn.rows(rows, self.scatters.projection.value, self.seed)
-        path = save_voxels(table, self.folder, f"{self.how}-{len(rows)}")
-        self.status.value = small(f"{len(rows)} voxels written to {path}")
-        return path
+    def _some(self, count: int) -> list[tuple]:
+        """Up to so many of the chosen voxels as patches with their words, from the smallest error to the largest."""
+        order, shown = self.rows[np.argsort(self.worst[self.rows], kind="stable")], []
+        for row in order[np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))] if len(order) else ():
+            case, place = self.drawn.voxel(row)
+            shown.append((patch(case, place), f"{case.case_id}\n{case.kind_of(place)}\nerror {self.worst[row]:.2f}"))
+        return shown
 
     @property
     def figure(self) -> Figure:
         """Scatters by kind and by error, a row a run, and below them the patches of the chosen voxels."""
-        names, some = self.runs.names, self.some()[::2]
+        names, some = self.runs.names, self._some(PATCHES // 2)
         figure = Figure(figsize=(11, 4.2 * len(names) + 1.6 * bool(some)), dpi=DPI, layout="constrained")
         upper, lower = figure.subfigures(2, 1, height_ratios=[4.2 * len(names), 1.6]) if some else (figure, None)
         grid = upper.subplots(len(names), 2, squeeze=False)
         look = {"s": 3, "linewidths": 0, "alpha": min(1, (5000 / len(self.table)) ** 0.5)}
-        kind = self.table["kind"].map(KINDS.index)
         colours, low, high = COLOURS["error"]
-        for line, name in zip(grid, names, strict=True):
-            places = self.points[name].T
-            line[0].scatter(*places, c=np.array(KIND_COLOURS)[kind], **look)
-            line[1].scatter(*places, c=self.table[f"error {name}"], cmap=colours, vmin=low, vmax=high, **look)
-            for ax, what in zip(line, ("kind", "error"), strict=True):
-                ax.set(xticks=[], yticks=[], xlabel=self.axes[name][0], ylabel=self.axes[name][1])
+        for (left, right), name in zip(grid, names, strict=True):
+            draw_points(left, self.points[name], self.drawn.samples[name].kind, self.axes[name], **look)
+            error = self.table[f"error {name}"]
+            right.scatter(*self.points[name].T, c=error, cmap=colours, vmin=low, vmax=high, **look)
+            right.set(xticks=[], yticks=[], xlabel=self.axes[name][0], ylabel=self.axes[name][1])
+            for ax, what in ((left, "kind"), (right, "error")):
                 ax.set_title(f"{name}: {what}, {len(self.table)} voxels of {len(self.drawn.cases)} cases", fontsize=9)
-            upper.colorbar(ScalarMappable(cmap=colours), ax=line[1], label="error")
-        for label, colour in zip(KINDS, KIND_COLOURS, strict=True):
-            grid[0, 0].scatter([], [], color=colour, label=label)
-        grid[0, 0].legend(fontsize=7)
+            upper.colorbar(ScalarMappable(cmap=colours), ax=right, label="error")
+        for handle in grid[0, 0].legend(fontsize=7, markerscale=3).legend_handles:
+            handle.set_alpha(1)
         if some:
-            for ax, row in zip(lower.subplots(1, len(some), squeeze=False)[0], some, strict=True):
-                ax.imshow(patch(self.drawn.cases[row.case], self._place(row)))
-                ax.set_title(self._text(row), fontsize=6)
-                ax.set_axis_off()
+            draw_patches(lower.subplots(1, len(some), squeeze=False)[0], some)
         return figure
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
-        lists = [*self.runs.lists, self.scatters.colour, self.scatters.projection]
-        controls = wrapped(*lists, self.case, self.kind, self.error, self.clear, self.keep)
-        whole = beside(table(self.scatters.plots, below=340), self.scatters.legend, self.status, self.words)
+        lists = [*self.runs.lists, self.colour, self.projection, self.case, self.kind, self.error]
+        controls = wrapped(*lists, self.clear, self.keep)
+        whole = beside(table(self.plots, below=340), self.legend, self.status, self.words)
         return ipywidgets.VBox([controls, whole, self.patches])

@@ -15,6 +15,7 @@ import pandas as pd
 import SimpleITK as sitk
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from numpy.typing import ArrayLike
 from scipy import ndimage
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
@@ -60,20 +61,6 @@ class CasePredictions:
     split: str = ""  # train, validation or test, if the case is of a study
     grid: sitk.Image | None = None  # that the region lies on; None: its first voxel lies at the origin
     kept: Mapping[str, Float[np.ndarray, "z y x e"] | None] = field(default_factory=dict)  # embeddings
-
-    @classmethod
-    def predicted(
-        cls,
-        case_id: str,
-        region: UInt8[np.ndarray, "z y x"],
-        truth: Bool[np.ndarray, "z y x"],
-        spacing_mm: tuple[float, float, float],
-        networks: Mapping[str, nn.Module],
-    ) -> CasePredictions:
-        """Any networks of your own that take three slices in [0, 1]; `EmbeddingTap` gives them embeddings."""
-        found = {name: predict_and_embed(network, region) for name, network in networks.items()}
-        heat, kept = ({name: pair[part] for name, pair in found.items()} for part in (0, 1))
-        return cls(case_id, region, truth, spacing_mm, networks, heat, kept=kept)
 
     def tapped(self, layer: str) -> CasePredictions:
         """The same case, with another layer's output for embeddings ("merge.1", say); else ValueError."""
@@ -131,9 +118,9 @@ class CasePredictions:
         to_edge = partial(ndimage.distance_transform_edt, sampling=self.spacing_mm)
         return (to_edge(~self.truth) - to_edge(self.truth)).astype(np.float32)
 
-    def world_mm(self, index: Int[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
+    def world_mm(self, index: ArrayLike) -> Float[np.ndarray, "*n 3"]:
         """Where voxels (z, y, x) lie in the scan's own space: x, y, z in mm (to the left, to the back, upwards)."""
-        steps = np.asarray(index)[:, ::-1] * self.spacing_mm[::-1]
+        steps = np.asarray(index)[..., ::-1] * self.spacing_mm[::-1]
         if self.grid is None:
             return steps
         return steps @ np.reshape(self.grid.GetDirection(), (3, 3)).T + self.grid.GetOrigin()
@@ -145,7 +132,7 @@ class CasePredictions:
 
     def describe(self, z: int, y: int, x: int) -> str:
         """A voxel in four short lines: where it lies, what it is, and how probable the runs call prostate there."""
-        across, back, up = self.world_mm(np.array([[z, y, x]]))[0]
+        across, back, up = self.world_mm((z, y, x))
         said = ", ".join(f"{self.letters[name]} {heat[z, y, x]:.2f}" for name, heat in self.heat.items())
         what = f"{self.kind_of((z, y, x))}, {self.distance_mm[z, y, x]:+.2f} mm"
         place = f"x {across:.2f}, y {back:.2f}, z {up:.2f} mm"
@@ -190,6 +177,11 @@ class Cases:
         self.table = volumes.table[["split"]].join(pd.DataFrame(tested, columns=self.names, dtype=float))
         self.measured_here = self.table[self.names].isna()
         self._predicted: dict[tuple[str, str], tuple] = {}  # heat and embeddings of a case by a network
+
+    @classmethod
+    def of(cls, study: str | Path | Cases, configurations: Sequence[str] | None = None, seed: int = 0) -> Cases:
+        """`Cases` of your own as they are, or those of a study folder."""
+        return study if isinstance(study, Cases) else cls.read(study, configurations, seed)
 
     @classmethod
     def read(cls, study: str | Path, configurations: Sequence[str] | None = None, seed: int = 0) -> Cases:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, UInt8
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from PIL import Image
 
 from mupkg import progress
 from mupkg.explore.predictions import CasePredictions, Cases, few_threads
 from mupkg.report import embeddings
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, Projection
-from mupkg.report.figures import CHOSEN, TRUTH
+from mupkg.report.figures import CHOSEN, TRUTH, pixels_png
 from mupkg.scans.writing import whole_file
 from mupkg.stages.voxels import KINDS, draw, sample_voxels
 
@@ -97,6 +96,10 @@ class DrawnVoxels:
         """(n, 3): z, y, x of the voxels."""
         return self.table[PLACE].to_numpy()
 
+    def voxel(self, row: int) -> tuple[CasePredictions, tuple[int, int, int]]:
+        """The case of a row, and the place (z, y, x) in it."""
+        return self.cases[self.table["case"].iloc[row]], tuple(self.index[row].tolist())
+
     def numbers(self, margin: float = MARGIN, seed: int = 0) -> pd.DataFrame:
         """Silhouette, Fisher ratio, share of active triplets, mean distances, a row a run; without the hard ones."""
         fair = {n: EmbeddedVoxels(*(part[self.balanced] for part in sample)) for n, sample in self.samples.items()}
@@ -123,34 +126,30 @@ class DrawnVoxels:
         from sklearn.neighbors import NearestNeighbors  # slow to import
 
         table, parts, near = self.table.iloc[chosen], [], min(NEAREST, len(chosen) - 1)
-        places = [(self.cases[case], place) for case, *place in table[["case", *PLACE]].itertuples(index=False)]
-        world = np.array([case.world_mm([place])[0] for case, place in places]).reshape(-1, 3)
-        pictures = [thumbnail(case, place) for case, place in places]
+        voxels = [self.voxel(row) for row in chosen]
+        shared = table[["case", "split", *PLACE, "kind"]].assign(mm_to_contour=table["mm to contour"])
+        shared[["x_mm", "y_mm", "z_mm"]] = np.array([case.world_mm(place) for case, place in voxels])
+        shared["label"] = [int(case.truth[place]) for case, place in voxels]
+        shared["thumbnail"] = [pixels_png(patch(case, place)) for case, place in voxels]
         for name, sample in self.samples.items():
-            points = embeddings.project(sample, method, seed)[chosen]
-            part = table[["case", "split", *PLACE]].assign(run=name)
-            part[["x_mm", "y_mm", "z_mm"]] = world
-            part["label"] = [int(case.truth[tuple(place)]) for case, place in places]
-            part["probability"], part["kind"] = table[f"p {name}"], table["kind"]
-            part["mm_to_contour"] = table["mm to contour"]
-            part["embedding"] = list(sample.embedding[chosen])
-            part[["projection_x", "projection_y"]] = points
+            embedding = sample.embedding[chosen]
+            part = shared.assign(run=name, probability=table[f"p {name}"], embedding=list(embedding))
+            part["projection"] = method
+            part[["projection_x", "projection_y"]] = embeddings.project(sample, method, seed)[chosen]
             if near:
-                distances, rows = NearestNeighbors(n_neighbors=near).fit(sample.embedding[chosen]).kneighbors()
+                distances, rows = NearestNeighbors(n_neighbors=near).fit(embedding).kneighbors()
                 rows = rows + len(parts) * len(chosen)  # of the whole table
                 part["neighbors"] = [{"ids": i, "distances": d} for i, d in zip(rows, distances, strict=True)]
-            parts.append(part.assign(projection=method, thumbnail=pictures))
+            parts.append(part)
         return pd.concat(parts, ignore_index=True)
 
 
-def thumbnail(case: CasePredictions, place: Sequence[int]) -> bytes:
-    """A PNG of the slice around a voxel (z, y, x), which is lit in the middle; the true contour is tinted."""
-    return _png(patch(case, place))
-
-
 def patch(case: CasePredictions, place: Sequence[int]) -> UInt8[np.ndarray, "h w 3"]:
-    """The pixels of `thumbnail`; black beyond the region."""
-    z, *middle = (int(i) for i in place)
+    """The slice around a voxel (z, y, x), which is lit in the middle; the true contour is tinted.
+
+    Black beyond the region.
+    """
+    z, *middle = place
     reach = [max(3, round(PATCH_MM / 2 / mm)) for mm in case.spacing_mm[1:]]
     window = tuple(slice(m, m + 2 * r + 1) for m, r in zip(middle, reach, strict=True))
     grey, kind = (np.pad(a[z], [(r, r) for r in reach])[window] for a in (case.region, case.kind + 1))
@@ -161,20 +160,23 @@ def patch(case: CasePredictions, place: Sequence[int]) -> UInt8[np.ndarray, "h w
     return np.round(255 * pixels).astype(np.uint8)
 
 
-def _png(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
-    return buffer.getvalue()
+def draw_patches(axes: Sequence[Axes], patches: Sequence[tuple[UInt8[np.ndarray, "h w 3"], str]]) -> None:
+    """Patches with a few lines above each, on axes of a figure; axes that are left over stay empty."""
+    for ax, (pixels, text) in zip(axes, patches, strict=False):
+        ax.imshow(pixels)
+        ax.set_title(text, fontsize=6)
+    for ax in axes:
+        ax.set_axis_off()
 
 
-def patches_html(patches: Sequence[tuple[bytes, str]], columns: int | None = None) -> str:
-    """Pictures with a few lines below each, as HTML; in so many columns, or as many as there is room for."""
+def patches_html(patches: Sequence[tuple[UInt8[np.ndarray, "h w 3"], str]], columns: int | None = None) -> str:
+    """The same with the lines below, as HTML; in so many columns, or as many as there is room for."""
     look = "width: min(100%, 8.5vh); image-rendering: pixelated; display: block"
     words = "font-size: 9px; line-height: 11px; word-break: break-all"
     cells = (
-        f"<div><img style='{look}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+        f"<div><img style='{look}' src='data:image/png;base64,{base64.b64encode(pixels_png(pixels)).decode()}'>"
         f"<div style='{words}'>{text.replace(chr(10), '<br>')}</div></div>"
-        for png, text in patches
+        for pixels, text in patches
     )
     repeat = f"{columns}, minmax(0, 1fr)" if columns else "auto-fill, minmax(92px, 1fr)"
     return f"<div style='display: grid; grid-template-columns: repeat({repeat}); gap: 3px'>{''.join(cells)}</div>"
@@ -192,12 +194,12 @@ def voxels_table(
 ) -> pd.DataFrame:
     """Voxels of all cases of a split as each run sees them, a row a voxel and run.
 
-    Columns: case, split, z, y, x (voxels of the region), run, x_mm, y_mm, z_mm (the scan's own space), label,
-    probability, kind, mm_to_contour, embedding, projection_x, projection_y (fitted on all these voxels), projection
-    (how), neighbors (rows of the table with the ten nearest embeddings of the same run, and their Euclidean
-    distances), thumbnail (PNG). `save_voxels` writes it.
+    Columns: case, split, z, y, x (voxels of the region), kind, mm_to_contour, x_mm, y_mm, z_mm (the scan's own
+    space), label, thumbnail (PNG), run, probability, embedding, projection (how), projection_x, projection_y (fitted
+    on all these voxels), neighbors (rows of the table with the ten nearest embeddings of the same run, and their
+    Euclidean distances). `save_voxels` writes it.
     """
-    cases = study if isinstance(study, Cases) else Cases.read(study, configurations, seed)
+    cases = Cases.of(study, configurations, seed)
     drawn = DrawnVoxels.of_split(cases, split=split, per_kind=per_kind, tau=tau, seed=seed)
     return drawn.rows(method=projection, seed=seed)
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ipywidgets
+import numpy as np
 import pandas as pd
+from jaxtyping import Int
 from matplotlib.figure import Figure
 
 from mupkg.explore.controls import HEADS, beside, dropdown, small, table, wrapped
-from mupkg.explore.linked import COLOURS, DISTANCE_COLOURMAP, DistanceMap, EmbeddingExplorer, Scatters
+from mupkg.explore.linked import DISTANCE_COLOURMAP, DistanceMap, EmbeddingExplorer
 from mupkg.explore.panels import DPI
 from mupkg.explore.predictions import Cases
-from mupkg.explore.voxels import PLACE, DrawnVoxels, patch, patches_html, thumbnail
+from mupkg.explore.voxels import DrawnVoxels, draw_patches, patch, patches_html
 from mupkg.report.figures import colour_bar
 
 NEIGHBOURS = 10
@@ -24,13 +26,13 @@ NEIGHBOURS = 10
 class RunLists:
     """Two lists, A and B, from which two different runs are chosen; a single run needs no B."""
 
-    def __init__(self, names: Sequence[str], changed):
+    def __init__(self, names: Sequence[str], changed: Callable[[], None]):
         width = min(330, 60 + 9 * max(map(len, names)))
         picked = dict(zip("AB", (names[0], names[-1])[: len(names)], strict=False))
         self.lists = [dropdown(letter, names, name, width) for letter, name in picked.items()]
         self._before, self._changed = self.names, changed
         for run_list in self.lists:
-            run_list.observe(lambda change: self._change(change), "value")
+            run_list.observe(self._change, "value")
 
     @property
     def names(self) -> list[str]:
@@ -58,52 +60,43 @@ class Neighbours:
 
     def table(self, name: str) -> pd.DataFrame:
         """The nearest voxels of a run, the nearest first: the drawn table's columns, p, and the map's `distance`."""
-        bench = self.bench
-        distance, voxels = bench.distance, DrawnVoxels.joined([bench.drawn(case) for case in bench.opened])
+        bench, distance = self.bench, self.bench.distance
+        voxels = DrawnVoxels.joined([bench.drawn(case_id) for case_id in bench.opened])
         but = bench.shown.case_id, *distance.voxel
         nearest = voxels.nearest(name, distance.embedding(name), NEIGHBOURS, but)
         return nearest.assign(p=nearest[f"p {name}"], distance=nearest["distance"] / distance.scale[name])
 
+    def _patches(self, name: str) -> list[tuple]:
+        """The neighbours' pixels, and what stands below them."""
+        patches = []
+        for row in self.table(name).itertuples():
+            case, place = self.bench.drawn(row.case).cases[row.case], (row.z, row.y, row.x)
+            lines = [row.case, case.mark, row.kind, f"p {row.p:.2f}, d {row.distance:.3f}"]
+            patches.append((patch(case, place), "\n".join(filter(None, lines))))
+        return patches
+
+    def _itself(self) -> tuple:
+        """The same of the chosen voxel."""
+        case, place = self.bench.shown, self.bench.distance.voxel
+        said = ", ".join(f"{case.letters[name]} {heat[place]:.2f}" for name, heat in case.heat.items())
+        return patch(case, place), f"{case.case_id}\n{case.mark or case.split}\n{case.kind_of(place)}\np: {said}"
+
     def refresh(self) -> None:
         """Look for them anew and show them."""
         bench = self.bench
-        case, place = bench.shown, bench.distance.voxel
         count = sum(len(bench.drawn(case_id).table) for case_id in bench.opened)
-        said = [f"{case.letters[name]} {case.heat[name][place]:.2f}" for name in bench.runs.names]
-        text = f"{case.case_id}\n{case.mark or case.split}\n{case.kind_of(place)}\np: {', '.join(said)}"
-        self.chosen.value = small("neighbours of") + patches_html([(thumbnail(case, place), text)], 2)
+        self.chosen.value = small("neighbours of") + patches_html([self._itself()], 2)
         for words, name in zip(self.words, bench.runs.names, strict=True):
-            parts = []
-            for row in self.table(name).itertuples():
-                other = bench.drawn(row.case).cases[row.case]
-                parts.append((thumbnail(other, (row.z, row.y, row.x)), self._text(row)))
-            head = case.title(name, f"nearest of {count} drawn voxels in {len(bench.opened)} open case(s)")
-            words.value = small(head, f"{HEADS - 2}px") + patches_html(parts, NEIGHBOURS // 2)
-
-    def _itself(self, name: str):
-        case, place = self.bench.shown, self.bench.distance.voxel
-        row = {"case": case.case_id, "split": case.split, "kind": case.kind_of(place), "p": case.heat[name][place]}
-        return pd.Series(row | dict(zip(PLACE, place, strict=True)) | {"distance": 0.0})
-
-    @staticmethod
-    def _text(row) -> str:
-        training = "\nTRAINING case" if row.split == "train" else ""
-        return f"{row.case}{training}\n{row.kind}\np {row.p:.2f}, d {row.distance:.3f}"
+            head = bench.shown.title(name, f"nearest of {count} drawn voxels in {len(bench.opened)} open case(s)")
+            words.value = small(head, f"{HEADS - 2}px") + patches_html(self._patches(name), NEIGHBOURS // 2)
 
     @property
     def figure(self) -> Figure:
         """The chosen voxel and its neighbours, a row a run."""
-        names, bench = self.bench.runs.names, self.bench
+        names, (pixels, text) = self.bench.runs.names, self._itself()
         figure = Figure(figsize=(1.25 * (NEIGHBOURS + 1), 2.1 * len(names)), dpi=DPI, layout="constrained")
-        grid = figure.subplots(len(names), NEIGHBOURS + 1, squeeze=False)
-        for line, name in zip(grid, names, strict=True):
-            rows = [self._itself(name), *self.table(name).itertuples()]
-            for number, (ax, row) in enumerate(zip(line, rows, strict=False)):
-                ax.imshow(patch(bench.drawn(row.case).cases[row.case], (row.z, row.y, row.x)))
-                ax.set_title(("chosen\n" if not number else "") + self._text(row), fontsize=6)
-            line[0].set_ylabel(name, fontsize=8)
-        for ax in grid.flat:
-            ax.set(xticks=[], yticks=[])
+        for line, name in zip(figure.subplots(len(names), NEIGHBOURS + 1, squeeze=False), names, strict=True):
+            draw_patches(line, [(pixels, f"{name}\n{text}"), *self._patches(name)])
         return figure
 
     @cached_property
@@ -125,7 +118,8 @@ class Workbench:
 
     Attributes:
         cases: all cases of the study.
-        shown, explorer, distance: the case shown and its linked views; others once another case or run is chosen.
+        shown, distance: the case shown and its distance map; others once another case or run is chosen.
+        explorer: the linked views of the case shown.
         neighbours: the voxels nearest to the chosen one.
     """
 
@@ -137,63 +131,61 @@ class Workbench:
         seed: int = 0,
         **options: Any,
     ):
-        self.cases = study if isinstance(study, Cases) else Cases.read(study, configurations, seed)
-        self.seed, self.options, self._busy = seed, options, False
+        self.cases = Cases.of(study, configurations, seed)
         self.runs = RunLists(self.cases.names, lambda: self._show(self.shown.case_id))
-        colours = [name for name in COLOURS if name != "case"]
-        self.scatters = Scatters(len(self.runs.lists), colours, options.get("projection", "PCA"))
-        self.scatters.projection.observe(lambda _: self.explorer.project_again(), "value")
         self.opened: list[str] = []
-        self._drawn: dict[tuple, DrawnVoxels] = {}
         self.neighbours = Neighbours(self)
         self.right = dropdown("show", ["distances", "neighbours"], "distances", 150)
         self.right.observe(lambda _: self._lay_out(), "value")
         self.case = ipywidgets.Dropdown(description="case", style={"description_width": "initial"})
         self.case.observe(lambda change: self._show(change["new"]), "value")
-        self._open(case_id)
+        self.shown = self.cases.open(case_id, self.runs.names)
+        self.explorer = EmbeddingExplorer(self.shown, seed=seed, **options)
+        self.explorer.went = self._go
+        self._drawn = {(self.shown.case_id, *self.runs.names): self.explorer.drawn}
+        self._link()
         self._list_cases()
 
     def _show(self, case_id: str) -> None:
-        if self._busy:
+        if self._listing:
             return
         try:
-            self._open(case_id)
+            case, drawn = self.cases.open(case_id, self.runs.names), self.drawn(case_id)
         except ValueError as error:  # where nobody reads a traceback
-            self.explorer.status.value = small(str(error))
+            self.explorer.say(str(error))
+        else:
+            self.shown = case
+            self.explorer.open(case, drawn)
+            self._link()
         self._list_cases()
 
     def _list_cases(self) -> None:
-        self._busy = True  # new options choose the first one for a moment
+        self._listing = True  # new options choose the first one for a moment
         lines = self.cases.listed(self.runs.names)
         self.case.options, self.case.value = lines, self.shown.case_id
         self.case.layout.width = f"{75 + 7 * max(len(line) for line, _ in lines)}px"
-        self._busy = False
+        self._listing = False
 
-    def _open(self, case_id: str | None) -> None:
-        case = self.cases.open(case_id, self.runs.names)
-        more = {"threshold": self.explorer.view.threshold.value} if "explorer" in self.__dict__ else {}
-        explorer = EmbeddingExplorer(case, seed=self.seed, scatters=self.scatters, **self.options, **more)
-        self.shown, self.explorer = case, explorer
-        self._drawn[case.case_id, tuple(self.runs.names)] = explorer.drawn
+    def _link(self) -> None:
+        """Tie the views of the case shown together, and put them into their places."""
+        explorer, case = self.explorer, self.shown
         self.opened += [] if case.case_id in self.opened else [case.case_id]
         self.distance = DistanceMap(case, scale=explorer.numbers["mean d(a, n)"])
         self.panels = explorer.view.panel, self.distance.panel
         for panel in self.panels:
             panel.chosen, panel.told, panel.words = self._chosen, self.distance.describe, explorer.words
-        explorer.went = self._go
         if "widget" in self.__dict__:
             self._fill()
 
     def drawn(self, case_id: str) -> DrawnVoxels:
-        """The voxels drawn from a case that was opened, as the two runs see them."""
-        key = case_id, tuple(self.runs.names)
+        """The voxels drawn from a case, as the two runs see them."""
+        key = case_id, *self.runs.names
         if key not in self._drawn:
-            kept = {name: self.options[name] for name in ("per_kind", "tau") if name in self.options}
             case = self.cases.open(case_id, self.runs.names)
-            self._drawn[key] = DrawnVoxels.of_case(case, seed=self.seed, **kept)
+            self._drawn[key] = DrawnVoxels.of_case(case, **self.explorer.of_voxels)
         return self._drawn[key]
 
-    def _chosen(self, voxels) -> None:
+    def _chosen(self, voxels: Int[np.ndarray, "n 2"]) -> None:
         self.explorer.choose_in_slice(voxels)
         if len(voxels) == 1:
             self._go((self.explorer.slice.value, *voxels[0]))
@@ -211,15 +203,13 @@ class Workbench:
     # Alive: scatters stay in the page when the case changes, because the browser makes them slowly
 
     def _fill(self) -> None:
-        """Put the views of the case shown into their places."""
         explorer = self.explorer
         for places, panel in zip(self._places, self.panels, strict=True):
             for place, picture in zip(places, panel.pictures, strict=True):
                 place.children = [picture]
         self._controls.children = [self.case, *self.runs.lists, *explorer.controls, self.right]
         texts = explorer.status, explorer.words, explorer.measured, self.neighbours.chosen
-        legends = self.panels[0].legend, self.scatters.legend, self._distance_legend
-        self._texts.children = [*legends, *texts]
+        self._texts.children = [self.panels[0].legend, explorer.legend, self._distance_legend, *texts]
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -238,11 +228,11 @@ class Workbench:
         self._controls = wrapped()
         self._distance_legend = ipywidgets.HTML(small(colour_bar(DISTANCE_COLOURMAP, *self.distance.panel.meaning)))
         slices, distances = self._places
-        grid = table(*zip(slices, self.scatters.plots, distances, strict=True))
+        grid = table(*zip(slices, self.explorer.plots, distances, strict=True))
         for row, words in zip(grid.children, self.neighbours.words, strict=True):
             words.layout = ipywidgets.Layout(flex="2 1 0", min_width="0")
             row.children = [*row.children, words]
-        whole = beside(grid, ipywidgets.HTML())
+        whole = beside(grid)
         self._texts = whole.children[1]
         self._fill()
         return ipywidgets.VBox([self._controls, whole])

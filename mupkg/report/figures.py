@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -206,8 +206,13 @@ def slice_png(
     texts = ((right, low - 6), f"{BAR_MM} mm", "rb"), ((6, 8), "R", "lt"), ((right, 8), "L", "rt")
     for place, text, anchor in texts:
         pen.text(place, text, anchor=anchor, **outlined)
+    return pixels_png(np.asarray(image))
+
+
+def pixels_png(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """Pixels as PNG, quick to make rather than small."""
     buffer = io.BytesIO()
-    image.save(buffer, "png", compress_level=1)
+    PIL.Image.fromarray(pixels).save(buffer, "png", compress_level=1)
     return buffer.getvalue()
 
 
@@ -432,15 +437,18 @@ def samplers_at_work(
     return figure
 
 
-def draw_points(ax: Axes, points: Float[np.ndarray, "n 2"], kind: np.ndarray, names: Sequence[str]) -> None:
+def draw_points(
+    ax: Axes, points: Float[np.ndarray, "n 2"], kind: np.ndarray, names: Sequence[str], **look: Any
+) -> None:
     """Voxels on a plane of the feature space, coloured by what they are; the prostate lies on top.
 
     Args:
-        names: of the two axes.
+        names: of the two axes. look: of matplotlib's `scatter`.
     """
+    look = {"s": 5, "linewidths": 0} | look
     for number, (name, colour) in enumerate(zip(KINDS, KIND_COLOURS, strict=True)):
         some = points[kind == number]
-        ax.scatter(*some.T, s=5, color=colour, label=name, linewidths=0, zorder=3 - 0.1 * number)
+        ax.scatter(*some.T, color=colour, label=name, zorder=3 - 0.1 * number, **look)
     ax.set(xticks=[], yticks=[], xlabel=names[0], ylabel=names[1])
 
 

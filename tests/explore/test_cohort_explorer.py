@@ -58,7 +58,7 @@ def test_a_brush_chooses_a_case_a_kind_and_a_region_of_errors(explorer):
     table = explorer.table
     expected = np.flatnonzero((table["case"] == case_id) & (table["kind"] == "contour"))
     assert explorer.rows.tolist() == expected.tolist() and len(expected)
-    assert [sorted(s.widget.selection) for s in explorer.scatters.scatters] == [expected.tolist()] * 2
+    assert [sorted(s.widget.selection) for s in explorer.scatters] == [expected.tolist()] * 2
     explorer.case.value = explorer.kind.value = "all"
     assert not len(explorer.rows)
     worst = table[["error UNet", "error MetricUNet-H"]].max(axis=1)
@@ -70,7 +70,7 @@ def test_a_brush_chooses_a_case_a_kind_and_a_region_of_errors(explorer):
 
 
 def test_a_lasso_in_one_scatter_chooses_in_the_other_and_the_mouse_is_told(explorer):
-    first, second = explorer.scatters.scatters
+    first, second = explorer.scatters
     second.widget.selection = np.array([9, 4])
     assert explorer.rows.tolist() == [4, 9] == sorted(first.widget.selection)
     assert "2 of" in explorer.status.value and explorer.patches.value.count("<img") == 2
@@ -81,12 +81,12 @@ def test_a_lasso_in_one_scatter_chooses_in_the_other_and_the_mouse_is_told(explo
 
 @pytest.mark.parametrize("colour", ["case", "error", "probability", "kind"])
 def test_points_take_a_colour_by_what_is_chosen(explorer, colour):
-    explorer.scatters.colour.value = colour
-    shown = explorer.scatters.scatters[0].widget.points[:, 2]
+    explorer.colour.value = colour
+    shown = explorer.scatters[0].widget.points[:, 2]
     if colour == "case":
         ranked = explorer.cases.worst_first(explorer.runs.names)
         np.testing.assert_allclose(shown, explorer.table["case"].map(ranked.index) / 2, atol=1e-6)
-        assert "worst" in explorer.scatters.legend.value
+        assert "worst" in explorer.legend.value
     elif colour == "kind":
         assert len(np.unique(shown)) == len(KINDS)
     else:

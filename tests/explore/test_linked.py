@@ -13,7 +13,7 @@ import torch
 from matplotlib.colors import to_hex
 from torch import nn
 
-from mupkg.explore import linked
+from mupkg.explore import scatters
 from mupkg.explore.case import CaseViewer
 from mupkg.explore.linked import DistanceMap, EmbeddingExplorer
 from mupkg.explore.predictions import CasePredictions, Cases
@@ -173,7 +173,7 @@ def test_a_mask_with_islands_says_so_and_a_training_case_is_marked_beside_every_
     view, explorer, distance = CaseViewer(case, "slices"), EmbeddingExplorer(case, per_kind=5), DistanceMap(case)
     assert case.scores()["islands"].tolist() == [1, 0]
     assert "with 1 island" in view.panel.titles[0] and "island" not in view.panel.titles[1]
-    titles = [*view.panel.titles, *distance.panel.titles, *(t.value for t in explorer.scatters.titles)]
+    titles = [*view.panel.titles, *distance.panel.titles, *(t.value for t in explorer.titles)]
     assert len(titles) == 6 and all("TRAINING case" in title for title in titles)
     assert "TRAINING case" in explorer.measured.value
     assert "TRAINING" not in "".join(CaseViewer(seen, "slices").panel.titles)
@@ -197,8 +197,10 @@ def test_any_network_and_any_layer_can_be_seen(seen):
             return self.head(torch.relu(self.inner(images)))
 
     own = Own().eval()
-    mine = CasePredictions.predicted("mine", seen.region, TRUTH, SPACING, {"own": EmbeddingTap(own, "inner")})
-    assert mine.heat["own"].shape == TRUTH.shape and mine.embedding("own", 2).shape == (24, 30, 5)
+    tap = EmbeddingTap(own, "inner")
+    heat = {"own": predict_volume(tap, seen.region)}
+    mine = CasePredictions("mine", seen.region, TRUTH, SPACING, {"own": tap}, heat)
+    assert mine.embedding("own", 2).shape == (24, 30, 5)
     assert EmbeddingExplorer(mine, per_kind=10).samples["own"].embedding.shape[1] == 5
     tapped = mine.tapped("network.head")
     assert tapped.embedding("own", 2).shape == (24, 30, 2) and tapped.heat is mine.heat
@@ -236,42 +238,42 @@ def test_hard_voxels_are_added_and_left_out_of_the_numbers(seen):
 
 def test_what_is_chosen_lights_up_in_its_slice_and_in_every_scatter(seen):
     explorer = EmbeddingExplorer(seen, per_kind=30)
-    scatters = explorer.scatters.scatters
-    scatters[0].widget.selection = np.array([4, 2, 77])  # as a lasso does
+    first, second = explorer.scatters
+    first.widget.selection = np.array([4, 2, 77])  # as a lasso does
     assert explorer.rows.tolist() == [2, 4, 77]
-    assert [sorted(s.widget.selection) for s in scatters] == [[2, 4, 77]] * 2
+    assert sorted(first.widget.selection) == sorted(second.widget.selection) == [2, 4, 77]
     for z in range(6):
         explorer.slice.value = z
         mine = {tuple(explorer.index[r, 1:]) for r in (2, 4, 77) if explorer.index[r, 0] == z}
         assert {tuple(v) for v in explorer.view.panel.lit} == mine
     explorer.clear.click()
     assert not len(explorer.rows) and not len(explorer.view.panel.lit)
-    assert all(not len(s.widget.selection) for s in scatters)
+    assert not len(first.widget.selection) and not len(second.widget.selection)
 
 
 def test_a_click_on_a_point_goes_to_its_slice_and_a_lasso_stays(seen):
     explorer, places = EmbeddingExplorer(seen, per_kind=30), []
     explorer.went = places.append
     row = int(np.flatnonzero(explorer.index[:, 0] != explorer.slice.value)[0])
-    explorer.scatters.scatters[1].widget.selection = np.array([row])
+    explorer.scatters[1].widget.selection = np.array([row])
     assert explorer.slice.value == explorer.index[row, 0] and places == [tuple(explorer.index[row])]
     before = explorer.slice.value
-    explorer.scatters.scatters[0].widget.selection = np.flatnonzero(explorer.index[:, 0] != before)[:2]
+    explorer.scatters[0].widget.selection = np.flatnonzero(explorer.index[:, 0] != before)[:2]
     assert explorer.slice.value == before and len(places) == 1
 
 
 def test_a_point_under_the_mouse_is_told(seen):
     explorer = EmbeddingExplorer(seen, per_kind=30)
-    explorer.scatters.scatters[0].widget.hovering = 3
+    explorer.scatters[0].widget.hovering = 3
     assert "voxel (z, y, x) {}, {}, {}".format(*explorer.index[3]) in explorer.words.value
-    assert not explorer.scatters.scatters[0].widget.tooltip_enable  # which would lie over the points
+    assert not explorer.scatters[0].widget.tooltip_enable  # which would lie over the points
 
 
 def test_the_prostate_is_painted_last_and_points_are_translucent_where_they_are_dense(seen):
     explorer = EmbeddingExplorer(seen, per_kind=30)
     numbers = explorer.table["kind"].map(KINDS.index).to_numpy()
     assert (np.diff(numbers) <= 0).all() and numbers[-1] == 0
-    assert explorer.scatters.scatters[0].widget.opacity_by == "density"
+    assert explorer.scatters[0].widget.opacity_by == "density"
 
 
 def test_a_box_chooses_all_drawn_voxels_in_it_and_a_click_the_nearest(seen):
@@ -300,7 +302,7 @@ def test_a_box_without_drawn_voxels_chooses_none(seen):
 @pytest.mark.parametrize("colour", ["kind", "probability", "mm to contour", "error"])
 def test_colours_and_projections(seen, colour):
     explorer = EmbeddingExplorer(seen, per_kind=20)
-    shown, scatter = explorer.scatters, explorer.scatters.scatters[0]
+    shown, scatter = explorer, explorer.scatters[0]
     shown.colour.value = colour
     assert (KINDS[0] in shown.legend.value) if colour == "kind" else (colour in shown.legend.value)
     assert CHOSEN in shown.legend.value and set(scatter.widget.color_selected) == {CHOSEN}
@@ -326,8 +328,8 @@ def test_colours_and_projections(seen, colour):
 
 
 def test_only_projections_that_are_installed_are_offered(seen, monkeypatch):
-    monkeypatch.setattr(linked, "find_spec", lambda name: None)
-    assert EmbeddingExplorer(seen, per_kind=10).scatters.projection.options == ("PCA", "t-SNE")
+    monkeypatch.setattr(scatters, "find_spec", lambda name: None)
+    assert EmbeddingExplorer(seen, per_kind=10).projection.options == ("PCA", "t-SNE")
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ModuleNotFoundError, match="UMAP is not installed: pip install"):
         EmbeddingExplorer(seen, per_kind=10, projection="UMAP")
@@ -337,11 +339,11 @@ def test_the_axes_are_named_with_their_share_of_the_variance(seen):
     explorer = EmbeddingExplorer(seen, per_kind=30)
     values = explorer.samples["UNet"].embedding
     share = np.linalg.svd(values - values.mean(axis=0), compute_uv=False) ** 2
-    assert f"PC 1 ({share[0] / share.sum():.0%})" in explorer.scatters.titles[0].value
+    assert f"PC 1 ({share[0] / share.sum():.0%})" in explorer.titles[0].value
     steps = []
     explorer.status.observe(lambda change: steps.append(change["new"]), "value")
-    explorer.scatters.projection.value = "t-SNE"
-    title = explorer.scatters.titles[0].value
+    explorer.projection.value = "t-SNE"
+    title = explorer.titles[0].value
     assert "t-SNE: gaps, sizes mean nothing" in title and "%)" not in title
     shares = [int(share) for text in steps for share in re.findall(r"t-SNE of UNet: (\d+)%", text)]
     assert len(shares) > 5 and shares == sorted(shares) and shares[-1] == 100
@@ -365,7 +367,7 @@ def test_the_chosen_voxels_are_saved_and_named_by_how_they_were_chosen(seen, tmp
 def test_scatters_made_later_show_what_was_chosen_before(seen):
     explorer = EmbeddingExplorer(seen, per_kind=10)
     explorer.choose(np.array([3, 9]))
-    assert [sorted(s.widget.selection) for s in explorer.scatters.scatters] == [[3, 9]] * 2
+    assert [sorted(s.widget.selection) for s in explorer.scatters] == [[3, 9]] * 2
 
 
 def test_a_case_without_prostate_cannot_be_explored(seen):

@@ -85,16 +85,16 @@ def test_another_case_comes_into_the_same_panel(study):
     folder, bad, good = study
     bench = Workbench(folder, bad, **SMALL)
     controls, _ = bench.widget.children
-    scatters, before = bench.scatters.scatters, bench.panels[0].pictures[0]
-    bench.scatters.colour.value, bench.explorer.view.threshold.value = "error", 0.3
-    bench.scatters.projection.value = "t-SNE"
+    scatters, before = bench.explorer.scatters, bench.panels[0].pictures[0]
+    bench.explorer.colour.value, bench.explorer.view.threshold.value = "error", 0.3
+    bench.explorer.projection.value = "t-SNE"
     bench.case.value = good
     assert bench.shown.case_id == bench.explorer.case.case_id == bench.distance.case.case_id == good
     assert bench._places[0][0].children == (bench.panels[0].pictures[0],) != (before,)
     assert bench.shown.slice in controls.children and bench.case in controls.children
     # what was chosen stays chosen
-    assert bench.scatters.scatters is scatters and bench.explorer.view.threshold.value == 0.3
-    assert bench.scatters.colour.value == "error" and "t-SNE" in bench.scatters.titles[0].value
+    assert bench.explorer.scatters is scatters and bench.explorer.view.threshold.value == 0.3
+    assert bench.explorer.colour.value == "error" and "t-SNE" in bench.explorer.titles[0].value
     np.testing.assert_allclose(
         scatters[0].widget.points[:, 2], bench.explorer.table["error MetricUNet-HCP"], rtol=1e-5
     )
@@ -153,7 +153,7 @@ def test_a_single_run_has_one_list_and_one_row(bench):
 
 def test_a_click_on_a_point_moves_all_views_and_measures_from_it(three):
     row = int(np.flatnonzero(three.explorer.index[:, 0] != three.shown.slice.value)[0])
-    three.scatters.scatters[0].widget.selection = np.array([row])
+    three.explorer.scatters[0].widget.selection = np.array([row])
     voxel = tuple(three.explorer.index[row])
     assert three.shown.slice.value == voxel[0] and three.distance.voxel == voxel
     assert three.explorer.rows.tolist() == [row]
@@ -192,7 +192,7 @@ def test_neighbours_are_shown_as_patches_that_follow_the_click(three):
     assert all(place.layout.display == "none" for places in three._places for place in places)
     before = words[0].value
     row = int(np.flatnonzero(three.explorer.table["kind"] == "far background")[0])
-    three.scatters.scatters[0].widget.selection = np.array([row])
+    three.explorer.scatters[0].widget.selection = np.array([row])
     assert words[0].value != before
     three.right.value = "distances"
     assert words[0].layout.display == "none" and three._places[0][0].layout.display == "flex"

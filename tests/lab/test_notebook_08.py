@@ -62,7 +62,7 @@ def lit(notebook: Notebook, cell: int, number: int) -> set[tuple[int, int]]:
 
 def selected(notebook: Notebook) -> list[list[int]]:
     """The points that each scatter shows as chosen."""
-    return [sorted(notebook.ask(f"explorer.scatters.scatters[{run}].widget.selection")) for run in range(len(RUNS))]
+    return [sorted(notebook.ask(f"explorer.scatters[{run}].widget.selection")) for run in range(len(RUNS))]
 
 
 def assert_lit(notebook: Notebook, rows: list[int], z: int) -> None:
@@ -123,9 +123,10 @@ def boxes(notebook: Notebook, *kinds: str) -> list[dict]:
     return [box for kind in kinds for element in cell.locator(kind).all() if (box := element.bounding_box())]
 
 
-def points_on_screen(notebook: Notebook, scatters: str, number: int, canvas) -> np.ndarray:
+def points_on_screen(notebook: Notebook, explorer: str, number: int, canvas) -> np.ndarray:
     """Where a scatter's points lie on the page: the square of the data fills the square canvas."""
-    box, data = canvas.bounding_box(), notebook.ask(f"{scatters}.frames[{number}][['x', 'y']].to_numpy()")
+    shown = f"{explorer}.scatters[{number}].data()['data']"
+    box, data = canvas.bounding_box(), notebook.ask(f"{shown}[['x', 'y']].to_numpy()")
     middle = np.array([box["x"] + box["width"] / 2, box["y"] + box["height"] / 2])
     return middle + min(box["width"], box["height"]) / 2 / 1.05 * np.array(data) * (1, -1)
 
@@ -140,7 +141,7 @@ def test_a_click_on_a_point_moves_all_views_to_its_slice_and_measures_from_it(no
     z, index = notebook.ask("bench.shown.slice.value"), np.array(notebook.ask("bench.explorer.index"))
     canvas = notebook.cell(WORKBENCH).locator("canvas").first
     canvas.scroll_into_view_if_needed()
-    points = points_on_screen(notebook, "bench.scatters", 0, canvas)
+    points = points_on_screen(notebook, "bench.explorer", 0, canvas)
     row = lonely(points, index[:, 0] != z)
     notebook.page.mouse.move(*points[row])
     voxel = ", ".join(map(str, index[row]))
@@ -213,7 +214,7 @@ def test_a_lasso_lights_exactly_its_voxels_up_in_the_slice(notebook: Notebook):
     notebook.press("clear", within=notebook.cell(EMBEDDINGS))
     notebook.wait_until("len(explorer.rows) == 0")
     notebook.drag(canvas, *polygon)
-    notebook.wait_until("len(explorer.rows) and explorer.scatters.scatters[0].widget.selection is not None")
+    notebook.wait_until("len(explorer.rows) and explorer.scatters[0].widget.selection is not None")
     # independently: the square of the data, as high as the canvas, lies in the middle of it
     box, data = canvas.bounding_box(), np.array(notebook.ask("explorer.points['UNet']"))
     low, high = data.min(axis=0), data.max(axis=0)
@@ -294,7 +295,7 @@ def test_another_projection_moves_the_points_and_a_lasso_still_finds_them(notebo
     row.locator("select").first.select_option("kind")
     before = notebook.pixels(plot)
     row.locator("select").nth(1).select_option("t-SNE")
-    notebook.wait_until("explorer.scatters.projection.value == 't-SNE'")
+    notebook.wait_until("explorer.projection.value == 't-SNE'")
     notebook.wait_for_change(plot, before, timeout=60)
     row.get_by_text("t-SNE: gaps, sizes mean nothing").first.wait_for()
     notebook.drag(plot, (0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98))  # around everything
@@ -362,14 +363,14 @@ def test_another_run_comes_into_the_workbench_and_its_settings_stay(notebook: No
     cell = notebook.cell(WORKBENCH)
     notebook.slider("threshold", 0.3, within=cell)
     cell.locator("select").nth(3).select_option("error")
-    notebook.wait_until("bench.scatters.colour.value == 'error'")
+    notebook.wait_until("bench.explorer.colour.value == 'error'")
     before = notebook.pixels(picture(notebook, WORKBENCH))
     cell.locator("select").nth(1).select_option("MetricUNet-HCP")
     notebook.wait_until("list(bench.shown.heat) == ['MetricUNet-HCP', 'UNet']")
     notebook.wait_for_change(picture(notebook, WORKBENCH), before)
     cell.get_by_text("A · MetricUNet-HCP").first.wait_for()
     assert notebook.ask("bench.explorer.view.threshold.value") == pytest.approx(0.3)
-    assert notebook.ask("bench.scatters.colour.value") == "error"
+    assert notebook.ask("bench.explorer.colour.value") == "error"
 
 
 def test_neighbours_are_shown_in_the_workbench_and_follow_a_click_on_a_point(notebook: Notebook):
@@ -379,7 +380,7 @@ def test_neighbours_are_shown_in_the_workbench_and_follow_a_click_on_a_point(not
     patches = cell.locator("img[src^='data:image/png']:visible")
     wait_for(lambda: patches.count() == 21, "the chosen voxel and ten neighbours a run")
     first = patches.first.get_attribute("src")
-    notebook.do("bench.scatters.scatters[0].widget.selection = __import__('numpy').array([3])")
+    notebook.do("bench.explorer.scatters[0].widget.selection = __import__('numpy').array([3])")
     wait_for(lambda: patches.first.get_attribute("src") != first, "the neighbours follow")
     cell.locator("select").last.select_option("distances")
     wait_for(lambda: patches.count() == 0, "the slices are back")
@@ -395,7 +396,7 @@ def test_the_cohort_is_chosen_from_by_a_lasso_and_by_lists(notebook: Notebook):
     wait_for(lambda: patches.count() == 24, "patches of the chosen voxels")
     cell.locator("select").nth(5).select_option("contour")
     notebook.wait_until("set(cohort.table.iloc[cohort.rows]['kind']) == {'contour'}")
-    assert notebook.ask("sorted(cohort.scatters.scatters[1].widget.selection) == sorted(cohort.rows)")
+    assert notebook.ask("sorted(cohort.scatters[1].widget.selection) == sorted(cohort.rows)")
 
 
 def test_itkwidgets_without_internet_is_one_line_and_nothing_hangs(notebook: Notebook):
