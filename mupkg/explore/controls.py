@@ -55,12 +55,12 @@ def table(*rows: Sequence[ipywidgets.Widget], below: int = 0) -> ipywidgets.Widg
     high = f"((100vh - {236 + below}px) / {len(rows)} - {HEADS}px)"  # without Lab's bars and the controls
     for part in (part for row in rows for part in row):
         part.layout.flex, part.layout.min_width = "1 1 0", "0"
-    whole = ipywidgets.VBox([ipywidgets.HBox(row) for row in rows])
-    whole.layout = ipywidgets.Layout(flex="1 1 0", min_width="0", max_width=f"calc({len(rows[0])} * {high})")
-    return whole
+    layout = ipywidgets.Layout(min_width="0", max_width=f"calc({len(rows[0])} * {high})")
+    return ipywidgets.VBox([ipywidgets.HBox(row) for row in rows], layout=layout)
 
 
 def beside(pictures: ipywidgets.Widget, *texts: ipywidgets.Widget) -> ipywidgets.Widget:
     """Pictures, and texts in a column at their right."""
+    pictures.layout.flex = "1 1 0"  # of the width: where pictures lie above each other it would take all their height
     column = ipywidgets.VBox(texts, layout=ipywidgets.Layout(flex="0 0 215px", padding="0 0 0 8px"))
     return ipywidgets.HBox([pictures, column])

@@ -150,7 +150,8 @@ class VoxelExplorer(ABC):
             legend = colour_bar(colours, name, low, high)
         self.legend.value = small(f"{legend} &nbsp; {key({'chosen': CHOSEN})}")
         for scatter, frame in zip(self.__dict__.get("scatters", ()), self._frames, strict=False):
-            scatter.color(**self._look()).data(self._shown(frame), animate=len(frame) < MANY)
+            # not animated: while points are on their way, the browser ignores a lasso and the next points
+            scatter.color(**self._look()).data(self._shown(frame))
             self._mark(scatter)
 
     @staticmethod

@@ -34,14 +34,24 @@ VIEWER = "view = CaseViewer(case, 'slices')\nview.widget"
 
 COHORT = """
 import pandas as pd
-from mupkg.explore.linked import Scatters
+from mupkg.explore.scatters import VoxelExplorer
+from mupkg.explore.voxels import DrawnVoxels
+from mupkg.report.embeddings import EmbeddedVoxels
+from mupkg.stages.voxels import KINDS
+
+class Many(VoxelExplorer):
+    title = describe = lambda self, of: str(of)
+    count = lambda self: ""
 
 # 200 000 points, as of 170 test cases
 points = np.random.default_rng(0).normal(size=(200_000, 2)).astype(np.float32)
-kind = np.array(("far background", "near background", "contour", "prostate"))[np.arange(200_000) // 50_000]
-many = Scatters(2, ["kind", "error"])
-frame = pd.DataFrame({"kind": kind, "error": np.abs(points[:, 0]).clip(0, 1)})
-many.show([points, points[:, ::-1]], [frame, frame], ["A", "B"])
+number = np.repeat(np.arange(4, dtype=np.uint8)[::-1], 50_000)
+columns = {"kind": np.array(KINDS)[number], "mm to contour": points[:, 0]}
+for name in "AB":
+    columns |= {f"p {name}": np.abs(points[:, 1]), f"error {name}": np.abs(points[:, 0])}
+samples = {name: EmbeddedVoxels(points, number, points[:, ::step]) for name, step in (("A", 1), ("B", -1))}
+many = Many(2, ["kind", "error"], projection="PCA", seed=0, folder=".")
+many.show(DrawnVoxels(pd.DataFrame(columns), samples, number < 4, {}))
 many.plots[0]
 """
 PARTS = ("server and browser", "page and kernel", "workbench", "rest of the cells")  # of opening notebook 08
@@ -123,7 +133,7 @@ def _run_until_alive(notebook) -> None:
         " jupyterapp.commands.execute('notebook:run-all-cells').finally(() => { window.finished = true }) }"
     )
     cell = notebook.cell(WORKBENCH)
-    cell.locator("canvas").nth(2).wait_for(timeout=300_000)  # each scatter has one for points and one for text
+    cell.locator(".square-scatter").nth(1).locator("canvas").first.wait_for(timeout=300_000)
     notebook.page.wait_for_function(
         "cell => { const images = [...cell.querySelectorAll('img')];"
         " return images.length >= 4 && images.every(image => image.complete && image.naturalWidth > 1) }",

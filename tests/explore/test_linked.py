@@ -324,6 +324,7 @@ def test_colours_and_projections(seen, colour):
         assert np.corrcoef(shown[:, axis], after[:, axis])[0, 1] == pytest.approx(1, abs=1e-5)
         assert np.abs(shown[:, axis]).max() == pytest.approx(1 / 1.05, abs=1e-3)
     np.testing.assert_array_equal(scatter.widget.points[:, 2], coloured)
+    assert not scatter.widget.transition_points  # on their way, points swallow a lasso and what is sent next
     assert png(explorer.figure).startswith(b"\x89PNG")
 
 

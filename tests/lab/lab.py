@@ -84,12 +84,20 @@ FAILED_OUTPUTS = """() => jupyterapp.shell.currentWidget.content.widgets
     .filter(text => text !== null)"""
 
 
+# What a mouse in the middle of an element would meet: the element, or a layer of the same widget.
+IN_SIGHT = """element => {
+    const box = element.getBoundingClientRect();
+    const met = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+    return element === met || element.parentElement.contains(met);
+}"""
+
+
 def find_chromium() -> str | None:
     """The browser's path: that of the environment variable MUPKG_CHROMIUM, or the first installed, or None."""
     return os.environ.get("MUPKG_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
 
 
-PATIENCE = 60  # seconds: a machine with two cores may be busy, and software draws what a GPU would
+PATIENCE = 180  # seconds: a machine with two cores may be busy, and software draws what a GPU would
 
 
 def wait_for(holds: Callable[[], Any], what: str, timeout: float = PATIENCE) -> Any:
@@ -161,7 +169,7 @@ class Lab:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        wait_for(self._answers, "JupyterLab answers", timeout=60)
+        wait_for(self._answers, "JupyterLab answers")
 
     def _answers(self) -> bool:
         if self._server.poll() is not None:
@@ -238,10 +246,11 @@ class Notebook:
         name = quote(str(path.relative_to(lab.root)))
         address = f"{lab.address}/lab/workspaces/{path.stem}/tree/{name}?reset&token={lab.token}"
         self.page.goto(address, wait_until="domcontentloaded")
-        self.page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.content?.widgets", timeout=60_000)
-        self.page.wait_for_function(
-            "() => jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status === 'idle'", timeout=60_000
-        )
+        for ready in (
+            "() => window.jupyterapp?.shell?.currentWidget?.content?.widgets",
+            "() => jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status === 'idle'",
+        ):
+            self.page.wait_for_function(ready, timeout=1000 * PATIENCE)
         if self.page.locator("#jp-left-stack").is_visible():
             self.page.evaluate("() => jupyterapp.commands.execute('application:toggle-left-area')")
 
@@ -254,7 +263,7 @@ class Notebook:
 
     # Running
 
-    def run_all(self, timeout: float = 120) -> None:
+    def run_all(self, timeout: float = 2 * PATIENCE) -> None:
         """Runs all cells and waits for the last; AssertionError where one failed or a widget did not appear."""
         self.page.evaluate(
             "() => { window.finished = false;"
@@ -287,9 +296,14 @@ class Notebook:
         """The text of all outputs as it can be read in the page."""
         return "\n".join(self.page.locator(".jp-Notebook .jp-Cell-outputArea").all_inner_texts())
 
+    def bring(self, element: Locator) -> None:
+        """Scrolls to an element, and waits until it is what lies in its place, not clipped and nothing over it."""
+        element.scroll_into_view_if_needed()
+        wait_for(lambda: element.evaluate(IN_SIGHT), f"to be seen: {element}", timeout=20)
+
     def pixels(self, element: Locator) -> np.ndarray:
         """What is to be seen of an element, a canvas for one, as (height, width, 3) bytes."""
-        element.scroll_into_view_if_needed()
+        self.bring(element)
         return np.asarray(Image.open(io.BytesIO(element.screenshot())).convert("RGB"))
 
     def wait_for_change(self, element: Locator, before: np.ndarray, timeout: float = PATIENCE) -> np.ndarray:
@@ -317,7 +331,7 @@ class Notebook:
 
     def click_at(self, element: Locator, x: float, y: float, button: str = "left") -> None:
         """A click at a place of an element."""
-        element.scroll_into_view_if_needed()
+        self.bring(element)
         self.page.mouse.click(*self._at(element, (x, y)), button=button)
 
     def drag(self, element: Locator, *places: Sequence[float], button: str = "left", steps: int = 8) -> None:
@@ -325,7 +339,7 @@ class Notebook:
 
         Two places make a line or the diagonal of a box, more a lasso.
         """
-        element.scroll_into_view_if_needed()
+        self.bring(element)
         corners = np.array([self._at(element, place) for place in places])
         self.page.mouse.move(*corners[0])
         self.page.mouse.down(button=button)

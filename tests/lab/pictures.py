@@ -30,7 +30,9 @@ def workbench(notebook: Notebook, folder: Path) -> None:
         notebook.page.set_viewport_size({"width": width, "height": height})
         notebook.page.wait_for_timeout(2000)
         notebook.press("clear", within=cell)
-        notebook.drag(cell.locator("canvas").first, (0.4, 0.05), (0.62, 0.05), (0.62, 0.95), (0.4, 0.95))
+        notebook.drag(
+            cell.locator(".square-scatter canvas").first, (0.4, 0.05), (0.62, 0.05), (0.62, 0.95), (0.4, 0.95)
+        )
         notebook.wait_until("len(bench.explorer.rows)")
         cell.locator(".jp-Cell-outputArea").evaluate("area => area.scrollIntoView()")
         notebook.page.mouse.move(5, 5)

@@ -39,8 +39,22 @@ def picture(notebook: Notebook, cell: int, number: int = 0):
     return notebook.cell(cell).locator("img").nth(number)
 
 
-def scatter(notebook: Notebook, number: int):
-    return notebook.cell(EMBEDDINGS).locator("canvas").nth(2 * number)  # each has one for points and one for text
+def scatter(notebook: Notebook, number: int, cell: int = EMBEDDINGS):
+    """A scatter's points; further canvases lie over them, for texts and for what a tooltip would show."""
+    return notebook.cell(cell).locator(".square-scatter").nth(number).locator("canvas").first
+
+
+def in_browser(notebook: Notebook, what: str, cell: int = EMBEDDINGS) -> list:
+    """A property of regl-scatterplot's, of each scatter of a cell, as the page has it by now."""
+    plots = notebook.cell(cell).locator(".square-scatter")
+    return plots.evaluate_all(
+        "(plots, what) => plots.map(plot => [...plot.querySelectorAll('*')].find(e => e.api).api.get(what))", what
+    )
+
+
+def wait_for_scatters(notebook: Notebook, cell: int = EMBEDDINGS) -> None:
+    """Until the points sent last are drawn: the browser ignores a lasso before, and drops what is sent."""
+    wait_for(lambda: not any(in_browser(notebook, "isDrawing", cell)), "the points are drawn")
 
 
 def places(notebook: Notebook, voxels) -> np.ndarray:
@@ -60,15 +74,16 @@ def lit(notebook: Notebook, cell: int, number: int) -> set[tuple[int, int]]:
     return {voxel for voxel, is_lit in zip(voxels, alike, strict=True) if is_lit}
 
 
-def selected(notebook: Notebook) -> list[list[int]]:
-    """The points that each scatter shows as chosen."""
-    return [sorted(notebook.ask(f"explorer.scatters[{run}].widget.selection")) for run in range(len(RUNS))]
+def wait_for_selected(notebook: Notebook, rows: list[int]) -> None:
+    """Until the kernel and both scatters, as they are in the page, have these rows chosen."""
+    notebook.wait_until(f"explorer.rows.tolist() == {sorted(rows)}")
+    expected = [sorted(rows)] * 2
+    wait_for(lambda: [sorted(s) for s in in_browser(notebook, "selectedPoints")] == expected, "they are chosen")
 
 
 def assert_lit(notebook: Notebook, rows: list[int], z: int) -> None:
     """The rows are chosen in the kernel and in both scatters, and exactly their voxels of this slice are lit."""
-    assert sorted(notebook.ask("explorer.rows")) == sorted(rows)
-    assert selected(notebook) == [sorted(rows)] * 2
+    wait_for_selected(notebook, rows)
     table = notebook.ask("explorer.table[['z', 'y', 'x']].to_numpy()")
     expected = {tuple(table[row][1:]) for row in rows if table[row][0] == z}
     notebook.wait_until(f"len(explorer.view.panel.lit) == {len(expected)}")
@@ -89,6 +104,15 @@ def test_nothing_is_shown_twice(notebook: Notebook, pictures: Path):
     for cell in (WORKBENCH, CASE, EMBEDDINGS, DISTANCE, NEIGHBOURS, SAMPLERS, FILM, COHORT):
         assert "application/vnd.jupyter.widget-view+json" in kinds[cell] and "image/png" not in kinds[cell]
     assert [path.name for path in pictures.glob("*.png")] == ["explore_active.png"]
+
+
+@pytest.mark.parametrize("cell", [WORKBENCH, CASE, EMBEDDINGS, DISTANCE, NEIGHBOURS, SAMPLERS, FILM, COHORT])
+def test_every_picture_is_to_be_seen(notebook: Notebook, cell: int):
+    """Regression: a box that takes no height of its own had hidden the slices of all views but two."""
+    pictures = notebook.cell(cell).locator("img:visible, .square-scatter canvas:first-child")
+    assert pictures.count() > 0
+    for number in range(pictures.count()):
+        notebook.bring(pictures.nth(number))
 
 
 def test_a_click_in_the_workbench_chooses_a_voxel_and_measures_from_it(notebook: Notebook):
@@ -139,14 +163,13 @@ def lonely(points: np.ndarray, wanted: np.ndarray) -> int:
 
 def test_a_click_on_a_point_moves_all_views_to_its_slice_and_measures_from_it(notebook: Notebook):
     z, index = notebook.ask("bench.shown.slice.value"), np.array(notebook.ask("bench.explorer.index"))
-    canvas = notebook.cell(WORKBENCH).locator("canvas").first
-    canvas.scroll_into_view_if_needed()
+    before, canvas = notebook.pixels(picture(notebook, WORKBENCH)), scatter(notebook, 0, WORKBENCH)
+    notebook.bring(canvas)
     points = points_on_screen(notebook, "bench.explorer", 0, canvas)
     row = lonely(points, index[:, 0] != z)
     notebook.page.mouse.move(*points[row])
     voxel = ", ".join(map(str, index[row]))
     notebook.cell(WORKBENCH).get_by_text(f"voxel (z, y, x) {voxel}").wait_for()
-    before = notebook.pixels(picture(notebook, WORKBENCH))
     notebook.page.mouse.click(*points[row])
     notebook.wait_until(f"bench.explorer.rows.tolist() == [{row}]")
     notebook.wait_until(f"bench.distance.voxel == {tuple(index[row].tolist())}")
@@ -156,7 +179,7 @@ def test_a_click_on_a_point_moves_all_views_to_its_slice_and_measures_from_it(no
 
 
 def test_chosen_points_have_the_colour_of_the_lit_voxels(notebook: Notebook):
-    canvas = notebook.cell(WORKBENCH).locator("canvas").first
+    canvas = scatter(notebook, 0, WORKBENCH)
     chosen = np.round(255 * np.array(to_rgb(CHOSEN)))
 
     def violet() -> int:
@@ -282,22 +305,26 @@ def test_another_colour_brings_its_legend_and_keeps_the_choice(notebook: Noteboo
     notebook.do("explorer.choose([3, 5, 8])")
     cell, before = notebook.cell(EMBEDDINGS), notebook.pixels(scatter(notebook, 1))
     assert cell.get_by_text("far background").count() == 1
+    wait_for_scatters(notebook)
     cell.locator("select").first.select_option("error")
     notebook.wait_for_change(scatter(notebook, 1), before)
     assert notebook.ask("explorer.colour.value") == "error"
     cell.get_by_text("error 0").wait_for()
     assert cell.get_by_text("far background").count() == 0
-    assert selected(notebook) == [[3, 5, 8]] * 2
+    wait_for_selected(notebook, [3, 5, 8])
 
 
 def test_another_projection_moves_the_points_and_a_lasso_still_finds_them(notebook: Notebook):
     plot, row = scatter(notebook, 0), notebook.cell(EMBEDDINGS)
     row.locator("select").first.select_option("kind")
+    notebook.wait_until("explorer.colour.value == 'kind'")
+    wait_for_scatters(notebook)
     before = notebook.pixels(plot)
     row.locator("select").nth(1).select_option("t-SNE")
     notebook.wait_until("explorer.projection.value == 't-SNE'")
-    notebook.wait_for_change(plot, before, timeout=60)
+    notebook.wait_for_change(plot, before)
     row.get_by_text("t-SNE: gaps, sizes mean nothing").first.wait_for()
+    wait_for_scatters(notebook)
     notebook.drag(plot, (0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98))  # around everything
     notebook.wait_until("len(explorer.rows) > 0.9 * len(explorer.table)")
     notebook.press("clear", within=row)
@@ -390,7 +417,7 @@ def test_the_cohort_is_chosen_from_by_a_lasso_and_by_lists(notebook: Notebook):
     cell = notebook.cell(COHORT)
     notebook.do("cohort.error.value = 0, 1")
     notebook.wait_until("len(cohort.rows) == 0")
-    notebook.drag(cell.locator("canvas").first, (0.3, 0.05), (0.9, 0.05), (0.9, 0.9), (0.3, 0.9))
+    notebook.drag(scatter(notebook, 0, COHORT), (0.3, 0.05), (0.9, 0.05), (0.9, 0.9), (0.3, 0.9))
     notebook.wait_until("len(cohort.rows) > 50")
     patches = cell.locator("img[src^='data:image/png']")
     wait_for(lambda: patches.count() == 24, "patches of the chosen voxels")
