@@ -16,6 +16,7 @@ import numpy as np
 from IPython.display import display
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from mupkg import in_lab
@@ -95,20 +96,22 @@ class SlicePanel:
     # As a picture
 
     @property
-    def _name(self) -> str:
-        return f"{self.case.case_id}, axial, slice {self.case.slice.value}"
-
-    @property
     def figure(self) -> Figure:
-        """The slices side by side."""
-        figure = figures.draw_slices(self._layers(), self.titles, self._name, self.meaning, self.colours)
+        """The slices side by side, with a colour bar."""
+        figure = Figure(figsize=(4.4 * len(self.heats), 4.6), layout="constrained")
+        axes = figure.subplots(1, len(self.heats), squeeze=False)[0]
+        self.paint_on(axes)
+        name, *ends = self.meaning
+        bar = figure.colorbar(ScalarMappable(cmap=self.colours), ax=list(axes), label=name, shrink=0.8)
+        bar.set_ticks([0, 1], labels=[f"{value:g}" for value in ends])
         figures.contour_legend(figure, self.contours)
         return figure
 
     def paint_on(self, axes: Sequence[Axes]) -> None:
         """The slices on axes of a figure."""
+        name = f"{self.case.case_id}, axial, slice {self.case.slice.value}"
         for ax, layer, title in zip(axes, self._layers(), self.titles, strict=True):
-            figures.draw_slice(ax, *layer, name=self._name, title=title)
+            figures.draw_slice(ax, *layer, name=name, title=title)
 
     # Alive
 

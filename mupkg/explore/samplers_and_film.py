@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, UInt8
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -23,13 +25,14 @@ from mupkg.report import results
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, principal_axes, separation
 from mupkg.report.figures import (
     FIXED,
+    HEAT,
     TEACHES,
     TRUTH,
-    FilmFrame,
     TupleMarks,
     TuplePlane,
     draw_contour,
-    film_strip,
+    draw_points,
+    draw_slice,
     mark_plane,
     mix,
     pc_names,
@@ -242,27 +245,46 @@ class FilmPlayer:
             self.numbers[name] = [separation(frame, seed) for frame in frames]
         self.frame = ipywidgets.SelectionSlider(options=self.steps, value=self.steps[-1], description="step")
 
-    def _frame(self, name: str, step: int) -> FilmFrame:
+    def _draw(self, name: str, step: int, top: Axes, bottom: Axes) -> None:
+        """One frame of a run: the slice with its heat above, the feature space below."""
         frames, grey, truth, spacing_mm = self.films[name]
         points, number = self.points[name], frames.steps.index(step)
+        pixels, title = mix(grey, frames.probability[number], opacity=0.6), f"{name}, step {step}"
+        title += f"\n{frames.case_id}, slice {frames.z}"
+        draw_slice(top, pixels, [(TRUTH, 2.8, truth, 0.5)], spacing_mm, name="axial", title=title)
+        draw_points(bottom, points[number], frames.kind, self.axes[name])
         low, high = points.min(axis=(0, 1)), points.max(axis=(0, 1))
-        title = f"{name}, step {step}\n{frames.case_id}, slice {frames.z}"
-        numbers = f"n = {len(frames.kind)}, " + ", ".join(
-            f"{k} {v:.2f}" for k, v in self.numbers[name][number].items()
-        )
-        limits = zip(low - 0.05 * (high - low), high + 0.05 * (high - low), strict=True)
-        slices = grey, truth, frames.probability[number], spacing_mm
-        return FilmFrame(title, numbers, *slices, points[number], frames.kind, self.axes[name], tuple(limits))
+        across, up = zip(low - 0.05 * (high - low), high + 0.05 * (high - low), strict=True)
+        bottom.set(xlim=across, ylim=up)
+        numbers = ", ".join(f"{k} {v:.2f}" for k, v in self.numbers[name][number].items())
+        bottom.set_title(f"n = {len(frames.kind)}, {numbers}", fontsize=9, y=1.0)
+
+    def _strip(self, rows: Sequence[Sequence[tuple[str, int]]]) -> Figure:
+        """Rows of frames, each a run at a step."""
+        wide, high = 3.6 * len(rows[0]), 7.2 * len(rows) + 0.7
+        figure = Figure(figsize=(wide, high), dpi=DPI, layout=FIXED)
+        axes = figure.subplots(2 * len(rows), len(rows[0]), squeeze=False)
+        figure.subplots_adjust(0.3 / wide, 1.2 / high, 1 - 0.1 / wide, 1 - 0.5 / high, wspace=0.12, hspace=0.3)
+        for number, row in enumerate(rows):
+            for frame, top, bottom in zip(row, axes[2 * number], axes[2 * number + 1], strict=True):
+                self._draw(*frame, top, bottom)
+        handles = [*axes[1, 0].get_legend_handles_labels()[0], Line2D([], [], color=TRUTH, label="truth")]
+        figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8, markerscale=3)
+        bar = figure.add_axes((0.5 - 0.8 / wide, 0.7 / high, 1.6 / wide, 0.1 / high))
+        figure.colorbar(ScalarMappable(cmap=HEAT), cax=bar, orientation="horizontal", ticks=[0, 1])
+        bar.set_title("foreground probability", fontsize=8, y=1.0)
+        bar.tick_params(labelsize=7, pad=1)
+        return figure
 
     @property
     def figure(self) -> Figure:
         """The first frame, one between and the last side by side, a row a run."""
         steps = [self.steps[i] for i in np.unique(np.linspace(0, len(self.steps) - 1, 3).astype(int))]
-        return film_strip([[self._frame(name, step) for step in steps] for name in self.films])
+        return self._strip([[(name, step) for step in steps] for name in self.films])
 
     def png(self) -> bytes:
         """The frame that the slider shows, a column a run."""
-        return png(film_strip([[self._frame(name, self.frame.value) for name in self.films]]))
+        return png(self._strip([[(name, self.frame.value) for name in self.films]]))
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:

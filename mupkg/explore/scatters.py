@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Int
 from matplotlib.colors import ListedColormap, Normalize
 
-from mupkg import repository
+from mupkg import in_lab, repository
 from mupkg.explore.controls import HEADS, button, dropdown, small
 from mupkg.explore.predictions import few_threads
 from mupkg.explore.voxels import DrawnVoxels, save_voxels
@@ -45,6 +45,23 @@ ALL = "all"
 NO_ROWS = np.empty(0, int)
 
 
+@cache
+def lengthen_patience() -> None:
+    """In the browser, let widgets take two minutes to start: after two seconds anywidget gives them up for good.
+
+    Whatever the kernel sends to a scatter that was late is then dropped: a busy machine would never show what is
+    chosen. This widget is so small that it is there before the others, and it is never displayed.
+    """
+    from anywidget import AnyWidget
+
+    script = """
+        const timeout = AbortSignal.timeout.bind(AbortSignal);
+        AbortSignal.timeout = milliseconds => timeout(milliseconds === 2000 ? 120_000 : milliseconds);
+        export default {};
+    """
+    AnyWidget(_esm=script)
+
+
 class VoxelExplorer(ABC):
     """Drawn voxels in a scatter for each run, to be coloured, laid out, chosen and saved.
 
@@ -62,6 +79,8 @@ class VoxelExplorer(ABC):
     def __init__(
         self, runs: int, colours: Sequence[str], *, projection: Projection, seed: int, folder: str | Path
     ) -> None:
+        if in_lab():
+            lengthen_patience()
         offered = [m for m in get_args(Projection) if m in ("PCA", "t-SNE", projection) or find_spec("umap")]
         self.seed, self.folder = seed, repository() / folder
         self.colour = dropdown("colour", list(colours), "kind", 158)

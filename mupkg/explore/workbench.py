@@ -192,7 +192,7 @@ class Workbench:
 
     def _go(self, voxel: Sequence[int]) -> None:
         self.distance.measure_from(voxel)
-        if self.right.value == "neighbours":
+        if self.right.value == "neighbours" or "widget" in self.neighbours.__dict__:
             self.neighbours.refresh()
 
     @property
@@ -208,7 +208,7 @@ class Workbench:
             for place, picture in zip(places, panel.pictures, strict=True):
                 place.children = [picture]
         self._controls.children = [self.case, *self.runs.lists, *explorer.controls, self.right]
-        texts = explorer.status, explorer.words, explorer.measured, self.neighbours.chosen
+        texts = explorer.status, explorer.words, explorer.measured, self._near[-1]
         self._texts.children = [self.panels[0].legend, explorer.legend, self._distance_legend, *texts]
         self._lay_out()
 
@@ -219,8 +219,8 @@ class Workbench:
             self.neighbours.refresh()
         for place in (place for places in self._places for place in places):
             place.layout.display = "none" if near else "flex"
-        for words in (*self.neighbours.words, self.neighbours.chosen):
-            words.layout.display = "flex" if near else "none"
+        for place in self._near:
+            place.layout.display = "flex" if near else "none"
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
@@ -229,8 +229,9 @@ class Workbench:
         self._distance_legend = ipywidgets.HTML(small(colour_bar(DISTANCE_COLOURMAP, *self.distance.panel.meaning)))
         slices, distances = self._places
         grid = table(*zip(slices, self.explorer.plots, distances, strict=True))
-        for row, words in zip(grid.children, self.neighbours.words, strict=True):
-            words.layout = ipywidgets.Layout(flex="2 1 0", min_width="0")
+        self._near = [ipywidgets.VBox([words]) for words in (*self.neighbours.words, self.neighbours.chosen)]
+        for row, words in zip(grid.children, self._near[:-1], strict=True):
+            words.layout.flex, words.layout.min_width = "2 1 0", "0"
             row.children = [*row.children, words]
         whole = beside(grid)
         self._texts = whole.children[1]

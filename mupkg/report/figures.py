@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ import PIL.Image
 import SimpleITK as sitk
 from contourpy import contour_generator
 from IPython.display import Image
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib import color_sequences, colormaps, patheffects
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -243,22 +243,6 @@ def draw_slice(
     ax.set_axis_off()
 
 
-def draw_slices(
-    layers: Sequence[tuple], titles: Sequence[str], name: str, meaning: tuple[str, float, float], colours: str
-) -> Figure:
-    """Slices side by side, each as `draw_slice` takes it, with a colour bar.
-
-    Args:
-        meaning: what the heat is, its lowest and its highest value. colours: of the heat.
-    """
-    figure, axes = plt.subplots(1, len(layers), figsize=(4.4 * len(layers), 4.6), squeeze=False, layout="constrained")
-    for ax, layer, title in zip(axes[0], layers, titles, strict=True):
-        draw_slice(ax, *layer, name=name, title=title)
-    bar = figure.colorbar(ScalarMappable(cmap=colours), ax=list(axes[0]), label=meaning[0], shrink=0.8)
-    bar.set_ticks([0, 1], labels=[f"{value:g}" for value in meaning[1:]])
-    return figure
-
-
 def contour_legend(figure: Figure, names: Mapping[str, str]) -> None:
     """A legend below a figure: the contours' names and colours."""
     handles = [Line2D([], [], color=colour, label=name) for name, colour in names.items()]
@@ -455,43 +439,6 @@ def draw_points(
 def pc_names(pca: PCA) -> list[str]:
     """The principal components' names, with their shares of the variance."""
     return [f"PC {n} ({share:.0%} of the variance)" for n, share in enumerate(pca.explained_variance_ratio_, 1)]
-
-
-class FilmFrame(NamedTuple):
-    """One step of a training: a slice with its heat, and voxels on a plane of the feature space."""
-
-    title: str
-    numbers: str
-    grey: UInt8[np.ndarray, "y x"]
-    truth: Bool[np.ndarray, "y x"]
-    probability: Float[np.ndarray, "y x"]
-    spacing_mm: Sequence[float]
-    points: Float[np.ndarray, "n 2"]
-    kind: UInt8[np.ndarray, " n"]
-    axes: Sequence[str]  # their names
-    limits: tuple[Sequence[float], Sequence[float]]  # of x and y
-
-
-def film_strip(rows: Sequence[Sequence[FilmFrame]]) -> Figure:
-    """Rows of frames: the slice with its heat above, the feature space below."""
-    wide, high = 3.6 * len(rows[0]), 7.2 * len(rows) + 0.7
-    figure = Figure(figsize=(wide, high), dpi=80, layout=FIXED)
-    axes = figure.subplots(2 * len(rows), len(rows[0]), squeeze=False)
-    figure.subplots_adjust(0.3 / wide, 1.2 / high, 1 - 0.1 / wide, 1 - 0.5 / high, wspace=0.12, hspace=0.3)
-    for number, frames in enumerate(rows):
-        for frame, top, bottom in zip(frames, axes[2 * number], axes[2 * number + 1], strict=True):
-            pixels, truth = mix(frame.grey, frame.probability, opacity=0.6), (TRUTH, 2.8, frame.truth, 0.5)
-            draw_slice(top, pixels, [truth], frame.spacing_mm, name="axial", title=frame.title)
-            draw_points(bottom, frame.points, frame.kind, frame.axes)
-            bottom.set(xlim=frame.limits[0], ylim=frame.limits[1])
-            bottom.set_title(frame.numbers, fontsize=9, y=1.0)
-    handles = [*axes[1, 0].get_legend_handles_labels()[0], Line2D([], [], color=TRUTH, label="truth")]
-    figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8, markerscale=3)
-    bar = figure.add_axes((0.5 - 0.8 / wide, 0.7 / high, 1.6 / wide, 0.1 / high))
-    figure.colorbar(ScalarMappable(cmap=HEAT), cax=bar, orientation="horizontal", ticks=[0, 1])
-    bar.set_title("foreground probability", fontsize=8, y=1.0)
-    bar.tick_params(labelsize=7, pad=1)
-    return figure
 
 
 def embedding_scatter(

@@ -195,7 +195,8 @@ def test_neighbours_are_shown_as_patches_that_follow_the_click(three):
     three.explorer.scatters[0].widget.selection = np.array([row])
     assert words[0].value != before
     three.right.value = "distances"
-    assert words[0].layout.display == "none" and three._places[0][0].layout.display == "flex"
+    assert three._near[0].layout.display == "none" and three._places[0][0].layout.display == "flex"
+    assert words[0].layout.display != "none"  # shown alone, they are to be seen all the same
     assert len(three.neighbours.figure.axes) == 22
 
 

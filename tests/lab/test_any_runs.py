@@ -1,7 +1,11 @@
-"""The workbench of one, two, three and eight runs: nothing is cut, hidden, or lies over something else."""
+"""The workbench of one, two, three and eight runs: nothing is cut, hidden, or lies over something else.
+
+MUPKG_PICTURES names a folder for pictures of each, to look at.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -109,7 +113,10 @@ def test_nothing_is_cut_or_hidden(notebook: Notebook, size: tuple[int, int], sho
         return not faults
 
     try:
-        wait_for(fits, "everything fits", timeout=15)
+        wait_for(fits, "everything fits", timeout=60)
     except TimeoutError:
         raise AssertionError("\n".join(faults)) from None
+    finally:
+        if folder := os.environ.get("MUPKG_PICTURES"):
+            notebook.page.screenshot(path=Path(folder) / f"runs_{notebook.runs}_{size[0]}_{show}.png")
     assert "TRAINING case" in area.inner_text() and "distance: A" in area.inner_text()
