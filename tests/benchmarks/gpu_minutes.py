@@ -88,7 +88,7 @@ def pack(parcel: Path, size: str, most: int) -> None:
         "settings": settings,
         "spacing_mm": SIZES[size]["cohort"]["spacing_mm"],
     }
-    with zipfile.ZipFile(parcel, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with zipfile.ZipFile(parcel, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("parcel.json", json.dumps(about, indent=2))
         archive.write(__file__, "__main__.py")
         for path in sorted((HERE.parents[1] / "mupkg").rglob("*.py")):
