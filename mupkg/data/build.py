@@ -30,7 +30,7 @@ from mupkg.data.cohort import (
 from mupkg.data.preprocessing import Preparation, prepare
 from mupkg.scans.cases import Case, CohortError, checked_case, label_volume_ml, name_faults
 from mupkg.scans.files import access_named, files_below, read_scan, write_image
-from mupkg.scans.writing import machine_lock, whole_file, write_text
+from mupkg.scans.writing import machine_lock, save_table, write_text
 
 ASIDE = ".making."  # begins the name of the folder of a cohort in the making
 DECATHLON_T2 = 0  # the channel that is T2
@@ -96,8 +96,7 @@ def write_cohort(
     with _made_aside(folder) as making:
         table = _with_split(folder, _stored(making, progress(sources), preparation), split_seed, folds, repeats)
         write_text(making / "preparation.json", preparation.model_dump_json(indent=2))
-        with whole_file(making / "cohort.csv") as temporary:
-            table.to_csv(temporary, index=False)
+        save_table(table, making / "cohort.csv", index=False)
         for name in ("cohort.csv", FINGERPRINT):  # from here on the folder is in the making
             (folder / name).unlink(missing_ok=True)
         files = [path for path in making.rglob("*") if path.is_file()]
