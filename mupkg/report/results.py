@@ -54,10 +54,7 @@ def finished_runs(
 
 
 def case_metrics(
-    table: pd.DataFrame,
-    regions: Regions | None = None,
-    may_differ: Iterable[str] = (),
-    shift: Shift | None = None,
+    table: pd.DataFrame, regions: Regions | None = None, may_differ: Iterable[str] = (), shift: Shift | None = None
 ) -> pd.DataFrame:
     """metrics.csv of all these runs in one table: configuration, seed, case_id and the metrics.
 

@@ -161,9 +161,6 @@ def _kept(faults: list[str]) -> Iterator[None]:
 
 def _found(folder: Path) -> tuple[dict[Key, Found], list[Path], list[str]]:
     """All series below a folder, all structure sets, and what is wrong with files that cannot be told apart."""
-    with access_named(folder):
-        if not folder.is_dir():
-            raise CohortError([f"{folder}: there is no such folder; check its name"])
     found: dict[Key, Found] = {}
     structures, faults = [], []
     for path in sorted(files_below(folder, faults)):
