@@ -93,12 +93,13 @@ def on_gpu_if_it_fits(source: PatchSource, accelerator: Accelerator) -> PatchSou
 
 
 def batches(
-    source: PatchSource, numbers: range, workers: int, device: torch.device, layout: torch.memory_format
+    source: PatchSource, numbers: range, workers: int, accelerator: Accelerator, layout: torch.memory_format
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches with these numbers, in their order, on the device; to be closed at the end.
 
     `workers` processes cut them ahead, unless the source lies on the device.
     """
+    device, source = accelerator.device, on_gpu_if_it_fits(source, accelerator)
     pin = device.type == "cuda" and not source.resident  # then a GPU fetches them while the CPU goes on
     if workers and not source.resident:
         # A batch follows from its number alone, so the workers need no seeds; they are not to come from torch's own

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +27,7 @@ from mupkg.data.patches import PatchSource
 from mupkg.losses import LossTerms, SegmentationMetricLoss
 from mupkg.models import SegmentationOutput, layout_of
 from mupkg.scans.writing import machine_lock, save_table
-from mupkg.stages.hardware import AUTOCAST, batches, check_speed, join_processes, machine_name, on_gpu_if_it_fits
+from mupkg.stages.hardware import AUTOCAST, batches, check_speed, join_processes, machine_name
 from mupkg.stages.runs import (
     BEST,
     CHECKPOINT,
@@ -114,7 +114,7 @@ def train(
     with _exclusive(Path(folder)) if accelerator.is_main_process else nullcontext():
         run = _Run(Path(folder), accelerator, network, optimizer, precision, dict(metadata), choose_from * steps)
         run.begin(steps)
-        with closing(run.batches(source, steps, workers, layout)) as feed:
+        with closing(batches(source, run.numbers(steps), workers, accelerator, layout)) as feed:
             _loop(run, run.model(compile), loss, feed, rates, seed, validate, validate_every, on_validation, on_step)
         return run.finish()
 
@@ -221,13 +221,10 @@ class _Run:
         model = DistributedDataParallel(self.network) if self.accelerator.num_processes > 1 else self.network
         return torch.compile(model) if compile else model
 
-    def batches(
-        self, source: PatchSource, steps: int, workers: int, layout: torch.memory_format
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Those of this process for the steps that are left; to be closed at the end."""
-        accelerator, processes = self.accelerator, self.accelerator.num_processes
-        numbers = range(self.done * processes + accelerator.process_index, steps * processes, processes)
-        return batches(on_gpu_if_it_fits(source, accelerator), numbers, workers, accelerator.device, layout)
+    def numbers(self, steps: int) -> range:
+        """Of the batches that are left for this process."""
+        processes, own = self.accelerator.num_processes, self.accelerator.process_index
+        return range(self.done * processes + own, steps * processes, processes)
 
     @property
     def done(self) -> int:

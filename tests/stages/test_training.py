@@ -283,7 +283,7 @@ def test_without_a_gpu_the_volumes_stay_where_they_are():
 @pytest.fixture
 def in_device_memory(monkeypatch):
     """The CPU stands for the GPU."""
-    monkeypatch.setattr(training, "on_gpu_if_it_fits", lambda source, accelerator: source.to("cpu"))
+    monkeypatch.setattr(hardware, "on_gpu_if_it_fits", lambda source, accelerator: source.to("cpu"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
