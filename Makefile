@@ -26,6 +26,8 @@ TRIAL ?= e1
 MUPKG_REALDATA ?= $(wildcard ../shared/realdata)
 export MUPKG_REALDATA
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
+# Threads that wait for others sleep, so that two programs side by side do not slow each other down.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --workflow-profile notebooks/studies/profiles/laptop
 REAL_SCAN := $(wildcard $(MUPKG_REALDATA)/ct_totalsegmentator/ts_example_image.nii.gz)

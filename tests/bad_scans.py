@@ -327,7 +327,7 @@ def bad_table(id: str, spoil: Callable[[pd.DataFrame, Path], object], named: str
             spoiled = spoiled.to_csv(index=False).encode()
         if spoiled is not None:
             (folder / "cohort.csv").write_bytes(spoiled)
-        return lambda: Cohort.read(folder)
+        return lambda: [*Cohort.read(folder).cases()]
 
     return Bad(id, make, named, cure)
 

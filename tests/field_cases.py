@@ -906,31 +906,30 @@ def N05_hash_patients_of_a_named_folder(folder):
 
 # ------------------------------------------------------------------ trials by snakemake
 def told_to_notebook_10(folder, *options, files=(TRIAL,)):
-    """Which study notebook 10 would analyse, and which the runs belong to, of a dry run."""
+    """Which study notebook 10 would analyse, by a protocol that is written, and which the runs belong to, unrun."""
     suite = Path(__import__("mupkg").__file__).parent.parent
     paths = []
     for n, text in enumerate(files):
         paths.append(folder / f"{n}.yaml")
-        paths[-1].write_text(text)
-    done = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("snakemake")),
-            "-n",
-            "-p",
+        paths[-1].write_text(text + f"outputs_folder: {folder / 'outputs'}\n" * (n == 0))
+
+    def snakemake(*more):
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
             "--cores",
             "1",
             "--nolock",
             "-s",
             str(suite / "Snakefile"),
-            "--configfile",
-            *map(str, paths),
-            *options,
-        ],
-        capture_output=True,
-        text=True,
-        cwd=suite,
-        env=os.environ | {"PYTHONPATH": str(suite), "XDG_CACHE_HOME": str(folder)},
-    )
+            *more,
+        ]
+        command += ["--configfile", *map(str, paths), *options]
+        environment = os.environ | {"PYTHONPATH": str(suite), "XDG_CACHE_HOME": str(folder)}
+        return subprocess.run(command, capture_output=True, text=True, cwd=suite, env=environment)
+
+    done = snakemake("-n", "-p")
     out = done.stdout + done.stderr
     if done.returncode:
         return (
@@ -941,11 +940,12 @@ def told_to_notebook_10(folder, *options, files=(TRIAL,)):
         )
     ten = json.loads(re.search(r"10_does_it_help\.ipynb [^{{}}]*? '(\{.*?\})' --threads", out)[1])
     three = json.loads(re.search(r"03_stage2_training\.ipynb [^{{}}]*? '(\{.*?\})' --threads", out)[1])
+    snakemake(ten["protocol"])  # its rule writes the protocol as it was overridden; nothing is trained for it
     return ten, three, out
 
 
 def same_study(folder, *options, files=(TRIAL,)):
-    from mupkg.parameters import TrialSettings
+    from mupkg.trials.protocol import TrialSettings
 
     ten, three, out = told_to_notebook_10(folder, *options, files=files)
     if ten is None:
