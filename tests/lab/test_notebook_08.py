@@ -109,10 +109,12 @@ def test_nothing_is_shown_twice(notebook: Notebook, pictures: Path):
 @pytest.mark.parametrize("cell", [WORKBENCH, CASE, EMBEDDINGS, DISTANCE, NEIGHBOURS, SAMPLERS, FILM, COHORT])
 def test_every_picture_is_to_be_seen(notebook: Notebook, cell: int):
     """Regression: a box that takes no height of its own had hidden the slices of all views but two."""
-    pictures = notebook.cell(cell).locator("img:visible, .square-scatter canvas:first-child")
-    assert pictures.count() > 0
-    for number in range(pictures.count()):
-        notebook.bring(pictures.nth(number))
+    shown = notebook.cell(cell)
+    points = [plot.locator("canvas").first for plot in shown.locator(".square-scatter").all()]
+    pictures = shown.locator("img:visible").all() + points
+    assert pictures
+    for element in pictures:
+        notebook.bring(element)
 
 
 def test_a_click_in_the_workbench_chooses_a_voxel_and_measures_from_it(notebook: Notebook):
