@@ -74,6 +74,7 @@ class VoxelExplorer(ABC):
         drawn, table: the voxels, see `DrawnVoxels`.
         rows: the chosen ones, as row numbers of the table.
         points, axes: where they lie in each run's plane (n, 2), and the names of its two axes.
+        frames: what each scatter shows: x and y from -1 to 1, and the values that give a colour.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class VoxelExplorer(ABC):
 
     def _project(self) -> None:
         """Lay the voxels out as the list of projections says."""
-        method, self.points, self.axes, self._frames = self.projection.value, {}, {}, []
+        method, self.points, self.axes, self.frames = self.projection.value, {}, {}, []
         for name, sample in self.drawn.samples.items():
 
             def tell(part: float, name: str = name) -> None:
@@ -139,7 +140,7 @@ class VoxelExplorer(ABC):
             self.axes[name] = pc_names(pca) if pca else [f"{method} 1", f"{method} 2"]
             low, high = points.min(axis=0), points.max(axis=0)
             x, y = (2 * (points - low) / np.maximum(high - low, 1e-12) - 1).T
-            self._frames.append(pd.DataFrame({"x": x, "y": y, **self.values(name)}))
+            self.frames.append(pd.DataFrame({"x": x, "y": y, **self.values(name)}))
         for words, name in zip(self.titles, self.points, strict=True):
             words.value = SQUARE + small(self.title(name), f"{HEADS - 2}px")
         self._refresh()
@@ -168,7 +169,7 @@ class VoxelExplorer(ABC):
             name = "case, from the worst to the best" if by == "case" else by
             legend = colour_bar(colours, name, low, high)
         self.legend.value = small(f"{legend} &nbsp; {key({'chosen': CHOSEN})}")
-        for scatter, frame in zip(self.__dict__.get("scatters", ()), self._frames, strict=False):
+        for scatter, frame in zip(self.__dict__.get("scatters", ()), self.frames, strict=False):
             # not animated: while points are on their way, the browser ignores a lasso and the next points
             scatter.color(**self._look()).data(self._shown(frame))
             self._mark(scatter)
@@ -209,7 +210,7 @@ class VoxelExplorer(ABC):
 
         look = {"height": 240, "width": "auto", "mouse_mode": "lasso", "x_scale": (-1.05, 1.05)}
         made = []
-        for frame in self._frames:
+        for frame in self.frames:
             scatter = Scatter(data=self._shown(frame), x="x", y="y", y_scale=(-1.05, 1.05), **look)
             scatter.color(by="value", **self._look())
             scatter.opacity(unselected=1.0).axes(False).size(default=3).legend(False).tooltip(False)
