@@ -215,7 +215,7 @@ def train_and_test(machine: Machine, arm: str, seed: int, run: Path) -> None:
     print(f"{run.name}: {seconds:.0f} s, mean DSC {pd.DataFrame(rows)['DSC_all'].mean():.3f}", flush=True)
 
 
-def run(parcel: Path, out: Path, minutes: float, device: str) -> None:
+def run(parcel: Path, out: Path, minutes: float, replicates: int, device: str) -> None:
     """Speeds, then replicate after replicate until the time is up."""
     end = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def run(parcel: Path, out: Path, minutes: float, device: str) -> None:
         try:
             if not (out / "bench").exists():
                 measure_speed(machine, out / "bench")
-            for seed, arm in product(range(1000), ARMS):
+            for seed, arm in product(range(replicates), ARMS):
                 machine.check()
                 if not (out / f"{arm}-seed{seed}" / "metrics.csv").exists():
                     train_and_test(machine, arm, seed, out / f"{arm}-seed{seed}")
@@ -244,6 +244,7 @@ def main() -> None:
     running = commands.add_parser("run", help="on the machine with the GPU")
     running.add_argument("out", type=Path)
     running.add_argument("--minutes", type=float, default=8)
+    running.add_argument("--replicates", type=int, default=20, help="at most")
     running.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     given = vars(parser.parse_args())
     if given.pop("command") == "pack":
