@@ -1,15 +1,11 @@
 """What a notebook may be told: one validated model per stage, and the three sizes of everything.
 
-A notebook's `parameters` cell holds literals; its next cell turns them into one of these objects with
-`from_notebook`, where an unknown or wrong value fails before any work is done.
+How they are read and refused is told in `mupkg.settings`.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Container, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping
 from enum import Enum
 from inspect import signature
 from pathlib import Path
@@ -20,35 +16,21 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     StringConstraints,
-    ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from mupkg import repository
 from mupkg.configurations import build, configuration
-from mupkg.data.build import (
-    DECATHLON_T2,
-    Source,
-    check_pattern,
-    sources_from_decathlon,
-    sources_from_dicom_rt,
-    sources_from_pattern,
-    sources_from_phantoms,
-    sources_from_promise12,
-    sources_from_table,
-    sources_of_replicates,
-)
+from mupkg.data import build as cohorts
 from mupkg.data.preprocessing import CT_WINDOW, Grid, HuRange, Preparation
 from mupkg.models import BACKBONES, MULTIPLE, VNET_MULTIPLE, Backbone
-from mupkg.scans.cases import MOST_LETTERS
+from mupkg.settings import AnyPath, FolderName, Settings, check_no_list
 from mupkg.stages.runs import MAX_CHANNELS, STAGE1, Shift, run_name
 
 Size = Literal["smoke", "quick", "paper"]
@@ -57,54 +39,8 @@ PatchSize = Annotated[int, Field(ge=8, le=1024, multiple_of=8)]
 # Upper bounds are far above all use: a slip of the keyboard is told here, not by an allocation that fails.
 Steps = Annotated[PositiveInt, Field(le=10**7)]
 BatchSize = Annotated[PositiveInt, Field(le=4096)]
-
-
-def check_name(value: str) -> str:
-    """A folder's own name, not a path: so no study or cohort can leave its place."""
-    if not value.isprintable() or not value or value in (".", "..") or Path(value).name != value or "\\" in value:
-        raise ValueError(f"must be a plain folder name, not {value!r}")
-    return _check_length(value, MOST_LETTERS)
-
-
-def check_path(value: str) -> str:
-    """Something that can be a path at all; ~ is the user's home folder."""
-    if not value.strip() or not value.isprintable():
-        raise ValueError(f"must be a path, not {value!r}")
-    for part in Path(value).parts:
-        _check_length(part, 255)
-    return os.path.expanduser(value)
-
-
-def _check_length(name: str, most: int) -> str:
-    if len(name.encode()) > most:
-        raise ValueError(
-            f"a name of {len(name)} characters is too long for a file; it must have at most {most} bytes"
-        )
-    return name
-
-
-def check_no_list(value: Any) -> Any:
-    """A list that papermill's -p has made a text of is no name."""
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        raise ValueError(f"must be a name or a list of names; {_as_a_list('roi', value)}")
-    return value
-
-
-def _as_a_list(name: str, value: str) -> str:
-    return f"papermill takes a list by -y '{name}: {value if value.startswith('[') else f'[{value}]'}'"
-
-
-FolderName = Annotated[str, AfterValidator(check_name)]
-AnyPath = Annotated[
-    str, BeforeValidator(lambda path: str(path) if isinstance(path, Path) else path), AfterValidator(check_path)
-]
-Pattern = Annotated[str, AfterValidator(check_pattern)]
+Pattern = Annotated[str, AfterValidator(cohorts.check_pattern)]
 RoiName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-
-ALIKE = 0.75  # from this similarity on (difflib's), a name is taken for a misspelt parameter
-LONGEST_SHOWN = 100  # characters of a wrong value
-ANNOTATED = re.compile(r"^([^\W\d]\w*)[ \t]*:[^=\n]+=", re.MULTILINE)  # in a cell
-INJECTED = re.compile(r"^([^\W\d]\w*) = ", re.MULTILINE)  # in the cell that papermill writes
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     # The whole chain in seconds, to see that it runs. Its numbers mean nothing.
@@ -135,80 +71,6 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "nnunet": {"epochs": 1000, "iterations": 250, "batch": None, "width": None},  # None: as nnU-Net plans it
     },
 }
-
-
-class Settings(BaseModel):
-    """Base of all notebook parameters: nothing unknown."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """True would pass for 1."""
-        values = value if isinstance(value, list | tuple) else (value,)
-        if cls.model_fields[info.field_name].annotation is not bool and any(isinstance(v, bool) for v in values):
-            raise ValueError("must not be True or False: it is no switch")
-        return value
-
-    @classmethod
-    def from_notebook(cls, namespace: Mapping[str, Any], inputs: Sequence[str]) -> Self:
-        """The validated parameters of a running notebook: `from_notebook(globals(), In)`.
-
-        Every parameter that is a name of the notebook counts, with the value it holds now, however it was set. A name
-        that was meant as a parameter but is none is refused (see `_meant_as_parameters`); papermill only warns of it.
-
-        Raises:
-            ValueError: naming every parameter that is wrong or unknown, and what is allowed.
-        """
-        names = {*cls.model_fields, *_meant_as_parameters(namespace, inputs)}
-        given = {name: namespace[name] for name in names if name in namespace}
-        return cls.checked(given, hint=" (a name of your own may begin with _; mended it? restart the kernel)")
-
-    @classmethod
-    def checked(cls, values: Mapping[str, Any], *, without: Container[str] = (), hint: str = "") -> Self:
-        """The validated values.
-
-        Args:
-            without: known names that are not to be given here. hint: said of an unknown name.
-
-        Raises:
-            ValueError: naming every one that is wrong or unknown, and what is allowed.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            known = [name for name in cls.model_fields if name not in without]
-            raise ValueError("\n".join(_explained(fault, known, hint) for fault in error.errors())) from None
-
-
-def _meant_as_parameters(namespace: Mapping[str, Any], inputs: Sequence[str]) -> set[str]:
-    """Names with an annotation, but for those that begin with _, and all names that papermill's cell sets.
-
-    Cells are also read line by line: of a kernel's annotations Python 3.14 keeps those of the last statement only.
-    """
-    annotated = {*namespace.get("__annotations__", ()), *ANNOTATED.findall("\n".join(inputs))}
-    injected = [name for cell in inputs if cell.startswith("# Parameters") for name in INJECTED.findall(cell)]
-    return {name for name in annotated if not name.startswith("_")} | {*injected}
-
-
-def _explained(fault: Mapping[str, Any], known: Sequence[str], hint: str) -> str:
-    """One of pydantic's faults in our words."""
-    name, value = ".".join(str(part) for part in fault["loc"]), fault["input"]
-    if fault["type"] == "extra_forbidden":
-        near = get_close_matches(name, known, 3, ALIKE)
-        ask = f". Did you mean {' or '.join(near)}?" if near else ""
-        return f"unknown parameter {name!r}; there are: {', '.join(known)}{ask}{hint}"
-    message, shown = fault["msg"], repr(value)
-    if len(shown) > LONGEST_SHOWN:  # a whole cohort, say, which a later cell has put in the name's place
-        shown = f"{shown[:LONGEST_SHOWN]}..." + (
-            "" if isinstance(value, str) else "; run the cell that sets it again"
-        )
-    if fault["type"] == "string_type" and isinstance(value, int | float):
-        message += f"; papermill's -r {fault['loc'][0]} takes a number for text, and so do quotes in -y and in files"
-    elif fault["type"] == "tuple_type" and isinstance(value, str):
-        message += f"; {_as_a_list(name, value)}"
-    return f"parameter {name or 'combination'}: {message} (given: {shown})"
 
 
 class Tag(Enum):
@@ -311,31 +173,32 @@ class CohortSettings(SizedSettings):
 
         return list_dicom(self.source_path, hash_patients=self.hash_patients, damaged=[])
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[cohorts.Source]:
         """The cases to be, from whatever source was chosen."""
         folder, options = self.source_path, {"label_values": self.label_values, "channel": self.channel}
         match self.source:
             case "phantoms":
                 grid = SIZES[self.size]["cohort"]["phantom_spacing_mm"]
                 if self.replicates:
-                    return sources_of_replicates(self.seed, self.replicates, self.phantoms, self.test_phantoms, grid)
-                return sources_from_phantoms(range(self.seed, self.seed + self.phantoms), grid)
+                    counts = self.replicates, self.phantoms, self.test_phantoms
+                    return cohorts.sources_of_replicates(self.seed, *counts, grid)
+                return cohorts.sources_from_phantoms(range(self.seed, self.seed + self.phantoms), grid)
             case "pattern":
                 patterns = self.image_pattern, self.label_pattern
-                return sources_from_pattern(folder, *patterns, modality=self.modality, **options)
+                return cohorts.sources_from_pattern(folder, *patterns, modality=self.modality, **options)
             case "table":
-                return sources_from_table(folder, modality=self.modality, **options)
+                return cohorts.sources_from_table(folder, modality=self.modality, **options)
             case "promise12":
-                return sources_from_promise12(folder)
+                return cohorts.sources_from_promise12(folder)
             case "decathlon":
-                return sources_from_decathlon(folder, **{k: v for k, v in options.items() if v is not None})
+                return cohorts.sources_from_decathlon(folder, **{k: v for k, v in options.items() if v is not None})
             case _:
                 options = {"hash_patients": self.hash_patients, "fill_gaps": self.fill_gaps}
-                return sources_from_dicom_rt(folder, self.roi, modality=self.modality, **options)
+                return cohorts.sources_from_dicom_rt(folder, self.roi, modality=self.modality, **options)
 
     @property
     def preparation(self) -> Preparation:
-        channel = DECATHLON_T2 if self.source == "decathlon" and self.channel is None else self.channel
+        channel = cohorts.DECATHLON_T2 if self.source == "decathlon" and self.channel is None else self.channel
         settings = {"modality": self.modality, "spacing_mm": self.spacing_mm, "window_hu": self.window_hu}
         return Preparation(channel=channel, **settings)
 

@@ -34,9 +34,9 @@ from mupkg.parameters import (
     Stage2Settings,
     Tag,
     VisualizationSettings,
-    check_name,
     tagged,
 )
+from mupkg.settings import check_name
 from mupkg.stages.runs import MAX_CHANNELS, load_tensors, require
 from mupkg.trials.protocol import ParameterStudySettings, Study, TrialSettings, read_yaml
 from mupkg.trials.statistics import contrasts
@@ -514,7 +514,7 @@ def test_a_source_of_the_other_modality_is_seen_at_once(tmp_path):
 def test_the_chosen_source_is_asked(monkeypatch, tmp_path):
     asked = {}
     for name in (f"sources_from_{name}" for name in ("pattern", "table", "decathlon", "dicom_rt")):
-        monkeypatch.setattr(f"mupkg.parameters.{name}", lambda *a, name=name, **k: asked.update({name: (a, k)}) or [])
+        monkeypatch.setattr(f"mupkg.data.build.{name}", lambda *a, name=name, **k: asked.update({name: (a, k)}) or [])
     common = {"source_folder": str(tmp_path), "modality": "MR"}
     CohortSettings(source="pattern", label_values=[1, 2], channel=0, **common).sources()
     patterns, options = asked["sources_from_pattern"]

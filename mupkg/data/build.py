@@ -30,7 +30,7 @@ from mupkg.data.cohort import (
 from mupkg.data.preprocessing import Preparation, prepare
 from mupkg.scans.cases import Case, CohortError, checked_case, label_volume_ml, name_faults
 from mupkg.scans.files import access_named, files_below, read_scan, write_image
-from mupkg.scans.writing import machine_lock, whole_file, write_text
+from mupkg.scans.writing import machine_lock, save_table, write_text
 
 ASIDE = ".making."  # begins the name of the folder of a cohort in the making
 DECATHLON_T2 = 0  # the channel that is T2
@@ -96,8 +96,7 @@ def write_cohort(
     with _made_aside(folder) as making:
         table = _with_split(folder, _stored(making, progress(sources), preparation), split_seed, folds, repeats)
         write_text(making / "preparation.json", preparation.model_dump_json(indent=2))
-        with whole_file(making / "cohort.csv") as temporary:
-            table.to_csv(temporary, index=False)
+        save_table(table, making / "cohort.csv", index=False)
         for name in ("cohort.csv", FINGERPRINT):  # from here on the folder is in the making
             (folder / name).unlink(missing_ok=True)
         files = [path for path in making.rglob("*") if path.is_file()]
@@ -234,11 +233,7 @@ def sources_from_phantoms(seeds: Iterable[int], spacing_mm: tuple[float, float, 
 
 
 def sources_of_replicates(
-    first_seed: int,
-    replicates: int,
-    phantoms: int,
-    test_phantoms: int,
-    spacing_mm: tuple[float, float, float] | None,
+    first_seed: int, replicates: int, phantoms: int, test_phantoms: int, spacing_mm: tuple[float, float, float] | None
 ) -> list[Source]:
     """Phantoms for a trial: test phantoms for all; for each replicate fresh ones to train and validate (7 : 1)."""
     validating = max(1, round(phantoms / 8))
@@ -295,10 +290,6 @@ def sources_from_pattern(
             cases share a file.
     """
     folder = Path(folder)
-    with access_named(folder):
-        exists = folder.is_dir()
-    if not exists:
-        raise CohortError([f"{folder}: there is no such folder"])
     for name, pattern in (("image_pattern", image_pattern), ("label_pattern", label_pattern)):
         try:
             check_pattern(pattern)
@@ -366,20 +357,14 @@ def sources_from_promise12(folder: str | Path) -> list[Source]:
 
 
 def sources_from_decathlon(
-    folder: str | Path,
-    *,
-    modality: str = "MR",
-    label_values: tuple[int, ...] | None = (1, 2),
-    channel: int | None = DECATHLON_T2,
+    folder: str | Path, *, label_values: tuple[int, ...] | None = (1, 2), channel: int | None = DECATHLON_T2
 ) -> list[Source]:
     """The Medical Segmentation Decathlon's layout: imagesTr/ and labelsTr/.
 
     The defaults fit its prostate task: channel 0 is T2, and both zones (1, 2) make the prostate.
     """
-    label = "labelsTr/{case}.nii.gz"
-    return sources_from_pattern(
-        folder, "imagesTr/{case}.nii.gz", label, modality=modality, label_values=label_values, channel=channel
-    )
+    patterns, options = ("imagesTr/{case}.nii.gz", "labelsTr/{case}.nii.gz"), {"modality": "MR", "channel": channel}
+    return sources_from_pattern(folder, *patterns, label_values=label_values, **options)
 
 
 def sources_from_dicom_rt(

@@ -134,18 +134,14 @@ class Cohort:
         paths = self._prepared(case_id)
         for path in paths:
             with access_named(path):
-                there = path.exists()
-            if not there:
-                raise CohortError([f"case {case_id}: {path}: missing; run notebook 00 again on this cohort"])
+                if not path.exists():
+                    raise CohortError([f"case {case_id}: {path}: missing; run notebook 00 again on this cohort"])
         image, label = [*map(read_scan, paths), None][:2]
         spacing_mm = self.preparation.spacing_mm
         if not np.allclose(array_spacing(image), spacing_mm, rtol=1e-4) or (label and grid_difference(image, label)):
-            raise CohortError(
-                [
-                    f"case {case_id}: {paths[0]}: does not lie on the grid of {spacing_mm} mm (z, y, x) that "
-                    "preparation.json tells; run notebook 00 again on this cohort"
-                ]
-            )
+            grid = f"the grid of {spacing_mm} mm (z, y, x) that preparation.json tells"
+            cure = "run notebook 00 again on this cohort"
+            raise CohortError([f"case {case_id}: {paths[0]}: does not lie on {grid}; {cure}"])
         return Prepared(image, label)
 
 

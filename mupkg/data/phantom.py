@@ -8,7 +8,6 @@ the patient's left, y to the back, z to the head (the LPS axes of DICOM). A pati
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from mupkg.scans.cases import Case
 HU = {  # the means of the tissues; those of a real CT beside them are in notebook 01
     "air": -1000.0, "gas": -960.0, "table shell": 120.0, "table foam": -940.0, "skin": 5.0, "fat": -105.0,
     "muscle": 49.0, "lean muscle": 52.0, "gluteus": 40.0, "vessel": 44.0, "bowel": 34.0, "stool": 22.0,
-    "urine": 12.0, "contrast urine": 330.0, "bladder wall": 28.0, "rectal wall": 36.0, "seminal vesicle": 34.0,
+    "urine": 12.0, "bladder wall": 28.0, "rectal wall": 36.0, "seminal vesicle": 34.0,
     "prostate": 36.0, "plexus": 34.0, "cortex": 680.0, "marrow": 105.0, "head marrow": 295.0,
     "yellow marrow": -20.0, "cartilage": 60.0,
 }  # fmt: skip
@@ -348,7 +347,7 @@ def fit_prostate(a: Anatomy) -> Surface:
     return lambda x, y, z: prostate(x, y, z, a, tuple(centre), radius)
 
 
-def paint_organs(c: Canvas, a: Anatomy, gland: Surface, bladder_contrast: bool) -> None:
+def paint_organs(c: Canvas, a: Anatomy, gland: Surface) -> None:
     """Bladder, seminal vesicles, plexus, prostate, pelvic floor and rectum, and the label."""
     px, py, pz = a.prostate_centre
     radius = (a.prostate_ml / np.prod(a.stretch) * 1000 * 3 / (4 * np.pi)) ** (1 / 3)
@@ -367,7 +366,7 @@ def paint_organs(c: Canvas, a: Anatomy, gland: Surface, bladder_contrast: bool) 
         bladder = bladder + 2.5 * a.organ_waves(x, y, z)
         wall = 3 + 3 * np.clip((top + 10 - z) / 12, 0, 1)  # the muscle is thicker at the neck
         blend(hu, bladder - wall, HU["bladder wall"], c.edge + 1)
-        blend(hu, bladder, HU["contrast urine" if bladder_contrast else "urine"], c.edge + 1)
+        blend(hu, bladder, HU["urine"], c.edge + 1)
     for x, y, z, hu, _ in c.boxes((-45, py - 15, top - 20), (45, py + 60, top + 30)):
         d = vesicle(np.abs(x), y, z) + 1.2 * a.plane_waves(x, y, z)
         blend(hu, d, HU["seminal vesicle"], c.edge + 1.5)
@@ -487,27 +486,17 @@ def add_noise(c: Canvas, rng: np.random.Generator) -> None:
     c.hu += noise * grain[(np.clip(c.hu, -1100, 2000) + 1100).astype(np.int16)]
 
 
-def make_phantom(
-    seed: int,
-    *,
-    spacing_mm: Vector | None = None,
-    shape: tuple[int, int, int] | None = None,
-    bladder_contrast: bool = False,
-    rotation_deg: Vector | None = None,
-) -> Case:
+def make_phantom(seed: int, *, spacing_mm: Vector | None = None, shape: tuple[int, int, int] | None = None) -> Case:
     """A made-up planning CT of a male pelvis with its prostate label; the same seed gives the same bits.
 
     `spacing_mm` and `shape` are in array order (z, y, x). Spacing left out is drawn like the paper's (0.93 to 1.37 mm
     in plane, 1 to 3 mm slices); shape left out covers the body, from below the ischium to the iliac crests, at
     most 512 x 512 in plane. The anatomy depends on the seed alone; spacing changes the sampling and the noise.
-    `bladder_contrast` fills the bladder with contrast medium (330 HU). `rotation_deg` overrides the patient's drawn
-    rotation about x, y, z. The image is int16 in HU, the label uint8; `femoral_heads` are the true centres of the
-    left and the right head in physical mm (x, y, z).
+    The image is int16 in HU, the label uint8; `femoral_heads` are the true centres of the left and the right head in
+    physical mm (x, y, z).
     """
     anatomy_rng, spacing_rng, noise_rng = (np.random.default_rng([seed, stream]) for stream in range(3))
     anatomy = Anatomy.draw(anatomy_rng)
-    if rotation_deg is not None:
-        anatomy = dataclasses.replace(anatomy, rotation_deg=rotation_deg)
     if spacing_mm is None:
         in_plane = spacing_rng.uniform(0.93, 1.37)
         spacing_mm = (float(spacing_rng.uniform(1.0, 3.0)), in_plane, in_plane)
@@ -516,7 +505,7 @@ def make_phantom(
     paint_body(canvas, anatomy)
     paint_muscles(canvas, anatomy)
     paint_bowel(canvas, anatomy)
-    paint_organs(canvas, anatomy, fit_prostate(anatomy), bladder_contrast)
+    paint_organs(canvas, anatomy, fit_prostate(anatomy))
     paint_bones(canvas, anatomy)
     add_noise(canvas, noise_rng)
     image = sitk.GetImageFromArray(np.clip(np.rint(canvas.hu), -1024, 3071).astype(np.int16))

@@ -30,8 +30,8 @@ from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import SegmentationOutput
 from mupkg.scans.files import write_image
-from mupkg.scans.writing import write_text
-from mupkg.stages.evaluation import mask_and_row, write_metrics
+from mupkg.scans.writing import save_table, write_text
+from mupkg.stages.evaluation import mask_and_row
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import METRICS, NNUNET_RUNS, PREDICTIONS, RUN, parse_run_name, read_run, write_json, write_run
 
@@ -278,4 +278,4 @@ def evaluate(run_folder: Path, cohort: Cohort, regions: Regions) -> pd.DataFrame
         mask, row = mask_and_row(cohort.case(case_id), regions, probability)
         write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")
         rows.append(row)
-    return write_metrics(rows, run_folder / METRICS)
+    return save_table(pd.DataFrame(rows), run_folder / METRICS, index=False)

@@ -62,9 +62,7 @@ def mean_shape(regions: Regions, *, in_place: bool = False) -> Bool[np.ndarray, 
 
 
 def measure_baseline(
-    answer: Callable[[Volume], Bool[np.ndarray, "z y x"]],
-    cohort: Cohort,
-    regions: Regions,
+    answer: Callable[[Volume], Bool[np.ndarray, "z y x"]], cohort: Cohort, regions: Regions
 ) -> pd.DataFrame:
     """Metrics of a trivial answer on the test cases, on the scans' own grids; the same path as a network's."""
     rows = []

@@ -104,10 +104,7 @@ def principal_axes(voxels: EmbeddedVoxels) -> PCA:
 
 
 def project(
-    voxels: EmbeddedVoxels,
-    method: Projection = "PCA",
-    seed: int = 0,
-    progress: Callable[[float], None] | None = None,
+    voxels: EmbeddedVoxels, method: Projection = "PCA", seed: int = 0, progress: Callable[[float], None] | None = None
 ) -> Float[np.ndarray, "n 2"]:
     """Embeddings on a plane: the first two principal components, or a t-SNE (openTSNE) or UMAP of them.
 

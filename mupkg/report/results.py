@@ -16,7 +16,7 @@ from mupkg.data.cohort import read_cases
 from mupkg.metrics import METRICS, headline, with_unit
 from mupkg.models import BACKBONES
 from mupkg.parameters import Stage2Settings, Tag, tagged
-from mupkg.scans.writing import whole_file
+from mupkg.scans.writing import save_table as save_table
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import NNUNET_RUNS, RUN, Shift, metrics_name, parse_run_name, read_run
 
@@ -54,10 +54,7 @@ def finished_runs(
 
 
 def case_metrics(
-    table: pd.DataFrame,
-    regions: Regions | None = None,
-    may_differ: Iterable[str] = (),
-    shift: Shift | None = None,
+    table: pd.DataFrame, regions: Regions | None = None, may_differ: Iterable[str] = (), shift: Shift | None = None
 ) -> pd.DataFrame:
     """metrics.csv of all these runs in one table: configuration, seed, case_id and the metrics.
 
@@ -79,16 +76,12 @@ def case_metrics(
         raise ValueError("the runs were not tested on the same cases; evaluate runs of one study only")
     records = {folder.name: read_run(folder / RUN, "data_fingerprint") for folder in table["folder"]}
     trained_on = {record["data_fingerprint"] for record in records.values()}
+    cure = "(data_fingerprint in run.json); after a new stage 1, train every run of the study again"
     if len(trained_on) > 1:
-        raise ValueError(
-            "the runs were not trained on the same regions (data_fingerprint in run.json); "
-            "after a new stage 1, train every run of the study again"
-        )
+        raise ValueError(f"the runs were not trained on the same regions {cure}")
     if regions is not None and regions.fingerprint() not in trained_on:
-        raise ValueError(
-            f"{regions.folder / 'regions.csv'}: its regions are not those that the runs were trained on "
-            "(data_fingerprint in run.json); after a new stage 1, train every run of the study again"
-        )
+        place = regions.folder / "regions.csv"
+        raise ValueError(f"{place}: its regions are not those that the runs were trained on {cure}")
     check_settings({run: record["parameters"] for run, record in records.items()}, may_differ)
     return metrics
 
@@ -230,10 +223,3 @@ def published_as_text(table: int) -> pd.DataFrame:
     columns = [tuple(name.rsplit("_", 1)) for name in printed if name.endswith(("_mean", "_std", "_median"))]
     parts = {(name, "sd" if part == "std" else part): printed[f"{name}_{part}"] for name, part in columns}
     return pd.DataFrame(parts).dropna(axis="columns", how="all").fillna("")
-
-
-def save_table(table: pd.DataFrame, path: str | Path, *, index: bool = True) -> pd.DataFrame:
-    """Write a table as CSV, whole, and give it back for display."""
-    with whole_file(path) as temporary:
-        table.to_csv(temporary, index=index)
-    return table

@@ -48,6 +48,7 @@ PATIENT_AND_STUDY = {  # what a structure set repeats from its slices, and the m
     **{"StudyInstanceUID": 64, "StudyDate": 8, "StudyTime": 16, "StudyID": 16, "AccessionNumber": 16},
 }
 VERSION = {"date": "StructureSetDate", "label": "StructureSetLabel", "approval": "ApprovalStatus"}
+GREEN = [0, 255, 0]  # in which an ROI is shown
 STUDY = "1.2.840.10008.3.1.2.3.1"  # SOP class of a detached study; retired, but the standard still asks for it here
 
 
@@ -160,9 +161,6 @@ def _kept(faults: list[str]) -> Iterator[None]:
 
 def _found(folder: Path) -> tuple[dict[Key, Found], list[Path], list[str]]:
     """All series below a folder, all structure sets, and what is wrong with files that cannot be told apart."""
-    with access_named(folder):
-        if not folder.is_dir():
-            raise CohortError([f"{folder}: there is no such folder; check its name"])
     found: dict[Key, Found] = {}
     structures, faults = [], []
     for path in sorted(files_below(folder, faults)):
@@ -418,10 +416,8 @@ def _plane(outlines: list[Outline], shape: tuple[int, int]) -> tuple[np.ndarray,
         inner, edge = np.zeros(shape, bool), _on_edge(outline, shape)
         inner[rows, columns] = Polygon(xy).contains_points(np.c_[columns, rows])
         inner &= ~edge
-        if (
-            not inner.any()
-            and abs(xy[:, 0] @ run[:, 1] - xy[:, 1] @ run[:, 0]) / 2 > np.linalg.norm(run, axis=1).sum()
-        ):
+        area, length = abs(xy[:, 0] @ run[:, 1] - xy[:, 1] @ run[:, 0]) / 2, np.linalg.norm(run, axis=1).sum()
+        if area > length and not inner.any():
             return plane, "runs round twice; export it again"
         met = {_meeting(outline, inner, *other) for other in before if not outline.xor}
         if "crossing" in met:
@@ -486,13 +482,7 @@ def _fill(mask: np.ndarray, gaps: Iterable[int], heights: np.ndarray, spacing: S
 
 
 def write_rtstruct(
-    mask: sitk.Image,
-    series_folder: str | Path,
-    path: str | Path,
-    *,
-    name: str = "Prostate",
-    description: str = "",
-    colour: tuple[int, int, int] = (0, 255, 0),
+    mask: sitk.Image, series_folder: str | Path, path: str | Path, *, name: str = "Prostate", description: str = ""
 ) -> None:
     """Write a mask as the one ROI of a structure set of its series: unapproved, and said to be research alone.
 
@@ -503,7 +493,6 @@ def write_rtstruct(
         mask: foreground is not 0; on the series' grid.
         series_folder: holds the slices of one series.
         description: which model made the mask, and what it was trained on.
-        colour: red, green and blue, 0 to 255.
 
     Raises:
         ValueError: if the mask is empty or not on the series' grid, or the series not `contourable`.
@@ -512,9 +501,8 @@ def write_rtstruct(
     series, images, contours = _series_for(mask, series_folder, path), [], []
     first = dcmread(series.files[0], stop_before_pixels=True, force=True)
     frame = first.FrameOfReferenceUID
-    for uid, number, position, plane in zip(
-        series.uids, series.frames, series.positions, _planes(mask, series), strict=True
-    ):
+    slices = zip(series.uids, series.frames, series.positions, _planes(mask, series), strict=True)
+    for uid, number, position, plane in slices:
         enhanced = {"ReferencedFrameNumber": number + 1} if "NumberOfFrames" in first else {}
         images.append(_item(ReferencedSOPClassUID=first.SOPClassUID, ReferencedSOPInstanceUID=uid, **enhanced))
         for line in contour_generator(z=np.pad(plane, 1).astype(float)).lines(0.5):
@@ -527,17 +515,12 @@ def write_rtstruct(
     study = _item(ReferencedSOPClassUID=STUDY, ReferencedSOPInstanceUID=first.StudyInstanceUID)
     study.RTReferencedSeriesSequence = [drawn_on]
     roi = _item(ROINumber=1, ReferencedFrameOfReferenceUID=frame, ROIName=name, ROIGenerationAlgorithm="AUTOMATIC")
-    drawn = _item(ROIDisplayColor=list(colour), ReferencedROINumber=1, ContourSequence=contours)
+    drawn = _item(ROIDisplayColor=GREEN, ReferencedROINumber=1, ContourSequence=contours)
     seen = _item(ObservationNumber=1, ReferencedROINumber=1, RTROIInterpretedType="ORGAN", ROIInterpreter="")
     date, time = datetime.now().strftime("%Y%m%d %H%M%S").split()
     structures = _item(
         SpecificCharacterSet="ISO_IR 192",
-        **{
-            keyword: "=".join(
-                group[:most] for group in str(first.get(keyword) or "").split("=")
-            )  # of a name's groups
-            for keyword, most in PATIENT_AND_STUDY.items()
-        },
+        **{name: _cut(first.get(name), most) for name, most in PATIENT_AND_STUDY.items()},
         SOPClassUID=RTStructureSetStorage,
         **{"SOPInstanceUID": generate_uid(), "SeriesInstanceUID": generate_uid(), "SeriesNumber": 1},
         **{"SeriesDescription": RESEARCH, "Modality": "RTSTRUCT", "OperatorsName": ""},
@@ -596,6 +579,11 @@ def _planes(mask: sitk.Image, series: Series) -> Iterator[np.ndarray]:
         plane.SetDirection(series.axes.ravel().tolist())
         on_plane = sitk.Resample(mask, plane, sitk.Transform(), sitk.sitkNearestNeighbor)
         yield sitk.GetArrayFromImage(on_plane)[0] != 0
+
+
+def _cut(value: object, most: int) -> str:
+    """A text of no more characters; of a name that many in each of its groups (PS3.5, 6.2.1.2)."""
+    return "=".join(group[:most] for group in str(value or "").split("="))
 
 
 def _item(**values: object) -> Dataset:

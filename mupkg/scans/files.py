@@ -14,25 +14,9 @@ import numpy as np
 import SimpleITK as sitk
 from pydicom import dcmread
 
-from mupkg.scans.cases import MOST_VOXELS, one_volume
-from mupkg.scans.geometry import (
-    RESAMPLE,
-    check_affines,
-    dicom_header,
-    image_affine,
-    series_geometry,
-    series_image,
-)
-from mupkg.scans.headers import (
-    AGAIN,
-    Fault,
-    count_bytes,
-    meta_voxels,
-    named,
-    nifti_affines,
-    nrrd_voxels,
-    unpacked,
-)
+from mupkg.scans.cases import MOST_VOXELS, CohortError, one_volume
+from mupkg.scans.geometry import RESAMPLE, check_affines, dicom_header, image_affine, series_geometry, series_image
+from mupkg.scans.headers import AGAIN, Fault, count_bytes, meta_voxels, named, nifti_affines, nrrd_voxels, unpacked
 from mupkg.scans.writing import whole_file
 
 TWO_FILES = (".mhd", ".nhdr", ".hdr", ".img")  # a header and its voxels apart: never whole at one stroke
@@ -177,7 +161,14 @@ def read_series(path: Path, files: Iterable[Path] | None = None) -> sitk.Image:
 
 
 def files_below(folder: Path, faults: list[str]) -> Iterator[Path]:
-    """Every file below a folder, through links too; what may not be read is added to the faults."""
+    """Every file below a folder, through links too; what may not be read is added to the faults.
+
+    Raises:
+        CohortError: if there is no such folder.
+    """
+    with access_named(folder):
+        if not folder.is_dir():
+            raise CohortError([f"{folder}: there is no such folder; check its name"])
     walk = os.walk(folder, followlinks=True, onerror=lambda error: faults.append(no_access(error.filename, error)))
     for place, folders, names in walk:
         above = {os.path.realpath(path) for path in (Path(place), *Path(place).parents)}

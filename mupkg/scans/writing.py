@@ -11,9 +11,13 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from filelock import FileLock
+
+if TYPE_CHECKING:  # slow to import, and `mupkg.batch` does without
+    import pandas as pd
 
 
 @contextmanager
@@ -49,6 +53,13 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def save_table(table: pd.DataFrame, path: str | Path, *, index: bool = True) -> pd.DataFrame:
+    """Write a table as CSV, whole, and give it back for display."""
+    with whole_file(path) as temporary:
+        table.to_csv(temporary, index=index)
+    return table
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

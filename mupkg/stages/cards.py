@@ -6,6 +6,7 @@ They are written from the files in the run's folder alone, so they hold wherever
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,6 @@ UNFIT = {
 UNTESTED = f"**Not tested: {METRICS} is missing, so nothing is known of how well this run does.**"
 
 
-class _Recorded(dict):
-    """What is not there is unknown."""
-
-    def __missing__(self, key: str) -> str:
-        return UNKNOWN
-
-
 def trained_on(cohort: Cohort, regions: Regions, training_cases: int | None = None) -> dict[str, Any]:
     """What a run learns from and is tested on, for its run.json; nothing in it tells who the patients are.
 
@@ -120,7 +114,7 @@ def card(run_folder: str | Path) -> str:
     facts |= {"source": SOURCES.get(source, source or UNKNOWN), "split": _split(data)}
     facts |= {"voxels": _shown(data.get("spacing_mm")), "field": _shown(data.get("extent_mm"))}
     facts |= {"commit": record.get("commit") or UNKNOWN}
-    return CARD.format_map(_Recorded(record | data | parameters | facts))
+    return CARD.format_map(defaultdict(lambda: UNKNOWN, record | data | parameters | facts))
 
 
 def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:

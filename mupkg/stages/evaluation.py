@@ -17,7 +17,7 @@ from mupkg.data.preprocessing import AIR, Preparation, array_spacing, prepare, t
 from mupkg.metrics import calibration, segmentation_metrics
 from mupkg.scans.cases import Case, grid_difference
 from mupkg.scans.files import write_image
-from mupkg.scans.writing import whole_file
+from mupkg.scans.writing import save_table
 from mupkg.stages.inference import Pipeline, keep_largest, load_network, region_probability
 from mupkg.stages.localization import NotLocated
 from mupkg.stages.regions import Regions
@@ -49,7 +49,8 @@ def evaluate_run(
         rows.append(row)
         if shift is None and not last:
             write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")
-    return write_metrics(rows, run_folder / (METRICS_LAST if last else metrics_name(shift)))
+    path = run_folder / (METRICS_LAST if last else metrics_name(shift))
+    return save_table(pd.DataFrame(rows), path, index=False)
 
 
 def mask_and_row(case: Case, regions: Regions, probability: sitk.Image) -> tuple[sitk.Image, dict[str, Any]]:
@@ -65,14 +66,6 @@ def mask_and_row(case: Case, regions: Regions, probability: sitk.Image) -> tuple
     row = {"case_id": case.case_id} | largest | {f"{k}_all": v for k, v in everything.items()} | near
     truth = regions.volume(case.case_id, "label") == 1
     return mask, row | calibration(sitk.GetArrayFromImage(probability), truth)
-
-
-def write_metrics(rows: list[dict[str, Any]], path: Path) -> pd.DataFrame:
-    """Rows of `mask_and_row` as a run's metrics.csv, that of its last weights, or that of a shift."""
-    table = pd.DataFrame(rows)
-    with whole_file(path) as temporary:
-        table.to_csv(temporary, index=False)
-    return table
 
 
 def _shifted_region(case: Case, region: sitk.Image, preparation: Preparation, shift: Shift) -> sitk.Image:

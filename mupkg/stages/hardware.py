@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,12 +54,25 @@ def check_speed(device: torch.device, precision: str, compile: bool) -> None:
         raise ValueError(f'precision must be "no", "bf16" or "fp16", not {precision!r}')
     if precision == "fp16" and device.type == "cpu":
         raise ValueError('precision "fp16" needs a GPU, and there is none; choose "bf16" or "no"')
+    if compile and device.type == "cpu":
+        _check_compiler()
+
+
+def _check_compiler() -> None:
+    """ValueError if torch.compile could not build for this processor."""
     compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
-    if compile and device.type == "cpu" and not shutil.which(compiler):
+    if not shutil.which(compiler):
         raise ValueError(
             f"compile needs a C++ compiler on a CPU, and there is no {compiler}; install one (its name may be given "
             "in the environment variable CXX), or set compile to False"
         )
+    # PyTorch hands these folders to the linker unquoted, and splits its command as a shell does.
+    for folder in (str(Path(torch.__file__).parent / "lib"), sysconfig.get_config_var("LIBDIR") or ""):
+        if sys.platform != "win32" and re.search(r"[\s'\"\\]", folder):
+            raise ValueError(
+                f"compile cannot link on a CPU with {folder}, a folder whose path holds a blank, a quote or a "
+                "backslash; move the Python environment to a path without, or set compile to False"
+            )
 
 
 def machine_name(device: torch.device) -> str:
@@ -77,12 +93,13 @@ def on_gpu_if_it_fits(source: PatchSource, accelerator: Accelerator) -> PatchSou
 
 
 def batches(
-    source: PatchSource, numbers: range, workers: int, device: torch.device, layout: torch.memory_format
+    source: PatchSource, numbers: range, workers: int, accelerator: Accelerator, layout: torch.memory_format
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches with these numbers, in their order, on the device; to be closed at the end.
 
     `workers` processes cut them ahead, unless the source lies on the device.
     """
+    device, source = accelerator.device, on_gpu_if_it_fits(source, accelerator)
     pin = device.type == "cuda" and not source.resident  # then a GPU fetches them while the CPU goes on
     if workers and not source.resident:
         # A batch follows from its number alone, so the workers need no seeds; they are not to come from torch's own

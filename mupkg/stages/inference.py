@@ -163,16 +163,14 @@ class Pipeline:
         image: sitk.Image,
         *,
         name: str = "scan",
-        largest: bool = True,
         everywhere: bool = False,
         precision: Literal["no", "bf16"] = "no",
     ) -> Segmentation:
         """Both stages on a scan (HU for CT); ValueError naming the scan if it is unfit or the prostate not found.
 
         Args:
-            largest: keep the largest component alone (reading R10).
-            everywhere: look at the whole region, for a probability map without gaps; without `largest` this is so.
-            precision: of stage 2, see `predict_volume`.
+            everywhere: look at the whole region, for a probability map without gaps.
+            precision: of stage 2, see `prediction.outputs`.
         """
         if not isinstance(image, sitk.Image):
             kind = type(image).__name__
@@ -183,10 +181,8 @@ class Pipeline:
         prepared = prepare(case, self.preparation).image
         location = locate(case, prepared, self.localizer, coarse_mm=self.coarse_mm)
         region = crop_region(prepared, location.centre, self.region_mm)
-        start = location.coarse_box if largest and not everywhere else None
-        probability = region_probability(self.network, region, precision, start)
-        kept = keep_largest(probability) if largest else probability
-        return Segmentation(to_scan_grid(kept, image), probability, location)
+        probability = region_probability(self.network, region, precision, None if everywhere else location.coarse_box)
+        return Segmentation(to_scan_grid(keep_largest(probability), image), probability, location)
 
 
 def segment(image: sitk.Image, run_folder: str | Path, *, precision: Literal["no", "bf16"] = "no") -> sitk.Image:
@@ -195,7 +191,7 @@ def segment(image: sitk.Image, run_folder: str | Path, *, precision: Literal["no
     Args:
         image: a CT in HU or an MR volume, as the run was trained on; of a 4D one the channel that the run knows.
         run_folder: outputs/<study>/<configuration>-seed<k>, or a copy of it anywhere.
-        precision: of stage 2; "bf16" halves the time on a processor that multiplies bf16, see `predict_volume`.
+        precision: of stage 2; "bf16" halves the time on a processor that multiplies bf16, see `prediction.outputs`.
 
     Raises:
         ValueError: if a part of the run is missing or broken, or the prostate cannot be located.

@@ -8,13 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 from torch import nn
 
-from mupkg.data.preprocessing import (
-    array_spacing,
-    box_corners,
-    centroid,
-    largest_component,
-    resample,
-)
+from mupkg.data.preprocessing import array_spacing, box_corners, centroid, largest_component, resample
 from mupkg.scans.cases import Case, Point
 from mupkg.stages.landmarks import femoral_heads
 from mupkg.stages.prediction import predict_volume

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -66,25 +66,14 @@ def run_slices(
 
 
 def predict_volume(
-    network: nn.Module,
-    volume: UInt8[np.ndarray, "z y x"],
-    *,
-    channels: int = 3,
-    precision: Literal["no", "bf16"] = "no",
-    box: Box | None = None,
+    network: nn.Module, volume: UInt8[np.ndarray, "z y x"], **options: Any
 ) -> Float[np.ndarray, "z y x"]:
     """The foreground probability of every voxel of a prepared volume; no patch voting (Section III-A).
 
     Args:
-        network: returns a `SegmentationOutput`; with a `box` one of `mupkg.models`.
-        volume: prepared, uint8.
-        channels: neighbouring slices that go in: 3 in stage 2, 5 in stage 1; a 3D network does without.
-        precision: "no" (float32), or "bf16" (autocast): half the time where the processor multiplies bf16 itself;
-            probabilities near 0.5 shift by some hundredths, and so a DSC by up to some thousandths.
-        box: the only voxels to look at; the network sees what lies around them all the same.
+        options: `channels`, `precision` and `box`, see `outputs`.
     """
-    parts = outputs(network, volume, channels=channels, precision=precision, box=box)
-    return np.concatenate([foreground(output) for output in parts])
+    return np.concatenate([foreground(output) for output in outputs(network, volume, **options)])
 
 
 def foreground(output: SegmentationOutput) -> Float[np.ndarray, "n y x"]:
@@ -100,7 +89,16 @@ def outputs(
     precision: Literal["no", "bf16"] = "no",
     box: Box | None = None,
 ) -> Iterator[SegmentationOutput]:
-    """What the network says of a volume, or of a box of it, some slices at a time; see `predict_volume`."""
+    """What the network says of a volume, or of a box of it, some slices at a time.
+
+    Args:
+        network: returns a `SegmentationOutput`; with a `box` one of `mupkg.models`.
+        volume: prepared, uint8.
+        channels: neighbouring slices that go in: 3 in stage 2, 5 in stage 1; a 3D network does without.
+        precision: "no" (float32), or "bf16" (autocast): half the time where the processor multiplies bf16 itself;
+            probabilities near 0.5 shift by some hundredths, and so a DSC by up to some thousandths.
+        box: the only voxels to look at; the network sees what lies around them all the same.
+    """
     slices, *window = box or (slice(0, len(volume)),)
     at_once = len(volume) if is_3d(network) else max(1, VOXELS_AT_ONCE // (volume.shape[1] * volume.shape[2]))
     for start in range(slices.start, slices.stop, at_once):

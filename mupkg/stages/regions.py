@@ -14,14 +14,9 @@ from torch import nn
 
 from mupkg import progress
 from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort, of_replicate, read_cases, recorded_cohort
-from mupkg.data.preprocessing import (
-    Prepared,
-    centroid,
-    crop_region,
-    whole_label,
-)
+from mupkg.data.preprocessing import Prepared, centroid, crop_region, whole_label
 from mupkg.scans.cases import Point
-from mupkg.scans.writing import fingerprint, whole_file, write_text
+from mupkg.scans.writing import fingerprint, save_table, whole_file, write_text
 from mupkg.stages.localization import locate
 from mupkg.stages.runs import RUN, read_run
 
@@ -176,8 +171,7 @@ def write_regions(
         row |= {name: json.dumps(getattr(region, f"Get{name.capitalize()}")()) for name in GEOMETRY}
         row["covered"] = coverage(prepared.label, location.centre, region_mm, whole)
         rows.append(row)
-    with whole_file(folder / "regions.csv") as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
+    save_table(pd.DataFrame(rows), folder / "regions.csv", index=False)
     regions = Regions.read(folder)
     content = {"cohort": recorded_cohort(cohort.folder, 0), "regions": regions.fingerprint()}
     write_text(folder / FINGERPRINT, json.dumps(content) + "\n")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from mupkg import progress
 from mupkg.data.patches import PatchSource
 from mupkg.losses import LossTerms, SegmentationMetricLoss
 from mupkg.models import SegmentationOutput, layout_of
-from mupkg.scans.writing import machine_lock, whole_file
-from mupkg.stages.hardware import AUTOCAST, batches, check_speed, join_processes, machine_name, on_gpu_if_it_fits
+from mupkg.scans.writing import machine_lock, save_table
+from mupkg.stages.hardware import AUTOCAST, batches, check_speed, join_processes, machine_name
 from mupkg.stages.runs import (
     BEST,
     CHECKPOINT,
@@ -93,36 +94,28 @@ def train(
         metadata: what made these weights; stored with them. A checkpoint with other metadata is not resumed.
         seed: of the samplers' draws.
         precision: "no" (float32), "bf16" or "fp16" (autocast; fp16 on a GPU only), of the training steps alone.
-        channels_last, compile: memory layout and torch.compile. They change speed and rounding, and through
-            rounding now and then a draw of the hard sampler.
+        channels_last, compile: memory layout, torch.compile: speed, rounding, and so now and then a hard draw.
         workers: processes that cut batches ahead, if the cohort does not fit into a GPU's memory; same batches.
-        choose_from: the share of the steps after which the best weights are looked for (not in the paper). At a high
-            learning rate, earlier weights may do well on a few validation cases by luck.
+        choose_from: the share of the steps after which the best weights are looked for; METHOD.md says why.
         on_validation: called by the first process with network and step, before the first step of a fresh run and
             after each validation: to keep a film, say. on_step: likewise after every step.
 
     Raises:
-        ValueError: for a checkpoint of other settings, a folder in use, a number out of its range, and what this
-            machine cannot do.
+        ValueError: a checkpoint of other settings, a folder in use, a bad number, or what this machine cannot do.
         FloatingPointError: if the loss or the validation DSC is no longer finite.
     """
     _check(steps, validate_every, choose_from)
     accelerator = join_processes()
-    device, processes = accelerator.device, accelerator.num_processes
-    check_speed(device, precision, compile)
+    check_speed(accelerator.device, precision, compile)
     layout = layout_of(network) if channels_last else torch.contiguous_format
-    network = network.to(device, memory_format=layout)
+    network = network.to(accelerator.device, memory_format=layout)
     optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay)
-    scaler = GradScaler(device.type, enabled=precision == "fp16")
     rates = [poly_learning_rate(learning_rate, step, steps, power) for step in range(steps)]
     with _exclusive(Path(folder)) if accelerator.is_main_process else nullcontext():
-        run = _Run(Path(folder), accelerator, network, optimizer, scaler, dict(metadata), choose_from * steps)
+        run = _Run(Path(folder), accelerator, network, optimizer, precision, dict(metadata), choose_from * steps)
         run.begin(steps)
-        model = DistributedDataParallel(network) if processes > 1 else network
-        model = torch.compile(model) if compile else model  # a wrapper: the weights of `network` keep their names
-        numbers = range(run.done * processes + accelerator.process_index, steps * processes, processes)
-        with closing(batches(on_gpu_if_it_fits(source, accelerator), numbers, workers, device, layout)) as feed:
-            _loop(run, model, loss, feed, rates, seed, precision, validate, validate_every, on_validation, on_step)
+        with closing(batches(source, run.numbers(steps), workers, accelerator, layout)) as feed:
+            _loop(run, run.model(compile), loss, feed, rates, seed, validate, validate_every, on_validation, on_step)
         return run.finish()
 
 
@@ -155,7 +148,6 @@ def _loop(
     feed: Iterable[tuple[Tensor, Tensor]],
     rates: Sequence[float],
     seed: int,
-    precision: str,
     validate: Callable[[nn.Module], float],
     validate_every: int,
     on_validation: Callable[[nn.Module, int], None] | None,
@@ -176,7 +168,7 @@ def _loop(
         # A seed for every step and process: draws differ between processes, and a resumed run repeats them.
         generator.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0]))
         model.train()
-        terms = loss(_forward(model, images, precision), labels, generator)
+        terms = loss(_forward(model, images, run.precision), labels, generator)
         optimizer.zero_grad()
         scaler.scale(terms.total).backward()  # the scaler is for fp16; otherwise it changes nothing
         scaler.step(optimizer)
@@ -215,10 +207,24 @@ class _Run:
     accelerator: Accelerator
     network: nn.Module
     optimizer: torch.optim.SGD
-    scaler: GradScaler
+    precision: str
     metadata: dict[str, Any]
     choose_from: float  # the step
     history: list[dict[str, float]] = field(default_factory=list)
+
+    @cached_property
+    def scaler(self) -> GradScaler:
+        return GradScaler(self.accelerator.device.type, enabled=self.precision == "fp16")
+
+    def model(self, compile: bool) -> nn.Module:
+        """What computes with the weights of `network`, which keep their names."""
+        model = DistributedDataParallel(self.network) if self.accelerator.num_processes > 1 else self.network
+        return torch.compile(model) if compile else model
+
+    def numbers(self, steps: int) -> range:
+        """Of the batches that are left for this process."""
+        processes, own = self.accelerator.num_processes, self.accelerator.process_index
+        return range(self.done * processes + own, steps * processes, processes)
 
     @property
     def done(self) -> int:
@@ -305,8 +311,7 @@ class _Run:
         table = pd.DataFrame(self.history)
         if self.accelerator.is_main_process:
             save_tensors(self.network.state_dict(), self.folder / LAST, self.metadata | {"step": self.done})
-            with whole_file(self.folder / HISTORY) as temporary:
-                table.to_csv(temporary, index=False)
+            save_table(table, self.folder / HISTORY, index=False)
         self.accelerator.wait_for_everyone()
         return table
 

@@ -189,14 +189,8 @@ def test_written_contours_enclose_the_volume_of_the_mask(body):
 
 
 def test_what_a_written_structure_set_says(body):
-    write_rtstruct(
-        read(body),
-        body / "ct",
-        body / "out.dcm",
-        name="Prostata é",
-        description="MetricUNet-HCP, phantoms",
-        colour=(1, 2, 3),
-    )
+    about = {"name": "Prostata é", "description": "MetricUNet-HCP, phantoms"}
+    write_rtstruct(read(body), body / "ct", body / "out.dcm", **about)
     written, slices = pydicom.dcmread(body / "out.dcm"), sorted(f"{ROOT}1.{z + 1}" for z in range(20))
     assert (written.ApprovalStatus, written.Modality, written.PatientID) == ("UNAPPROVED", "RTSTRUCT", "P1")
     assert str(written.PatientName) == "Doe^John" and written.StudyInstanceUID == f"{ROOT}2"
@@ -210,7 +204,7 @@ def test_what_a_written_structure_set_says(body):
     assert (roi.ROIName, roi.ROIGenerationAlgorithm, list(drawn.ROIDisplayColor)) == (
         "Prostata é",
         "AUTOMATIC",
-        [1, 2, 3],
+        [0, 255, 0],
     )
     for contour in drawn.ContourSequence:
         z = int(contour.ContourImageSequence[0].ReferencedSOPInstanceUID.rsplit(".", 1)[1]) - 1

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from scipy import ndimage
 
-from mupkg.data.preprocessing import Preparation, crop_region, prepare
+from mupkg.data.preprocessing import Preparation, crop_region, prepare, to_scan_grid
 from mupkg.metrics import segmentation_metrics
 from mupkg.scans.cases import Case
 from mupkg.scans.files import read_scan
@@ -79,10 +79,10 @@ def test_a_mask_lies_within_its_region(scan, run_folder, bones):
     assert result.volume_ml == pytest.approx(array(result.mask).sum() * 7 * 6 * 6 / 1000)
 
 
-def test_the_largest_component_is_an_option(scan, run_folder, bones):
-    pipeline = Pipeline.load(run_folder)
-    kept, everything = (array(pipeline(scan, largest=largest).mask) > 0 for largest in (True, False))
-    assert kept.sum() < everything.sum() and not (kept & ~everything).any()
+def test_the_mask_is_the_largest_component_alone(scan, run_folder, bones):
+    found = Pipeline.load(run_folder)(scan, everywhere=True)
+    kept, everything = (array(mask) > 0 for mask in (found.mask, to_scan_grid(found.probability, scan)))
+    assert 0 < kept.sum() < everything.sum() and not (kept & ~everything).any()
 
 
 # Outward from the coarse mask
@@ -174,9 +174,9 @@ def test_a_whole_probability_map_is_an_option(scan, run_folder, monkeypatch, hea
     monkeypatch.setattr(inference, "region_probability", look)
     monkeypatch.setattr(inference, "locate", lambda *_, **__: Location((0.0, 0.0, 0.0), None, None, "", box))
     pipeline = Pipeline.load(run_folder)
-    for options in ({}, {"everywhere": True}, {"largest": False}):
+    for options in ({}, {"everywhere": True}):
         pipeline(scan, **options)
-    assert starts == [box, None, None]
+    assert starts == [box, None]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from unusual import unusual_phantom
 
 from mupkg.data.phantom import make_phantom
 from mupkg.stages.landmarks import FemoralHeads, femoral_heads
@@ -40,7 +41,7 @@ def phantom():
 @pytest.mark.parametrize("seed", [5, 11, 21])
 @pytest.mark.parametrize("turn_deg", [-15.0, 0.0, 15.0])
 def test_phantoms_with_a_bright_bladder(seed, turn_deg):
-    case = make_phantom(seed, spacing_mm=COARSE, bladder_contrast=True, rotation_deg=(3.0, 0.0, turn_deg))
+    case = unusual_phantom(seed, COARSE, contrast=True, rotation_deg=(3.0, 0.0, turn_deg))
     heads = femoral_heads(case.image)
     assert max(errors_mm(heads, case.femoral_heads)) < 5
     assert 0 < heads.confidence <= 1 and heads.left[0] > heads.right[0]

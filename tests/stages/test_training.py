@@ -4,7 +4,11 @@ import json
 import multiprocessing
 import os
 import platform
+import re
+import shlex
 import shutil
+import sysconfig
+from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
@@ -279,7 +283,7 @@ def test_without_a_gpu_the_volumes_stay_where_they_are():
 @pytest.fixture
 def in_device_memory(monkeypatch):
     """The CPU stands for the GPU."""
-    monkeypatch.setattr(training, "on_gpu_if_it_fits", lambda source, accelerator: source.to("cpu"))
+    monkeypatch.setattr(hardware, "on_gpu_if_it_fits", lambda source, accelerator: source.to("cpu"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -319,12 +323,25 @@ class Tiny(torch.nn.Module):
         return SegmentationOutput(self.head(embeddings), embeddings)
 
 
+def unquotable():
+    """Whether PyTorch lies in a folder whose path its own command for the linker would tear apart."""
+    folders = Path(torch.__file__).parent / "lib", sysconfig.get_config_var("LIBDIR")
+    try:
+        return any(shlex.split(f"-L{folder}") != [f"-L{folder}"] for folder in folders)
+    except ValueError:  # a quote that never ends
+        return True
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # checked signatures do not compile
 @pytest.mark.parametrize("options", [{"channels_last": False}, {"compile": True}])
 def test_layout_and_compiler_change_rounding_alone(tmp_path, options):
     if "compile" in options and not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile needs a C++ compiler on a CPU, and there is none here")
+    if "compile" in options and unquotable():
+        with pytest.raises(ValueError, match="compile cannot link"):
+            run(tmp_path / "run", **options)
+        return
     # At a higher rate a rounding soon makes the hard sampler draw another voxel, and from there losses part.
     wanted = run(tmp_path / "plain", network=Tiny(), learning_rate=0.01)
     history = run(tmp_path / "run", network=Tiny(), learning_rate=0.01, **options)
@@ -351,6 +368,7 @@ def test_layout_is_what_was_asked(tmp_path):
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_compiled_goes_on_after_a_break(tmp_path, monkeypatch):
     """With the compiler's front end alone: wrapped, the network must still be stored under its plain names."""
+    monkeypatch.setattr(training, "check_speed", lambda *_: None)  # which asks for the whole compiler
     wrap = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: wrap(model, backend="eager"))
     run(tmp_path / "whole", compile=True)
@@ -358,6 +376,34 @@ def test_what_is_compiled_goes_on_after_a_break(tmp_path, monkeypatch):
         run(tmp_path / "broken", compile=True, validate=breaking(2))
     run(tmp_path / "broken", compile=True)
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["torch", "interpreter"])
+@pytest.mark.parametrize("folder", ["a new clone", "it's", 'in "quotes"', "a\\b", "tab\there"])
+def test_folders_that_cannot_be_linked_with_are_refused_before_any_work(tmp_path, monkeypatch, place, folder):
+    """Regression: PyTorch hands them to g++ unquoted, which ended late in a page of its compiler's words."""
+    monkeypatch.setenv("CXX", "python3")  # any program that is there
+    monkeypatch.setattr(torch, "__file__", "/plain/torch/__init__.py")
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda _name: "/plain/lib")
+    hardware.check_speed(torch.device("cpu"), "no", True)
+    if place == "torch":
+        monkeypatch.setattr(torch, "__file__", f"/plain/{folder}/torch/__init__.py")
+    else:
+        monkeypatch.setattr(sysconfig, "get_config_var", lambda _name: f"/plain/{folder}/lib")
+    path = re.escape(f"/plain/{folder}/")
+    with pytest.raises(ValueError, match=rf"compile cannot link .* {path}(torch/)?lib, .*move .*, or set compile to"):
+        run(tmp_path / "run", compile=True)
+    assert not (tmp_path / "run").exists()
+    for plain in ({"device": "cuda", "compile": True}, {"device": "cpu", "compile": False}):  # nothing is linked
+        hardware.check_speed(torch.device(plain["device"]), "no", plain["compile"])
+
+
+@pytest.mark.parametrize("folder", ["umläute", "(brackets)", "dots.and-signs_+~@#", "$HOME"])
+def test_folders_that_can_be_linked_with_are_not_refused(monkeypatch, folder):
+    monkeypatch.setenv("CXX", "python3")
+    monkeypatch.setattr(torch, "__file__", f"/plain/{folder}/torch/__init__.py")
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda _name: f"/plain/{folder}/lib")
+    hardware.check_speed(torch.device("cpu"), "no", True)
 
 
 def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):

@@ -71,10 +71,10 @@ def train(folder, *, steps=1, only_batch=None, break_at=None, name="MetricUNet-H
 def only_the_main_process_writes():
     if torch.distributed.get_rank():
 
-        def forbidden(*arguments):
+        def forbidden(*arguments, **_options):
             raise AssertionError(f"process 1 writes {arguments}")
 
-        training.save_tensors = training.whole_file = forbidden
+        training.save_tensors = training.save_table = forbidden
 
 
 def main(folder, endless):

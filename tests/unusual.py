@@ -1,0 +1,18 @@
+"""Phantoms that no notebook asks for: with contrast medium in the bladder, or turned by a chosen angle."""
+
+from dataclasses import replace
+
+import pytest
+
+from mupkg.data import phantom
+
+
+def unusual_phantom(seed, spacing_mm, *, contrast=False, rotation_deg=None):
+    """`make_phantom` with a bladder of 330 HU, or rotated by these degrees about x, y and z."""
+    draw = phantom.Anatomy.draw
+    with pytest.MonkeyPatch.context() as patch:
+        if contrast:
+            patch.setitem(phantom.HU, "urine", 330.0)
+        if rotation_deg is not None:
+            patch.setattr(phantom.Anatomy, "draw", lambda rng: replace(draw(rng), rotation_deg=rotation_deg))
+        return phantom.make_phantom(seed, spacing_mm=spacing_mm)
