@@ -45,7 +45,8 @@ def unchecked() -> Iterator[None]:
 
 # Their tests start kernels, browsers, studies and processes, search whole scans or read all tables: seconds each.
 SLOW = {"benchmarks", "lab", "lessons", "notebooks", "soak"}
-SLOW |= {f"test_{name}.py" for name in ("batch", "claims", "demo_pair", "distributed", "field_cases", "landmarks")}
+SLOW |= {f"test_{name}.py" for name in ("batch", "batch_from_kept", "claims", "demo_pair", "distributed")}
+SLOW |= {f"test_{name}.py" for name in ("field_cases", "kept_tables", "landmarks")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from mupkg import repository
 from mupkg.metrics import METRICS, metric_of
@@ -21,7 +21,7 @@ from mupkg.scans.writing import write_text
 from mupkg.stages.runs import PLATEAU_DSC, RUN, read_run
 from mupkg.trials import statistics, tables
 from mupkg.trials.kept import kept_folder, kept_runs
-from mupkg.trials.protocol import Study
+from mupkg.trials.protocol import Study, read_yaml
 
 REFERENCE = repository() / "outputs" / "reference"
 PROTOCOLS = repository() / "notebooks" / "studies"
@@ -70,15 +70,15 @@ def cases(name: str, shift: str = "") -> pd.DataFrame:
     return table if shift else tables.with_spread(table)
 
 
-@cache
-def study(name: str) -> Study:
-    return Study.checked(yaml.safe_load(protocol_text(name)))
-
-
-def protocol_text(name: str) -> str:
+def protocol_path(name: str) -> Path:
     """The protocol as it was kept with the tables, or where it has none yet, as it stands in notebooks/studies."""
     places = REFERENCE / name / "protocol.yaml", PROTOCOLS / "trials" / f"{name}.yaml"
-    return next(path for path in places if path.is_file()).read_text(encoding="utf-8")
+    return next(path for path in places if path.is_file())
+
+
+@cache
+def study(name: str) -> Study:
+    return Study.read(protocol_path(name))
 
 
 def finished_trials() -> list[str]:
@@ -93,9 +93,14 @@ def answers(name: str, shift: str = "") -> pd.DataFrame:
     return tables.answers(trial, metrics, names, shifted=bool(shift))
 
 
+@cache
+def seeds_alone(name: str) -> pd.DataFrame:
+    return tables.single_seeds(study(name).trial, cases(name))
+
+
 def single_seeds(name: str) -> Iterator[str]:
     """What a study with one seed would have reported of each contrast."""
-    for row in tables.single_seeds(study(name).trial, cases(name)).to_dict("records"):
+    for row in seeds_alone(name).to_dict("records"):
         better, worse = row["says better"], row["says worse"]
         times = f"{better} times better and {worse} times worse"
         yield (
@@ -128,7 +133,8 @@ def arm_rows(name: str, columns: Sequence[str]) -> Iterator[list[str]]:
 def trial_section(name: str) -> Iterator[str]:
     """What a trial asked, as its protocol says, and everything that its tables answer."""
     trial = study(name).trial
-    comment = [line.removeprefix("#").strip() for line in protocol_text(name).split("\nstudy:")[0].splitlines()]
+    text = protocol_path(name).read_text(encoding="utf-8")
+    comment = [line.removeprefix("#").strip() for line in text.split("\nstudy:")[0].splitlines()]
     comment = comment[: next((n for n, line in enumerate(comment) if line.startswith("make")), len(comment))]
     yield f"## {name}\n\n" + "\n".join(f"> {line}" for line in comment)
     columns = [column for column in COLUMNS if column in tables.outcomes(trial, cases(name))]
@@ -196,11 +202,7 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
         ValueError: if the tables give another verdict than the one that the sentence rests on.
     """
     name, outcome, shift = spec["trial"], spec.get("outcome", "DSC"), spec.get("shift", "")
-    command = (
-        f"`make trial TRIAL={name}`"
-        if (PROTOCOLS / "trials" / f"{name}.yaml").is_file()
-        else f"`make study STUDY={name}`"
-    )
+    command = f"`make {f'trial TRIAL={name}' if name in protocols() else f'study STUDY={name}'}`"
     contrast = f"{spec['arm']} against {spec['against']}, {outcome}{f', {shift} scans' if shift else ''}"
     if name not in finished_trials():
         return [contrast, "", progress_of(name), "", command]
@@ -226,16 +228,12 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
     return [contrast, effect, verdict, counts, command]
 
 
-@cache
-def _pooled(first: str, second: str) -> pd.DataFrame:
-    """The runs of two trials with the same test cases and replicates, each arm once."""
-    return pd.concat([cases(first), cases(second)]).drop_duplicates(["configuration", "seed", "case_id"])
-
-
 def pooled_after_the_fact(spec: Mapping[str, Any]) -> pd.DataFrame:
-    """A contrast that no protocol named: against the mean of controls of two trials."""
-    metrics, means = _pooled(spec["trial"], spec["post_hoc"]), {spec["against"]: spec["against"].split(" and ")}
-    return statistics.contrasts(metrics, [(spec["arm"], spec["against"])], [spec.get("outcome", "DSC")], means=means)
+    """A contrast that no protocol named: against the mean of controls of two trials, with the same test cases."""
+    both = pd.concat([cases(spec["trial"]), cases(spec["post_hoc"])])
+    metrics, means = both.drop_duplicates(["configuration", "seed", "case_id"]), spec["against"].split(" and ")
+    pairs = [(spec["arm"], spec["against"])]
+    return statistics.contrasts(metrics, pairs, [spec.get("outcome", "DSC")], means={spec["against"]: means})
 
 
 def figures_in_sentences() -> dict[str, Any]:
@@ -246,7 +244,7 @@ def figures_in_sentences() -> dict[str, Any]:
     ]
     near = answers("e1n").query("against == 'HCP' and metric == 'DSC'")["mean_difference"].iloc[0]
     shuffled = {row[0]: row[1] for row in left_plateau("e4")}["shuffled"]
-    seeds = {name: tables.single_seeds(study(name).trial, cases(name)).iloc[0] for name in ("e0", "e1")}
+    seeds = {name: seeds_alone(name).iloc[0] for name in ("e0", "e1")}
     significant = {name: row["says better"] + row["says worse"] for name, row in seeds.items()}
     steps = pd.read_csv(COST).query("peer == \"UNet's step\" and not what.str.contains('[+]')")["ratio"]
     chances = statistics.published_rankings(results.published(3))
@@ -269,8 +267,7 @@ def figures_in_sentences() -> dict[str, Any]:
 
 
 def results_page() -> str:
-    text = (REFERENCE / "questions.yaml").read_text(encoding="utf-8")
-    said, figures = yaml.safe_load(text), figures_in_sentences()
+    said, figures = read_yaml(REFERENCE / "questions.yaml"), figures_in_sentences()
     parts = [f"# Results\n\n{said['about'].strip()}"]
     columns = ["contrast", "effect [interval]", "verdict", "cases × replicates", "command"]
     claims = []
@@ -281,11 +278,8 @@ def results_page() -> str:
             parts.append(markdown_table(columns, rows))
         if extra := question.get("table"):
             parts.append(EXTRA[extra]())
-        claims += (
-            [[question["claim"], *(rows[0][1:3] if rows else ["", question["short"].format(**figures)])]]
-            if "claim" in question
-            else []
-        )
+        if claim := question.get("claim"):
+            claims.append([claim, *(rows[0][1:3] if rows else ["", question["short"].format(**figures)])])
     table = markdown_table(["the paper's claim", "ours: effect [interval]", "what follows"], claims)
     parts.insert(1, f"## The paper's claims, one by one\n\n{said['claims'].strip()}\n\n{table}")
     hours = [[name, core_hours(name)] for name in protocols()]
@@ -314,7 +308,7 @@ def derived_tables(name: str) -> dict[str, pd.DataFrame]:
     """The tables of a trial that follow from its cases.csv: what notebook 10 saves beside it."""
     trial, metrics = study(name).trial, cases(name)
     columns = [trial.primary, f"{trial.primary}_all", "ASD", "HD95", "active_share"]
-    derived = {"answers": answers(name), "single_seeds": tables.single_seeds(trial, metrics)}
+    derived = {"answers": answers(name), "single_seeds": seeds_alone(name)}
     derived["arms"] = tables.arm_means(metrics, [c for c in columns if c in metrics]).reset_index()
     derived["rankings"] = tables.rankings(trial, derived["answers"])
     if study(name).folds is None:

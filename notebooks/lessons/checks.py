@@ -246,8 +246,8 @@ def _(hidden) -> None:
         expect(np.shape(x) == (2 * n, 16), f"x has the shape {np.shape(x)}, but should have {(2 * n, 16)}.")
         expect(np.shape(y) == (2 * n,), f"y has the shape {np.shape(y)}, but should have {(2 * n,)}.")
         values = set(np.unique(y))
-        numbers = np.asarray(y).dtype.kind in "biuf"
-        expect(numbers, f"y holds {', '.join(map(repr, np.unique(y).tolist()[:2]))}: the classes are numbers, 0 and 1.")
+        held = ", ".join(map(repr, np.unique(y).tolist()[:2]))
+        expect(np.asarray(y).dtype.kind in "biuf", f"y holds {held}: the classes are numbers, 0 and 1.")
         expect(len(values) == 2, f"y holds the values {sorted(map(float, values))}. One value is not two classes.")
         expect(values == {0, 1}, f"y holds {sorted(map(float, values))}, but should hold 0 and 1.")
         expect(np.sum(y) == n, f"there are {int(np.sum(y))} points of class 1, but should be {n} of each class.")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from symtable import symtable
 
@@ -12,9 +10,6 @@ import jupytext
 import nbformat
 import papermill
 import pytest
-import torch
-from IPython.display import display
-from matplotlib import pyplot as plt
 from nbclient import NotebookClient
 from tried import FOLDER, LESSONS, module, read
 from written_numbers import unfounded
@@ -149,52 +144,50 @@ def test_a_name_that_one_cell_takes_from_another_has_one_meaning(source: Path) -
         assert sum(name in bound for bound, _ in cells) <= 1, f"`{name}` is bound in several cells and used in others"
 
 
+# The same training a second time takes no time in the kernel: it gives back the weights of the first.
+TRAINED_ONCE = f"""
+import sys
+sys.path.append({str(LESSONS)!r})
+import classroom
+
+def train_once(network, loss, volumes, train=classroom.train, kept={{}}, **options):
+    start = sum(weights.detach().double().sum().item() for weights in network.parameters())
+    key = start, len(loss.samplers), options.get("seed"), options.get("steps"), "measure" in options
+    if key not in kept:
+        history = train(network, loss, volumes, **options)
+        kept[key] = {{name: value.clone() for name, value in network.state_dict().items()}}, history
+    network.load_state_dict(kept[key][0])
+    return kept[key][1].copy()
+
+classroom.train = train_once
+"""
+ONE_THREAD = "import torch\nassert torch.get_num_threads() == 1"
+
+
 @each_lesson
-def test_the_solution_runs_to_its_end(source: Path, tmp_path: Path) -> None:
-    solution = LESSONS / "solutions" / f"{source.stem}.ipynb"
+def test_the_solution_runs_to_its_end_and_every_cell_once_more_after_all_that_follow(
+    source: Path, tmp_path: Path
+) -> None:
+    """Once in order, then from the last cell to the first, as a student goes back."""
+    notebook = nbformat.read(LESSONS / "solutions" / f"{source.stem}.ipynb", 4)
+    lesson, cell = notebook.cells, nbformat.v4.new_code_cell
+    again = [cell(code.source) for code in reversed(lesson) if code.cell_type == "code"]
+    notebook.cells = [cell(TRAINED_ONCE), *lesson, *again, cell(ONE_THREAD)]
+    nbformat.write(notebook, tmp_path / "twice.ipynb")
     done = papermill.execute_notebook(
-        solution, tmp_path / "done.ipynb", cwd=solution.parent, progress_bar=False, start_timeout=300
+        tmp_path / "twice.ipynb",
+        tmp_path / "done.ipynb",
+        cwd=LESSONS / "solutions",
+        progress_bar=False,
+        start_timeout=300,
     )
+    done.cells = done.cells[1 : 1 + len(lesson)]
     outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
     passed = [line for output in outputs if "text" in output for line in re.findall("✓.*", output.text)]
     assert len(passed) == sum(tagged(cell, "check") for cell in done.cells)
     assert any("image/png" in output.get("data", {}) for output in outputs)
     done.cells = [cell for cell in done.cells if not tagged(cell, "exam")]  # whose numbers are made up
     assert unfounded(done) == []
-
-
-@pytest.fixture
-def trained_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The same training a second time takes no time: it gives back the weights of the first."""
-    classroom, kept = module("classroom"), {}
-    train = classroom.train
-
-    def once(network, loss, volumes, **options):
-        start = sum(weights.detach().double().sum().item() for weights in network.parameters())
-        key = start, len(loss.samplers), options.get("seed"), options.get("steps"), "measure" in options
-        if key not in kept:
-            history = train(network, loss, volumes, **options)
-            kept[key] = {name: value.clone() for name, value in network.state_dict().items()}, history
-        network.load_state_dict(kept[key][0])
-        return kept[key][1].copy()
-
-    monkeypatch.setattr(classroom, "train", once)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    plt.switch_backend("agg")
-    yield
-    plt.close("all")
-
-
-@each_lesson
-@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
-def test_every_cell_runs_twice_and_after_all_that_follow(source: Path, trained_once: None) -> None:
-    """Once in order, then once more from the last cell to the first, as a student goes back."""
-    names = {"__name__": "__main__", "display": display}
-    cells = code_cells(source)
-    for code in [*cells, *reversed(cells)]:
-        exec(compile(code, source.name, "exec"), names)
-        plt.close("all")
-    assert torch.get_num_threads() == 1
 
 
 def test_in_a_kernel_an_error_in_a_student_s_code_becomes_a_hint_with_line_and_shapes() -> None:
