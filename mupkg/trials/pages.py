@@ -287,7 +287,8 @@ def results_page() -> str:
     table = markdown_table(["the paper's claim", "ours: effect [interval]", "what follows"], claims)
     parts.insert(1, f"## The paper's claims, one by one\n\n{said['claims'].strip()}\n\n{table}")
     hours = [[name, core_hours(name)] for name in protocols()]
-    parts.append("## What it cost\n\n" + markdown_table(["protocol", "core-hours of training"], hours))
+    table = markdown_table(["protocol", "core-hours of training"], hours)
+    parts.append(f"## What it cost\n\nOf kept runs. A run counts for every protocol that tells it so.\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
