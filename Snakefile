@@ -13,7 +13,7 @@ from snakemake.exceptions import WorkflowError
 
 from mupkg.parameters import DataSettings, EvaluationSettings, VisualizationSettings
 from mupkg.stages.runs import STAGE1
-from mupkg.trials.kept import kept_runs
+from mupkg.trials.kept import kept_folder, kept_runs, kept_stages
 from mupkg.trials.protocol import Study, read_yaml
 
 try:
@@ -30,7 +30,7 @@ PREPARE |= {"source_folder": STUDY.source_folder} if STUDY.source_folder else {}
 COMMON = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size, **FOLDERS}
 RUNS = list(STUDY.runs)
 # A trial's runs that are kept as small tables (make keep) are not trained again.
-KEPT = kept_runs(STUDY.study, STUDY.told) if STUDY.trial else {*()}
+KEPT = kept_runs(STUDY.study, STUDY.told, Path(OUT)) if STUDY.trial else {*()}
 TRAINED = [run for run in RUNS if run not in KEPT]
 for place in (folder for name in (DATA, OUT) for folder in (Path(name), *Path(name).parents)):
     if place.exists() and not place.is_dir():
@@ -56,6 +56,14 @@ if GPUS > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
 # Where the runs' own parameters name a stage 1 (one a fold), it is theirs; else the study has one.
 STAGE1_OF = {run: told.get("stage1", STAGE1) for run, told in STUDY.runs.items()}
 FOLDS = {told["stage1"]: {"replicate": told["replicate"]} for told in STUDY.runs.values() if "stage1" in told}
+STAGES = {
+    name: {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size, "stage1": name}
+    | FOLDS.get(name, {})
+    | STUDY.stage1
+    for name in {*STAGE1_OF.values()}
+}
+# A kept stage 1 is not trained again: another machine would round otherwise, and cut other regions.
+KEPT_STAGES = kept_stages(STUDY.study, STAGES, Path(OUT)) if STUDY.trial else {*()}
 
 
 TRIAL_NOTEBOOKS = ["10_does_it_help"]
@@ -109,6 +117,22 @@ rule explore_data:
         RUN
 
 
+rule restore_stage1:
+    input:
+        f"{DATA}/cohort.csv",
+        f"{DATA}/fingerprint.json",
+    output:
+        OUT + "/{stage1}/regions.csv",
+        OUT + "/{stage1}/fingerprint.json",
+    wildcard_constraints:
+        stage1="|".join(KEPT_STAGES) or "-",
+    params:
+        kept=lambda w: str(kept_folder(STUDY.study) / w.stage1),
+        folder=OUT + "/{stage1}",
+    shell:
+        "{PYTHON:q} -m mupkg.trials.kept restore {DATA:q} {params.kept:q} {params.folder:q}"
+
+
 rule stage1:
     input:
         "notebooks/02_stage1_localization.ipynb",
@@ -118,8 +142,10 @@ rule stage1:
         OUT + "/{stage1}/regions.csv",
         OUT + "/{stage1}/fingerprint.json",
         notebook=OUT + "/{stage1}/02_stage1_localization.ipynb",
+    wildcard_constraints:
+        stage1="|".join({*STAGES} - KEPT_STAGES) or "-",
     params:
-        notebook=lambda w: json.dumps({**COMMON, "stage1": w.stage1, **FOLDS.get(w.stage1, {}), **STUDY.stage1}),
+        notebook=lambda w: json.dumps({**COMMON, **STAGES[w.stage1]}),
     threads: STUDY.threads["stage1"]
     resources:
         gpu=1,  # counts only where the number of GPUs is given; without one the notebook runs on the CPU

@@ -133,7 +133,9 @@ def segmentation_metrics(
             positive number an axis.
     """
     prediction, truth = _masks(prediction, truth)
-    spacing = _checked_spacing(spacing_mm, truth.ndim)
+    spacing = np.asarray(spacing_mm, dtype=float)
+    if spacing.shape != (truth.ndim,) or not np.all(np.isfinite(spacing) & (spacing > 0)):
+        raise ValueError(f"spacing_mm must be {truth.ndim} finite positive numbers in array order, not {spacing_mm}")
     box = _bounding_box(prediction, truth)  # only the organ, not the whole scan
     masks = TwoMasks(prediction[box], truth[box], spacing)
     found = {name: float(metric.of(masks)) for name, metric in METRICS.items() if metric.of}
@@ -155,13 +157,6 @@ def calibration(probability: Float[np.ndarray, "*spatial"], truth: Bool[np.ndarr
     gap = np.bincount(number, probability, BINS) - np.bincount(number, truth, BINS)
     brier = float(np.square(probability - truth).mean())
     return {"Brier": brier, "ECE": float(np.abs(gap).sum() / len(truth))}
-
-
-def _checked_spacing(spacing_mm: Sequence[float] | np.ndarray, axes: int) -> Float[np.ndarray, " d"]:
-    spacing = np.asarray(spacing_mm, dtype=float)
-    if spacing.shape != (axes,) or not np.all(np.isfinite(spacing) & (spacing > 0)):
-        raise ValueError(f"spacing_mm must be {axes} finite positive numbers in array order, not {spacing_mm}")
-    return spacing
 
 
 def _bounding_box(*masks: Bool[np.ndarray, "*spatial"]) -> tuple[slice, ...]:

@@ -406,6 +406,22 @@ def test_what_segmenting_and_training_load_stays_small_enough_to_read(names, lin
     run_python(script.replace("\n", "\nsys.modules |= dict.fromkeys(['pydicom', 'matplotlib', 'IPython'])\n", 1))
 
 
+def functions_longer_than(lines: int, code: str) -> list[str]:
+    every = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [n.name for n in every if n.end_lineno - n.lineno >= lines]
+
+
+def test_no_function_is_longer_than_a_screen():
+    assert functions_longer_than(2, "def f():\n    x = 1\n    return x\n\n\ndef g():\n    return 1") == ["f"]
+    modules = sorted((ROOT / "mupkg").rglob("*.py"))
+    long = {str(path): functions_longer_than(60, path.read_text(encoding="utf-8")) for path in modules}
+    assert modules and not {path: names for path, names in long.items() if names}
+
+
+def test_what_notebooks_may_be_told_stays_small_enough_to_read():
+    assert len((ROOT / "mupkg/parameters.py").read_text(encoding="utf-8").splitlines()) <= 500
+
+
 def test_the_readmes_example_of_an_own_network_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     (example,) = [block for block in blocks if "EmbeddingTap" in block]

@@ -605,6 +605,7 @@ def test_a_file_that_is_no_study_is_told_by_name(text, fault, tmp_path):
         Study.read(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_written_as_yaml_says_the_same(path, tmp_path):
     study = Study.read(path)

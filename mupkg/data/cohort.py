@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -175,15 +176,15 @@ def of_replicate(table: pd.DataFrame, replicate: int) -> pd.DataFrame:
     return table.assign(split=split)
 
 
-def recorded_cohort(folder: Path, notebook: int) -> str:
-    """The cohort's fingerprint as this notebook, 0 or 2, left it in its folder; ValueError if it did not."""
+def recorded(what: Literal["cohort", "regions"], folder: Path, notebook: int) -> str:
+    """The fingerprint of this, as this notebook, 0 or 2, left it in its folder; ValueError if it did not."""
     path = folder / FINGERPRINT
     try:
-        return json.loads(path.read_bytes())["cohort"]
+        return json.loads(path.read_bytes())[what]
     except PermissionError as error:
         raise ValueError(no_access(path, error)) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: does not tell the cohort ({error!r}); run notebook 0{notebook} again") from error
+        raise ValueError(f"{path}: does not tell the {what} ({error!r}); run notebook 0{notebook} again") from error
 
 
 def read_cases(path: Path, advice: str) -> pd.DataFrame:

@@ -56,17 +56,13 @@ BAR_MM = 20
 ON_IMAGES = {"color": "white", "path_effects": [patheffects.withStroke(linewidth=1.5, foreground="black")]}
 
 
-def save(figure: Figure, path: str | Path, alt: str | None = None) -> Image:
-    """Write a figure as PNG and SVG beside each other, close it, and give the PNG for display.
-
-    Args:
-        alt: what a screen reader says in its place; None: the figure's titles and axis labels.
-    """
+def save(figure: Figure, path: str | Path) -> Image:
+    """Write a figure as PNG and SVG beside each other, close it, and give the PNG, with its words, for display."""
     for suffix in (".svg", ".png"):
         with whole_file(Path(path).with_suffix(suffix)) as temporary, plt.rc_context({"svg.fonttype": "none"}):
             figure.savefig(temporary, dpi=110, bbox_inches="tight")
     plt.close(figure)
-    return Image(filename=str(Path(path).with_suffix(".png")), alt=alt or alt_text(figure))
+    return Image(filename=str(Path(path).with_suffix(".png")), alt=alt_text(figure))
 
 
 def alt_text(figure: Figure) -> str:

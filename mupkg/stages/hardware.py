@@ -24,11 +24,11 @@ AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what e
 MOST_OF_GPU = 0.5  # of its free memory, for the cohort; network, gradients and activations need the rest
 
 
-def join_processes() -> Accelerator:
+def join_processes(precision: str, compile: bool) -> Accelerator:
     """This process's device and its place among those of a launcher; from now on it ends when the launcher ends.
 
     Raises:
-        ValueError: if a launcher started several processes that do not see each other.
+        ValueError: if a launcher started several processes that do not see each other, and as in `check_speed`.
     """
     accelerator = Accelerator()  # without a precision: it would hold for the whole kernel, and patch the network
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -40,6 +40,7 @@ def join_processes() -> Accelerator:
     if launched > 1:
         # Torch asks for SIGINT when the launcher dies, and a process forked from a notebook's kernel hangs on that.
         call_private(torch.multiprocessing, "_prctl_pr_set_pdeathsig", signal.SIGKILL)  # acts on Linux only
+    check_speed(accelerator.device, precision, compile)
     return accelerator
 
 
@@ -93,13 +94,12 @@ def on_gpu_if_it_fits(source: PatchSource, accelerator: Accelerator) -> PatchSou
 
 
 def batches(
-    source: PatchSource, numbers: range, workers: int, accelerator: Accelerator, layout: torch.memory_format
+    source: PatchSource, numbers: range, workers: int, device: torch.device, layout: torch.memory_format
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches with these numbers, in their order, on the device; to be closed at the end.
 
     `workers` processes cut them ahead, unless the source lies on the device.
     """
-    device, source = accelerator.device, on_gpu_if_it_fits(source, accelerator)
     pin = device.type == "cuda" and not source.resident  # then a GPU fetches them while the CPU goes on
     if workers and not source.resident:
         # A batch follows from its number alone, so the workers need no seeds; they are not to come from torch's own

@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from torch import nn
 
 from mupkg import progress
-from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort, of_replicate, read_cases, recorded_cohort
+from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort, of_replicate, read_cases, recorded
 from mupkg.data.preprocessing import Prepared, centroid, crop_region, whole_label
 from mupkg.scans.cases import Point
 from mupkg.scans.writing import fingerprint, save_table, whole_file, write_text
@@ -65,7 +65,7 @@ class Regions:
             raise ValueError(f"{path}: lacks the column(s) {', '.join(missing)}; run notebook 02 again")
         table = table.fillna({"fallback": ""}).set_index("case_id", drop=False).rename_axis(None)
         regions = cls(path.parent, table)
-        if cohort is not None and recorded_cohort(path.parent, 2) != recorded_cohort(cohort.folder, 0):
+        if cohort is not None and recorded("cohort", path.parent, 2) != recorded("cohort", cohort.folder, 0):
             raise ValueError(
                 f"{path}: its regions were not cut from {cohort.folder} as it is now (another cohort, or prepared "
                 "anew since); run notebook 02 again"
@@ -139,6 +139,17 @@ def _allow_open_files(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
+def save_region(
+    prepared: Prepared, centre: Point, region_mm: Sequence[float], folder: Path, case_id: str
+) -> sitk.Image:
+    """Crop a case's region, image and label, into a stage 1's folder; the region with its place in space."""
+    for kind, volume in zip(Prepared._fields, prepared, strict=True):
+        region = crop_region(volume, centre, region_mm)
+        with whole_file(folder / "regions" / f"{case_id}_{kind}.npy") as temporary:
+            np.save(temporary, sitk.GetArrayFromImage(region))
+    return region
+
+
 def write_regions(
     cohort: Cohort, network: nn.Module, folder: str | Path, *, coarse_mm: float, region_mm: Sequence[float]
 ) -> Regions:
@@ -155,10 +166,7 @@ def write_regions(
     for case_id in progress(ids, desc="locating", unit="case"):
         case, prepared = cohort.case(case_id), cohort.prepared(case_id)
         location = locate(case, prepared.image, network, coarse_mm=coarse_mm)
-        for kind, volume in zip(Prepared._fields, prepared, strict=True):
-            region = crop_region(volume, location.centre, region_mm)
-            with whole_file(folder / "regions" / f"{case_id}_{kind}.npy") as temporary:
-                np.save(temporary, sitk.GetArrayFromImage(region))
+        region = save_region(prepared, location.centre, region_mm, folder, case_id)
         truth = np.array(centroid(case.label))
         row: dict[str, object] = {"case_id": case_id, "split": cohort.table.loc[case_id, "split"]}
         row |= {"replicate": cohort.table.loc[case_id, "replicate"]} if "replicate" in cohort.table else {}
@@ -173,6 +181,6 @@ def write_regions(
         rows.append(row)
     save_table(pd.DataFrame(rows), folder / "regions.csv", index=False)
     regions = Regions.read(folder)
-    content = {"cohort": recorded_cohort(cohort.folder, 0), "regions": regions.fingerprint()}
+    content = {"cohort": recorded("cohort", cohort.folder, 0), "regions": regions.fingerprint()}
     write_text(folder / FINGERPRINT, json.dumps(content) + "\n")
     return regions

@@ -27,7 +27,7 @@ from mupkg.data.patches import PatchSource
 from mupkg.losses import LossTerms, SegmentationMetricLoss
 from mupkg.models import SegmentationOutput, layout_of
 from mupkg.scans.writing import machine_lock, save_table
-from mupkg.stages.hardware import AUTOCAST, batches, check_speed, join_processes, machine_name
+from mupkg.stages.hardware import AUTOCAST, batches, join_processes, machine_name, on_gpu_if_it_fits
 from mupkg.stages.runs import (
     BEST,
     CHECKPOINT,
@@ -105,8 +105,7 @@ def train(
         FloatingPointError: if the loss or the validation DSC is no longer finite.
     """
     _check(steps, validate_every, choose_from)
-    accelerator = join_processes()
-    check_speed(accelerator.device, precision, compile)
+    accelerator = join_processes(precision, compile)
     layout = layout_of(network) if channels_last else torch.contiguous_format
     network = network.to(accelerator.device, memory_format=layout)
     optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay)
@@ -114,7 +113,8 @@ def train(
     with _exclusive(Path(folder)) if accelerator.is_main_process else nullcontext():
         run = _Run(Path(folder), accelerator, network, optimizer, precision, dict(metadata), choose_from * steps)
         run.begin(steps)
-        with closing(batches(source, run.numbers(steps), workers, accelerator, layout)) as feed:
+        source = on_gpu_if_it_fits(source, accelerator)
+        with closing(batches(source, run.numbers(steps), workers, accelerator.device, layout)) as feed:
             _loop(run, run.model(compile), loss, feed, rates, seed, validate, validate_every, on_validation, on_step)
         return run.finish()
 

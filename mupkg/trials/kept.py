@@ -1,11 +1,14 @@
 """Finished runs kept as small tables, so that no batch trains them again: `make keep STUDY=trials`.
 
 A kept run is a run's folder without weights and predictions: run.json, history.csv, metrics.csv and its like. It
-stands for the run itself in a batch and in notebook 10, if it was told the same and saw the same regions.
+stands for the run itself in a batch and in notebook 10, if it was told the same and saw the same regions. Another
+processor rounds otherwise, so that a stage 1 trained there cuts other regions: a study's stage 1 is kept too, weights
+and centres, and a batch cuts its regions anew at these centres.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +16,22 @@ from typing import Any
 
 import pandas as pd
 
-from mupkg import repository
-from mupkg.parameters import Stage2Settings, Tag, tagged
+from mupkg import progress, repository
+from mupkg.data.cohort import FINGERPRINT, Cohort, recorded
+from mupkg.parameters import Stage1Settings, Stage2Settings, Tag, tagged
 from mupkg.scans.writing import whole_file
+from mupkg.settings import Settings
+from mupkg.stages.regions import Regions, save_region
 from mupkg.stages.runs import (
     BEST,
     HISTORY,
+    LAST,
     METRICS,
     METRICS_LAST,
+    REGIONS,
     RUN,
     SHIFT_FILES,
+    STAGE1,
     load_tensors,
     processor_name,
     read_run,
@@ -31,6 +40,7 @@ from mupkg.stages.runs import (
 
 KEPT = Path("outputs") / "reference" / "runs"  # in the repository; below it <study>/<run>
 TABLES = (HISTORY, METRICS_LAST, *SHIFT_FILES, METRICS)  # the last one tells that a run is kept whole
+STAGE1_FILES = (BEST, RUN, FINGERPRINT, REGIONS)  # the last one tells that a stage 1 is kept whole
 PRECISION = "%.6g"
 
 
@@ -39,30 +49,59 @@ def kept_folder(study: str) -> Path:
     return repository() / KEPT / study
 
 
-def told_otherwise(run: Path, told: Mapping[str, Any]) -> str:
+def told_otherwise(run: Path, told: Mapping[str, Any], settings: type[Settings] = Stage2Settings) -> str:
     """How a run's record differs from what the study tells it; empty if it does not."""
     made = read_run(run / RUN)["parameters"]
-    reach = {*told} - (tagged(Stage2Settings, Tag.SPEED) - tagged(Stage2Settings, Tag.TRAINING))
-    asked = Stage2Settings.checked(told).model_dump(mode="json", include=reach)
+    reach = {*told} - (tagged(settings, Tag.SPEED) - tagged(settings, Tag.TRAINING))
+    asked = settings.checked(told).model_dump(mode="json", include=reach)
     return ", ".join(
         f"{name} is {made.get(name)!r}, not {value!r}" for name, value in asked.items() if made.get(name) != value
     )
 
 
-def kept_runs(study: str, runs: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """Which of a study's runs need not be trained, because they are kept and were told the same."""
+def kept_runs(study: str, runs: Mapping[str, Mapping[str, Any]], outputs: Path | None = None) -> set[str]:
+    """Which of a study's runs need not be trained, because they are kept and were told the same.
+
+    Args:
+        runs: by folder what they are told, `Study.told`.
+        outputs: the study's folder; where it has regions already, a kept run must have seen these.
+    """
     folders = {name: kept_folder(study) / name for name in runs}
     return {
         name
         for name, folder in folders.items()
-        if (folder / METRICS).is_file() and not told_otherwise(folder, runs[name])
+        if (folder / METRICS).is_file()
+        and not told_otherwise(folder, runs[name])
+        and not (outputs and _of_other_regions(folder, outputs / runs[name].get("stage1", STAGE1)))
+    }
+
+
+def _of_other_regions(run: Path, stage1: Path) -> bool:
+    seen = read_run(run / RUN, "data_fingerprint")["data_fingerprint"]
+    return (stage1 / FINGERPRINT).is_file() and recorded("regions", stage1, 2) != seen
+
+
+def kept_stages(study: str, stages: Mapping[str, Mapping[str, Any]], outputs: Path) -> set[str]:
+    """Which of a study's first stages need not be trained: kept, told the same, and not trained to their end here.
+
+    Args:
+        stages: by folder what they are told. outputs: the study's folder.
+    """
+    folders = {name: kept_folder(study) / name for name in stages}
+    return {
+        name
+        for name, folder in folders.items()
+        if (folder / REGIONS).is_file()
+        and not told_otherwise(folder, stages[name], Stage1Settings)
+        and not (outputs / name / LAST).is_file()
     }
 
 
 def keep(study: Path, destination: Path) -> list[str]:
     """Copy the small tables of a study's finished runs; returns the names of those that were not kept before.
 
-    Numbers are rounded to six digits. The record tells the processor, and what the weights were made on.
+    Numbers are rounded to six digits. The record tells the processor, and what the weights were made on. Of a first
+    stage the table of centres and the weights are kept as they are.
 
     Raises:
         ValueError: naming the run, if its record or weights cannot be read.
@@ -81,10 +120,53 @@ def keep(study: Path, destination: Path) -> list[str]:
             with whole_file(kept / name) as temporary:
                 table.to_csv(temporary, index=False, float_format=PRECISION)
         new.append(run.name)
+    for table in sorted(study.glob(f"{STAGE1}*/{FINGERPRINT}")):
+        stage1, kept = table.parent, destination / table.parent.name
+        if not (kept / REGIONS).is_file():
+            _copy(stage1, kept)
+            new.append(stage1.name)
     return new
 
 
+def _copy(stage1: Path, folder: Path) -> None:
+    for name in STAGE1_FILES:
+        with whole_file(folder / name) as temporary:
+            shutil.copyfile(stage1 / name, temporary)
+
+
+def restore_stage1(cohort: Cohort, kept: Path, folder: Path) -> Regions:
+    """A kept stage 1 as if it had been trained here: its regions are cut anew, at its centres.
+
+    Raises:
+        ValueError: naming the kept folder, if this cohort's volumes, or the regions, differ from those of then.
+    """
+    cure = f"remove {kept} and the runs kept beside it, and all of them are trained anew"
+    if recorded("cohort", kept, 2) != recorded("cohort", cohort.folder, 0):
+        raise ValueError(f"{kept}: was trained on other volumes than {cohort.folder} has; {cure}")
+    regions, region_mm = Regions.read(kept), read_run(kept / RUN)["parameters"]["region_mm"]
+    for case_id in progress(regions.table.index, desc="cutting", unit="case"):
+        save_region(cohort.prepared(case_id), regions.centre(case_id), region_mm, folder, case_id)
+    _copy(kept, folder)
+    if (again := Regions.read(folder)).fingerprint() != recorded("regions", kept, 2):
+        (folder / REGIONS).unlink()
+        raise ValueError(f"{kept}: its regions, cut anew from {cohort.folder}, are not the same; {cure}")
+    return again
+
+
+def main() -> None:
+    """`STUDY ...` keeps the runs of these studies; `restore COHORT KEPT FOLDER` makes a kept stage 1 anew."""
+    try:
+        if sys.argv[1:2] == ["restore"]:
+            cohort, kept, folder = map(Path, sys.argv[2:])
+            restore_stage1(Cohort.read(cohort), kept, folder)
+            return
+        for study in map(Path, sys.argv[1:]):
+            names = keep(study, kept_folder(study.name))
+            listed = f"{': ' * bool(names)}{', '.join(names)}"
+            print(f"{study}: {len(names)} more run(s) kept in {KEPT / study.name}{listed}")
+    except ValueError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
-    for study in map(Path, sys.argv[1:]):
-        names = keep(study, kept_folder(study.name))
-        print(f"{study}: {len(names)} more run(s) kept in {KEPT / study.name}{': ' * bool(names)}{', '.join(names)}")
+    main()

@@ -181,7 +181,7 @@ def train_and_test(machine: Machine, arm: str, seed: int, run: Path) -> None:
     from mupkg.configurations import build, configuration
     from mupkg.data.patches import PatchSource
     from mupkg.metrics import calibration, segmentation_metrics
-    from mupkg.scans.writing import whole_file
+    from mupkg.scans.writing import save_table
     from mupkg.stages.prediction import mean_dice, predict_volume
     from mupkg.stages.runs import BEST, CHECKPOINT, LAST, METRICS, RUN, load_tensors, load_weights, write_json
     from mupkg.stages.training import train
@@ -210,12 +210,11 @@ def train_and_test(machine: Machine, arm: str, seed: int, run: Path) -> None:
     write_json(run / RUN, record | {"torch": torch.__version__, "cases": cases})
     for name in (BEST, LAST, CHECKPOINT):
         (run / name).unlink(missing_ok=True)
-    with whole_file(run / METRICS) as temporary:
-        pd.DataFrame(rows).round(5).to_csv(temporary, index=False)
-    print(f"{run.name}: {seconds:.0f} s, mean DSC {pd.DataFrame(rows)['DSC_all'].mean():.3f}", flush=True)
+    table = save_table(pd.DataFrame(rows).round(5), run / METRICS, index=False)
+    print(f"{run.name}: {seconds:.0f} s, mean DSC {table['DSC_all'].mean():.3f}", flush=True)
 
 
-def run(parcel: Path, out: Path, minutes: float, device: str) -> None:
+def run(parcel: Path, out: Path, minutes: float, replicates: int, device: str) -> None:
     """Speeds, then replicate after replicate until the time is up."""
     end = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
@@ -225,7 +224,7 @@ def run(parcel: Path, out: Path, minutes: float, device: str) -> None:
         try:
             if not (out / "bench").exists():
                 measure_speed(machine, out / "bench")
-            for seed, arm in product(range(1000), ARMS):
+            for seed, arm in product(range(replicates), ARMS):
                 machine.check()
                 if not (out / f"{arm}-seed{seed}" / "metrics.csv").exists():
                     train_and_test(machine, arm, seed, out / f"{arm}-seed{seed}")
@@ -244,6 +243,7 @@ def main() -> None:
     running = commands.add_parser("run", help="on the machine with the GPU")
     running.add_argument("out", type=Path)
     running.add_argument("--minutes", type=float, default=8)
+    running.add_argument("--replicates", type=int, default=20, help="at most")
     running.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     given = vars(parser.parse_args())
     if given.pop("command") == "pack":

@@ -40,7 +40,7 @@ def machine(tmp_path_factory) -> Path:
 
 def started(parcel: Path, machine: Path, out: Path, minutes: float) -> subprocess.CompletedProcess:
     """The parcel by a Python that sees none of the packages installed here."""
-    options = ["--minutes", str(minutes), "--device", "cpu"]
+    options = ["--minutes", str(minutes), "--replicates", "1", "--device", "cpu"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return subprocess.run(
         [sys.executable, "-S", str(parcel), "run", str(out), *options],
@@ -58,7 +58,7 @@ def test_the_machine_has_nothing_but_pytorch_and_numpy(machine):
 
 
 def test_the_parcel_leaves_room_for_phantoms(parcel):
-    """At 1 mm one takes about 1.5 MB; of 64 MB a third is theirs."""
+    """At 1 mm one takes 1.6 MB; of 64 MB a third is theirs."""
     with zipfile.ZipFile(parcel) as archive:
         names = archive.namelist()
     assert parcel.stat().st_size < 45e6
@@ -72,11 +72,11 @@ def test_trainings_until_the_time_is_up_and_on_from_there(parcel, machine, tmp_p
     out = tmp_path / "out"
     done = started(parcel, machine, out, 0.0)
     assert done.returncode == 0 and "0 minutes are over: 0 training(s)" in done.stdout, done.stderr
-    while len(finished := sorted(out.glob("*-seed*/metrics.csv"))) < 2:
-        done = started(parcel, machine, out, 0.5)
-        assert done.returncode == 0 and "minutes are over" in done.stdout, done.stderr
+    done = started(parcel, machine, out, 10)
+    assert done.returncode == 0 and "minutes are over" not in done.stdout, done.stderr
     assert "loader" in (out / "bench" / "bench.txt").read_text(encoding="utf-8")
-    assert {path.parent.name for path in finished} >= {"HCP-seed0", "UNet-seed0"}
+    finished = sorted(out.glob("*-seed*/metrics.csv"))
+    assert [path.parent.name for path in finished] == ["HCP-seed0", "UNet-seed0"]
     for path in finished:
         assert sorted(file.name for file in path.parent.iterdir()) == ["history.csv", "metrics.csv", "run.json"]
         record = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))

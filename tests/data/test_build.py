@@ -285,6 +285,7 @@ def test_names_that_may_tell_a_patient_are_not_taken_for_patients(tmp_path, way)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("single", [False, True])
 def test_a_table_says_who_is_who(tmp_path, single):
     """Of a patient with several scans, and where every scan is another patient's."""
@@ -358,6 +359,7 @@ def planned(scans: Path, patients: Sequence[str], places: Sequence[str] | None =
     return scans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [("12", "12.0"), ("4711", "04711"), ("P 1", "p1")])
 def test_a_planned_patient_of_two_spellings_is_one(tmp_path, ids):
     scans = planned(tmp_path, [*ids, "B", "C"])
@@ -380,6 +382,7 @@ def test_slices_in_another_frame_of_reference_are_told_when_they_are_left_out(tm
     assert source.read().image.GetSize()[2] == len(paths) - 3
 
 
+@pytest.mark.slow
 def test_with_hash_patients_nothing_of_a_path_or_a_person_enters_a_cohort(tmp_path):
     """Regression: a case was called by its folder, and that by the patient's name."""
     places = [f"SURNAME^GIVEN_1950010{number}/Planungs-CT {number}" for number in range(3)]

@@ -26,7 +26,7 @@ from mupkg.data.cohort import (
     patients,
     read_cases,
     read_table,
-    recorded_cohort,
+    recorded,
     table_faults,
 )
 from mupkg.data.preprocessing import Preparation, array_spacing
@@ -299,7 +299,7 @@ def test_a_failure_leaves_the_former_cohort_as_it_was_and_nothing_of_the_new(tmp
     assert error.value.faults == [f"case {i}: {i}.nii.gz: is torn; mend it" for i in "bc"]
     assert "2 case(s) are fine" in str(error.value)
     assert contents(tmp_path) == before
-    assert Cohort.read(tmp_path).fingerprint() == recorded_cohort(tmp_path, 0)
+    assert Cohort.read(tmp_path).fingerprint() == recorded("cohort", tmp_path, 0)
 
 
 def test_a_failure_leaves_nothing_in_a_fresh_folder(tmp_path):
@@ -440,7 +440,7 @@ def test_the_fingerprint_is_of_the_table_and_its_cases_volumes(tmp_path):
         return write_cohort(tmp_path / name, [source(i) for i in letters], preparation, split_seed=0)
 
     first = written("first").fingerprint()
-    assert first == written("again").fingerprint() == recorded_cohort(tmp_path / "again", 0)
+    assert first == written("again").fingerprint() == recorded("cohort", tmp_path / "again", 0)
     other = PREPARATION.model_copy(update={"window_hu": (-300.0, 500.0)})  # of which the table says nothing
     assert first != written("window", preparation=other).fingerprint()
     assert first != written("more", "abcde").fingerprint()
@@ -466,7 +466,7 @@ def test_a_cohort_in_the_making_has_neither_table_nor_fingerprint(tmp_path, monk
     with pytest.raises(CohortError, match="notebook 00 makes one"):
         Cohort.read(tmp_path)
     with pytest.raises(ValueError, match=r"fingerprint\.json: does not tell the cohort .*; run notebook 00 again"):
-        recorded_cohort(tmp_path, 0)
+        recorded("cohort", tmp_path, 0)
 
 
 # Replicates of a trial

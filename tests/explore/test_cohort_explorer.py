@@ -39,6 +39,7 @@ def explorer(cases):
     return explorer
 
 
+@pytest.mark.slow
 def test_all_cases_lie_in_one_plane_that_is_fitted_on_all(explorer, cases):
     assert set(explorer.table["case"]) == set(cases.table.index) and len(cases.table) == 3
     for name, sample in explorer.drawn.samples.items():

@@ -53,6 +53,7 @@ def seen() -> CasePredictions:
     return CasePredictions("made up", region, TRUTH, SPACING, {"UNet": Places(), "MetricUNet-H": Places(3.0)}, heat)
 
 
+@pytest.mark.slow
 def test_a_case_is_read_with_its_runs(regions, run_folder, tmp_path):
     shutil.copytree(run_folder.parent, tmp_path / "study")
     run_folder = tmp_path / "study" / run_folder.name

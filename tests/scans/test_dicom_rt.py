@@ -509,6 +509,7 @@ def phantoms(tmp_path_factory):
     return folder, cases
 
 
+@pytest.mark.slow
 def test_five_phantom_patients_become_a_cohort(phantoms, tmp_path):
     folder, cases = phantoms
     assert list_dicom(folder)["patient"].tolist() == list(cases)
@@ -522,6 +523,7 @@ def test_five_phantom_patients_become_a_cohort(phantoms, tmp_path):
         assert grid_difference(found.image, case.image) is None
 
 
+@pytest.mark.slow
 def test_a_run_trained_on_contours_gives_contours_back(phantoms, tmp_path, trained_on):
     """From structure sets to a structure set: prepared, trained for a dozen steps, segmented, written, read."""
     sources = sources_from_dicom_rt(phantoms[0])
@@ -664,6 +666,7 @@ def test_a_pseudonym_is_a_safe_name_of_one_patient_alone():
     assert pseudonym("P1") != pseudonym("P10") != pseudonym("P11")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hash_patients", [False, True])
 def test_scans_of_a_patient_stay_on_one_side_of_the_split(tmp_path, hash_patients):
     """Two scans each of four patients, one of whom is spelt in two ways."""

@@ -131,6 +131,7 @@ def test_no_heads_are_sought_in_an_mr(monkeypatch):
     assert found.fallback == "coarse centre alone: MR: no femoral heads are sought"
 
 
+@pytest.mark.slow
 def test_the_centre_does_not_depend_on_how_the_scan_is_stored(cohort):
     case = cohort.case("phantom-0001")
     turned = sitk.PermuteAxes(sitk.Flip(case.image, (True, False, True)), (1, 2, 0))
@@ -223,6 +224,7 @@ def test_the_regions_of_a_cohort_are_written_and_reported(cohort, regions):
     assert len(images) == len(labels) == 1 and set(np.unique(labels[0])) <= {0, 1}
 
 
+@pytest.mark.slow
 def test_no_label_has_a_say_in_where_a_region_lies(cohort, regions, tmp_path):
     """Every label is moved: centres stay what they are, only their distances change."""
     moved = tmp_path / "cohort"

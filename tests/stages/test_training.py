@@ -283,7 +283,7 @@ def test_without_a_gpu_the_volumes_stay_where_they_are():
 @pytest.fixture
 def in_device_memory(monkeypatch):
     """The CPU stands for the GPU."""
-    monkeypatch.setattr(hardware, "on_gpu_if_it_fits", lambda source, accelerator: source.to("cpu"))
+    monkeypatch.setattr(training, "on_gpu_if_it_fits", lambda source, accelerator: source.to("cpu"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -368,7 +368,7 @@ def test_layout_is_what_was_asked(tmp_path):
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_compiled_goes_on_after_a_break(tmp_path, monkeypatch):
     """With the compiler's front end alone: wrapped, the network must still be stored under its plain names."""
-    monkeypatch.setattr(training, "check_speed", lambda *_: None)  # which asks for the whole compiler
+    monkeypatch.setattr(hardware, "check_speed", lambda *_: None)  # which asks for the whole compiler
     wrap = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: wrap(model, backend="eager"))
     run(tmp_path / "whole", compile=True)

@@ -68,10 +68,11 @@ def test_a_trial_goes_on_from_kept_runs_alone(tmp_path):
     assert clone.trained() == sorted(FIRST)
     clone.keep_and_lose_the_rest()
     before = clone.kept()
-    assert {path.parent.name for path in before} == {*FIRST}
 
-    clone.trial()
+    done = clone.trial()
     assert clone.trained() == sorted(SECOND)  # what is kept was not trained again
+    assert "rule restore_stage1:" in done and "rule stage1:" not in done
+    assert {path.parent.name for path in before} == {*FIRST, "stage1"}
     assert clone.kept() == before
     whole = clone.cases()
     assert whole.groupby(["configuration", "seed"]).size().tolist() == [2, 2, 2, 2]
@@ -80,7 +81,7 @@ def test_a_trial_goes_on_from_kept_runs_alone(tmp_path):
     assert sorted(of_kept) == pytest.approx(sorted(measured["DSC"]), abs=1e-5)
 
     clone.keep_and_lose_the_rest()
-    assert {path.parent.name for path in clone.kept()} == {*FIRST, *SECOND}
+    assert {path.parent.name for path in clone.kept()} == {*FIRST, *SECOND, "stage1"}
     done = clone.trial()
     for rule in ("prepare_cohort", "stage1", "stage2"):
         assert f"rule {rule}:" not in done

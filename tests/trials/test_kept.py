@@ -96,3 +96,59 @@ def test_kept_runs_of_other_regions_are_refused(study):
     shutil.rmtree(study / "B-seed0")
     with pytest.raises(ValueError, match="not trained on the same regions"):
         trial_metrics(trial_runs(study, TOLD, kept.kept_folder("s")), None, ())
+
+
+# A study's first stage
+
+
+@pytest.fixture
+def of_the_session(cohort, regions, tmp_path, monkeypatch):
+    """The session's stage 1, kept."""
+    monkeypatch.setattr(kept, "repository", lambda: tmp_path)
+    assert kept.keep(regions.folder.parent, kept.kept_folder("s")) == ["stage1"]
+    return kept.kept_folder("s") / "stage1"
+
+
+def test_a_kept_stage_1_cuts_the_same_regions_anew(cohort, regions, of_the_session, tmp_path):
+    again = kept.restore_stage1(cohort, of_the_session, tmp_path / "again" / "stage1")
+    assert again.fingerprint() == regions.fingerprint()
+    files = sorted(path.relative_to(again.folder) for path in again.folder.rglob("*") if path.is_file())
+    assert {path.parts[0] for path in files} == {"regions", *kept.STAGE1_FILES}
+    assert all((again.folder / path).read_bytes() == (regions.folder / path).read_bytes() for path in files)
+
+
+def test_regions_that_come_out_otherwise_are_refused(cohort, of_the_session, tmp_path):
+    table = pd.read_csv(of_the_session / "regions.csv")
+    table.loc[1, "centre_z"] += 12.0
+    table.to_csv(of_the_session / "regions.csv", index=False)
+    with pytest.raises(ValueError, match=r"stage1: its regions, cut anew .* are not the same; remove .*stage1 and"):
+        kept.restore_stage1(cohort, of_the_session, tmp_path / "again" / "stage1")
+    assert not (tmp_path / "again" / "stage1" / "regions.csv").exists()
+
+
+def test_a_cohort_of_other_volumes_is_refused_before_any_region_is_cut(cohort, of_the_session, tmp_path):
+    (of_the_session / "fingerprint.json").write_text(json.dumps({"cohort": "another", "regions": "r"}))
+    with pytest.raises(ValueError, match=r"was trained on other volumes than .*phantoms has"):
+        kept.restore_stage1(cohort, of_the_session, tmp_path / "again" / "stage1")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_first_stage_stands_if_it_was_told_the_same_and_was_not_trained_here(of_the_session, tmp_path):
+    record = json.loads((of_the_session / RUN).read_text())
+    told = {"stage1": {"size": "smoke", "filters": 2}}
+    record["parameters"] |= {"size": "smoke", "filters": 2}
+    (of_the_session / RUN).write_text(json.dumps(record))
+    here = tmp_path / "outputs" / "s"
+    assert kept.kept_stages("s", told, here) == {"stage1"}
+    assert kept.kept_stages("s", {"stage1": told["stage1"] | {"filters": 3}}, here) == set()
+    (here / "stage1").mkdir(parents=True)
+    (here / "stage1" / "last.safetensors").touch()
+    assert kept.kept_stages("s", told, here) == set()
+
+
+@pytest.mark.parametrize(("regions_here", "stand"), [("f", {*TOLD}), ("g", set())])
+def test_a_kept_run_stands_for_one_on_the_regions_that_are_here(study, regions_here, stand):
+    kept.keep(study, kept.kept_folder("s"))
+    (study / "stage1").mkdir()
+    (study / "stage1" / "fingerprint.json").write_text(json.dumps({"cohort": "c", "regions": regions_here}))
+    assert kept.kept_runs("s", TOLD, study) == stand

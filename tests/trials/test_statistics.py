@@ -762,6 +762,7 @@ def test_a_descriptive_contrast_gives_its_interval_and_no_verdict():
     assert row["answer"].startswith(f"HCP against UNet, DSC: {row['mean_difference']:+.4f} [{row['low']:+.4f}, ")
 
 
+@pytest.mark.slow
 def test_an_equivalence_shows_the_interval_of_its_two_one_sided_tests():
     """The 90 % interval lies within the margin exactly if both one-sided tests reject at 5 %."""
     for seed in range(40):
