@@ -14,6 +14,7 @@ listed in `lab.outside`.
 from __future__ import annotations
 
 import ast
+import atexit
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -39,7 +41,7 @@ import psutil
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from PIL import Image
-from playwright.sync_api import Locator, Page, Route, sync_playwright
+from playwright.sync_api import Locator, Page, Playwright, Route, sync_playwright
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = (
@@ -110,6 +112,14 @@ def wait_for(holds: Callable[[], Any], what: str, timeout: float = PATIENCE) -> 
     return value
 
 
+@cache
+def playwright() -> Playwright:
+    """Playwright, started once: another one beside it would find the first one's event loop running, and refuse."""
+    started = sync_playwright().start()
+    atexit.register(started.stop)
+    return started
+
+
 class Lab:
     """A JupyterLab server over the folder `root` and a headless browser; both end with the `with` block.
 
@@ -126,11 +136,10 @@ class Lab:
 
     def __enter__(self) -> Lab:
         self._state = tempfile.TemporaryDirectory(prefix="lab", ignore_cleanup_errors=True)
-        self._browser = self._playwright = self._server = None
+        self._browser = self._server = None
         try:
             self._start_server(Path(self._state.name))
-            self._playwright = sync_playwright().start()
-            self._browser = self._playwright.chromium.launch(
+            self._browser = playwright().chromium.launch(
                 executable_path=find_chromium(), headless=True, args=CHROMIUM_FLAGS
             )
             self._context = self._browser.new_context(viewport={"width": 1400, "height": 1000})
@@ -215,8 +224,6 @@ class Lab:
     def __exit__(self, *_: object) -> None:
         if self._browser:
             self._browser.close()
-        if self._playwright:
-            self._playwright.stop()
         if self._server:
             # kernels are in sessions of their own: ending the server's group would leave them
             server = psutil.Process(self._server.pid) if self._server.poll() is None else None

@@ -15,8 +15,8 @@ from urllib.parse import unquote
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
-from lab import CHROMIUM_FLAGS, find_chromium
-from playwright.sync_api import Page, sync_playwright
+from lab import CHROMIUM_FLAGS, find_chromium, playwright
+from playwright.sync_api import Page
 
 ROOT = Path(__file__).parents[2]
 SPHINX = ROOT / ".venv-site/bin/sphinx-build"
@@ -80,14 +80,13 @@ def page(site: Path) -> Iterator[Page]:
     if not find_chromium():
         pytest.skip("no Chromium: apt-get install chromium, or name one in MUPKG_CHROMIUM")
     missed: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_FLAGS)
-        page = browser.new_context(viewport={"width": 1400, "height": 1000}, offline=True).new_page()
-        page.on("requestfailed", lambda request: missed.append(request.url))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or missed.append(request.url))
-        page.on("pageerror", lambda error: missed.append(str(error)))
-        yield page
-        browser.close()
+    browser = playwright().chromium.launch(executable_path=find_chromium(), args=CHROMIUM_FLAGS)
+    page = browser.new_context(viewport={"width": 1400, "height": 1000}, offline=True).new_page()
+    page.on("requestfailed", lambda request: missed.append(request.url))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or missed.append(request.url))
+    page.on("pageerror", lambda error: missed.append(str(error)))
+    yield page
+    browser.close()
     assert not missed
 
 
