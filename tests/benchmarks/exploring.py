@@ -70,6 +70,9 @@ WATCH = """([picture, event]) => {
   }, {capture: true, once: true});
 }"""
 
+# Whether all scatters of the page are drawn: before, they ignore a lasso.
+DRAWN = """() => [...document.querySelectorAll('.square-scatter *')].filter(e => e.api)
+  .every(e => e.api.get('isPointsDrawn') && !e.api.get('isDrawing'))"""
 
 # The same from a list's change to the first picture of a cell that is another one; the element itself may be new.
 WATCH_PAGE = """cell => {
@@ -196,6 +199,7 @@ def _lassos_of_many(notebook, repeats: int) -> list[float]:
     scatter, took = notebook.cell(3).locator("canvas").first, []
     for number in range(repeats):
         edge = 0.30 + 0.02 * number
+        notebook.page.wait_for_function(DRAWN, timeout=180_000)
         notebook.drag(scatter, (edge, 0.1), (0.7, 0.1), (0.7, 0.9), (edge, 0.9))
         start = time.perf_counter()
         notebook.wait_until(f"len(many.rows) > 1000 and len(many.rows) != {took[-1][1] if took else 0}")
