@@ -37,8 +37,9 @@ Written from the tables in these folders by `make results`; `make claims` fails 
 [RESULTS.md](../../RESULTS.md) says what follows. Nothing here is measured on patients, except where it says MR.
 
 Of e0, e1, e1n and e4 only tables are left. No kept run can stand for theirs: trained again on another machine, a
-UNet differed in every case. Phantoms and landmarks were the same to the bit there; what stage 1 learns, and so the
-regions that it cuts, depends on how a processor rounds. Later trials train these arms anew.
+UNet differed in every case. Two phantoms and their landmarks were the same to the bit there, and so was stage 2 on
+the same regions. That leaves stage 1, which another processor or another number of threads rounds otherwise, so that
+it cuts other regions; the old ones are gone, so this was not proven. Later trials train these arms anew.
 
 A row of a table of arms is the mean ± standard deviation over replicates of the mean over test cases. DSC and mm are
 measured with the largest component, "all" without. A collapsed run finds no prostate in most test cases. An answer

@@ -129,7 +129,7 @@ def before_every_protocol(repository: Path, runs: Path) -> tuple[list[str], int]
 
     A run may serve several protocols; what a later one says of runs that are there is said in its comment.
     """
-    start = {path.parent: begun(path.parent) for path in runs.glob(f"*/*/{RUN}")}
+    start = {path.parent: begun(path.parent) for path in runs.glob(f"*/*-seed*/{RUN}")}
     start = {run: date for run, date in start.items() if date}
     since: dict[Path, list[datetime]] = {run: [] for run in start}
     for protocol in (repository / "notebooks" / "studies" / "trials").glob("*.yaml") if start else ():
