@@ -71,7 +71,7 @@ class Neighbours:
         patches = []
         for row in self.table(name).itertuples():
             case, place = self.bench.drawn(row.case).cases[row.case], (row.z, row.y, row.x)
-            lines = [row.case, case.mark, row.kind, f"p {row.p:.2f}, d {row.distance:.3f}"]
+            lines = [row.case, case.mark, row.kind, f"p {row.p:.2f}, d {row.distance:.2g}"]
             patches.append((patch(case, place), "\n".join(filter(None, lines))))
         return patches
 
