@@ -27,7 +27,8 @@ TRIAL = f"{OUT}/report/{STUDY.trial.name if STUDY.trial else '-'}"
 FOLDERS = {"data_folder": STUDY.data_folder, "outputs_folder": STUDY.outputs_folder}
 PREPARE = {"cohort": STUDY.cohort, "size": STUDY.size, "data_folder": STUDY.data_folder, **STUDY.prepare}
 PREPARE |= {"source_folder": STUDY.source_folder} if STUDY.source_folder else {}
-COMMON = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size, **FOLDERS}
+NAMES = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size}
+COMMON = {**NAMES, **FOLDERS}
 RUNS = list(STUDY.runs)
 # A trial's runs that are kept as small tables (make keep) are not trained again.
 KEPT = kept_runs(STUDY.study, STUDY.told, Path(OUT)) if STUDY.trial else {*()}
@@ -57,10 +58,7 @@ if GPUS > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
 STAGE1_OF = {run: told.get("stage1", STAGE1) for run, told in STUDY.runs.items()}
 FOLDS = {told["stage1"]: {"replicate": told["replicate"]} for told in STUDY.runs.values() if "stage1" in told}
 STAGES = {
-    name: {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size, "stage1": name}
-    | FOLDS.get(name, {})
-    | STUDY.stage1
-    for name in {*STAGE1_OF.values()}
+    name: {**NAMES, "stage1": name, **FOLDS.get(name, {}), **STUDY.stage1} for name in {*STAGE1_OF.values()}
 }
 # A kept stage 1 is not trained again: another machine would round otherwise, and cut other regions.
 KEPT_STAGES = kept_stages(STUDY.study, STAGES, Path(OUT)) if STUDY.trial else {*()}

@@ -139,6 +139,12 @@ def _allow_open_files(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
+def unmark(folder: Path) -> None:
+    """Remove what says that a stage 1's regions are whole: from here on they are in the making."""
+    for name in ("regions.csv", FINGERPRINT):
+        (folder / name).unlink(missing_ok=True)
+
+
 def save_region(
     prepared: Prepared, centre: Point, region_mm: Sequence[float], folder: Path, case_id: str
 ) -> sitk.Image:
@@ -160,8 +166,7 @@ def write_regions(
     and the share of the whole prostate the region covers.
     """
     folder, rows = Path(folder), []
-    for name in ("regions.csv", FINGERPRINT):  # from here on the regions are in the making
-        (folder / name).unlink(missing_ok=True)
+    unmark(folder)
     ids = [case_id for split in SPLITS for case_id in cohort.ids(split)]
     for case_id in progress(ids, desc="locating", unit="case"):
         case, prepared = cohort.case(case_id), cohort.prepared(case_id)

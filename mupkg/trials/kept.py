@@ -21,7 +21,7 @@ from mupkg.data.cohort import FINGERPRINT, Cohort, recorded
 from mupkg.parameters import Stage1Settings, Stage2Settings, Tag, tagged
 from mupkg.scans.writing import whole_file
 from mupkg.settings import Settings
-from mupkg.stages.regions import Regions, save_region
+from mupkg.stages.regions import Regions, save_region, unmark
 from mupkg.stages.runs import (
     BEST,
     HISTORY,
@@ -144,11 +144,12 @@ def restore_stage1(cohort: Cohort, kept: Path, folder: Path) -> Regions:
     if recorded("cohort", kept, 2) != recorded("cohort", cohort.folder, 0):
         raise ValueError(f"{kept}: was trained on other volumes than {cohort.folder} has; {cure}")
     regions, region_mm = Regions.read(kept), read_run(kept / RUN)["parameters"]["region_mm"]
+    unmark(folder)
     for case_id in progress(regions.table.index, desc="cutting", unit="case"):
         save_region(cohort.prepared(case_id), regions.centre(case_id), region_mm, folder, case_id)
     _copy(kept, folder)
     if (again := Regions.read(folder)).fingerprint() != recorded("regions", kept, 2):
-        (folder / REGIONS).unlink()
+        unmark(folder)
         raise ValueError(f"{kept}: its regions, cut anew from {cohort.folder}, are not the same; {cure}")
     return again
 

@@ -124,6 +124,7 @@ def test_regions_that_come_out_otherwise_are_refused(cohort, of_the_session, tmp
     with pytest.raises(ValueError, match=r"stage1: its regions, cut anew .* are not the same; remove .*stage1 and"):
         kept.restore_stage1(cohort, of_the_session, tmp_path / "again" / "stage1")
     assert not (tmp_path / "again" / "stage1" / "regions.csv").exists()
+    assert not (tmp_path / "again" / "stage1" / "fingerprint.json").exists()
 
 
 def test_a_cohort_of_other_volumes_is_refused_before_any_region_is_cut(cohort, of_the_session, tmp_path):
