@@ -97,7 +97,8 @@ def test_a_writer_stops_before_its_file_takes_its_name(tmp_path):
         return subprocess.Popen([sys.executable, "-c", script], cwd=folder, env=environment, start_new_session=True)
 
     path = wait_for(folder, writes("00", "data/x", "b.csv"), start)
-    assert path.read_text() == "b" and path.name.endswith(".part.b.csv")
+    assert path.name.endswith(".part.b.csv")
+    assert path.read_text() in ("", "b")  # it was seen, and its writer stopped, before its text was in it or after
     assert kill_study_module.kill(folder) == 1
     assert [path.name for path in (folder / "data" / "x").glob("[!.]*")] == ["a.csv"]
 
