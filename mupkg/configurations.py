@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -20,6 +20,8 @@ from mupkg.losses import (
 )
 from mupkg.models import BACKBONES
 from mupkg.samplers import SAMPLERS, Sampler, whole_number
+
+Control = Literal["voxels", "balanced", "shuffled"]  # of what the metric loss does; METHOD.md, "Beyond the paper"
 
 TABLE_II = (
     *("UNet", "UNet++", "MetricUNet-R-Sep", "MetricUNet-R", "MetricUNet-H", "MetricUNet++-H", "MetricUNet-C"),
@@ -91,7 +93,7 @@ def build(
     pair_distance: float = 0.01,
     normalize: bool = False,
     hinge: bool = True,
-    control: Literal["voxels", "shuffled"] | None = None,
+    control: Control | None = None,
     infonce_temperature: float | None = None,
     dice: bool = False,
 ) -> tuple[nn.Module, SegmentationMetricLoss]:
@@ -105,7 +107,7 @@ def build(
         anchors, pairs: k and m. threshold: tau. margin: sigma. weight: lambda.
         pair_weight, pair_distance: beta and epsilon, used by the P configurations only.
         hinge, dice: as in `VoxelMetricLoss` and `SegmentationMetricLoss`. Not in the paper, like the next two.
-        control: "shuffled" roles, or "voxels": `DrawnCrossEntropy` in place of the metric loss.
+        control: "shuffled" roles, or `DrawnCrossEntropy` in place of the metric loss: "voxels", or "balanced".
         infonce_temperature: `InfoNCELoss` of this temperature in place of the metric loss.
 
     Raises:
@@ -125,8 +127,8 @@ def build(
     if infonce_temperature is not None:
         metric_loss = InfoNCELoss(infonce_temperature)
     _refuse_idle(configuration, control, infonce_temperature, hinge, normalize)
-    if control == "voxels":
-        metric_loss = DrawnCrossEntropy()
+    if control in ("voxels", "balanced"):
+        metric_loss = DrawnCrossEntropy(balanced=control == "balanced")
     chosen = [samplers[letter] for letter in configuration.samplers]
     loss = SegmentationMetricLoss(chosen, metric_loss, weight, shuffled=control == "shuffled", dice=dice)
     sizes |= {"separate": True} if configuration.separate else {}
@@ -150,12 +152,13 @@ def _own_loss(backbone: str, dice: bool) -> SegmentationMetricLoss | None:
 
 def _refuse_idle(chosen: Configuration, control: str | None, infonce: float | None, hinge: bool, normalize: bool):
     """ValueError for a control that does nothing, so that no run is named after what it does not do."""
-    if control not in (None, "voxels", "shuffled"):
-        raise ValueError(f'control must be None, "voxels" or "shuffled", not {control!r}')
-    plain, replaced = not chosen.samplers, control == "voxels" or infonce is not None
+    if control not in (None, *get_args(Control)):
+        raise ValueError(f"control must be None or one of {', '.join(get_args(Control))}, not {control!r}")
+    of_voxels = control in ("voxels", "balanced")
+    plain, replaced = not chosen.samplers, of_voxels or infonce is not None
     idle = {
         "control": plain and control is not None,
-        "infonce_temperature": infonce is not None and (plain or control == "voxels"),
+        "infonce_temperature": infonce is not None and (plain or of_voxels),
         "hinge False": not hinge and (plain or replaced),
         "normalize True": normalize and replaced,
         "the P in the name": chosen.positive_pair and replaced,
@@ -164,5 +167,5 @@ def _refuse_idle(chosen: Configuration, control: str | None, infonce: float | No
         names = ", ".join(name for name, is_idle in idle.items() if is_idle)
         why = "it draws no voxels" if plain else "another loss takes the place of Eq. (2)"
         raise ValueError(f"{chosen.name}: {names} would do nothing, because {why}; leave it out")
-    if control == "voxels" and chosen.separate:
-        raise ValueError(f"{chosen.name}: with control 'voxels' only the head would learn; leave out -Sep")
+    if of_voxels and chosen.separate:
+        raise ValueError(f"{chosen.name}: with control {control!r} only the head would learn; leave out -Sep")

@@ -127,11 +127,18 @@ class InfoNCELoss(TupleLoss):
 
 
 class DrawnCrossEntropy(TupleLoss):
-    """A control, not in the paper: mean cross-entropy of the drawn voxels. Its vectors are their logits."""
+    """A control, not in the paper: mean cross-entropy of the drawn voxels. Its vectors are their logits.
+
+    Two of a tuple's three voxels are prostate. `balanced` weighs them as much together as the one of the background.
+    """
+
+    def __init__(self, balanced: bool = False):
+        super().__init__()
+        self.background = 2 if switch("balanced", balanced) else 1
 
     def per_tuple(self, anchors, positives, negatives, _valid):
         anchors, positives, negatives = (x.log_softmax(dim=1) for x in (anchors, positives, negatives))
-        return -(anchors[:, 1] + positives[:, 1] + negatives[:, 0]) / 3
+        return -(anchors[:, 1] + positives[:, 1] + self.background * negatives[:, 0]) / (2 + self.background)
 
 
 def voxel_cross_entropy(logits: Float[Tensor, "n classes *spatial"], labels: Integer[Tensor, "n *spatial"]) -> Scalar:

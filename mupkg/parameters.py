@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from mupkg import repository
-from mupkg.configurations import build, configuration
+from mupkg.configurations import Control, build, configuration
 from mupkg.data import build as cohorts
 from mupkg.data.preprocessing import CT_WINDOW, Grid, HuRange, Preparation
 from mupkg.models import BACKBONES, MULTIPLE, VNET_MULTIPLE, Backbone
@@ -288,7 +288,7 @@ class MetricOptions(Settings):
     pair_distance: Annotated[NonNegativeFloat, Tag.METRIC] = BUILD["pair_distance"]
     normalize: Annotated[bool, Tag.METRIC] = BUILD["normalize"]
     hinge: Annotated[bool, Tag.METRIC] = BUILD["hinge"]
-    control: Annotated[Literal["voxels", "shuffled"] | None, Tag.METRIC] = BUILD["control"]
+    control: Annotated[Control | None, Tag.METRIC] = BUILD["control"]
     infonce_temperature: Annotated[PositiveFloat | None, Tag.METRIC] = BUILD["infonce_temperature"]
     dice: bool = BUILD["dice"]
 

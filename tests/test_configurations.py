@@ -229,7 +229,9 @@ def test_build_passes_the_controls_on():
     shuffled = build("MetricUNet-HCP", **sizes, control="shuffled")[1]
     assert shuffled.shuffled
     assert shuffled.metric_loss.pair_weight == 0.1
-    assert isinstance(build("MetricUNet-HCN", **sizes, control="voxels")[1].metric_loss, DrawnCrossEntropy)
+    for control, background in (("voxels", 1), ("balanced", 2)):
+        drawn = build("MetricUNet-HCN", **sizes, control=control)[1].metric_loss
+        assert isinstance(drawn, DrawnCrossEntropy) and drawn.background == background
     assert build("MetricUNet-HCP", **sizes, hinge=False)[1].metric_loss.hinge is False
     assert build("UNet", **sizes, dice=True)[1].soft_dice
     infonce = build("MetricUNet-HC", **sizes, infonce_temperature=0.3)[1].metric_loss
@@ -253,7 +255,9 @@ def test_build_passes_the_controls_on():
         ("MetricUNet-HC", {"infonce_temperature": 0.1, "hinge": False}, "hinge False would do nothing"),
         ("MetricUNet-HC", {"infonce_temperature": 0.1, "normalize": True}, "normalize True would do nothing"),
         ("MetricUNet-HC", {"infonce_temperature": 0}, "temperature of InfoNCE must be above 0"),
-        ("MetricUNet-H", {"control": "voxel"}, 'control must be None, "voxels" or "shuffled", not \'voxel\''),
+        ("MetricUNet-R-Sep", {"control": "balanced"}, "only the head would learn; leave out -Sep"),
+        ("MetricUNet-H", {"control": "balanced", "infonce_temperature": 0.1}, "infonce_temperature would do nothing"),
+        ("MetricUNet-H", {"control": "voxel"}, "None or one of voxels, balanced, shuffled, not 'voxel'"),
     ],
 )
 def test_a_control_that_would_do_nothing_or_is_none_is_refused(name, options, said, unchecked):

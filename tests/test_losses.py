@@ -305,12 +305,13 @@ def naive_cross_entropy(logits, labels, voxels):
 
 
 @pytest.mark.parametrize("spatial", [(8, 8), (6, 7, 8)], ids=["2D", "3D"])
-@pytest.mark.parametrize("control", ["voxels", "shuffled", "infonce"])
+@pytest.mark.parametrize("control", ["voxels", "balanced", "shuffled", "infonce"])
 @pytest.mark.parametrize("near", [False, True])
 def test_a_control_learns_from_the_very_voxels_that_would_be_drawn_without_it(spatial, control, near):
     output, labels = batch(spatial)
     samplers = [SAMPLERS[letter](3, 2, near_negatives=near) for letter in "HC"]
-    metric_loss = {"voxels": DrawnCrossEntropy(), "shuffled": None, "infonce": InfoNCELoss(0.3)}[control]
+    losses = {"voxels": DrawnCrossEntropy(), "balanced": DrawnCrossEntropy(balanced=True), "shuffled": None}
+    metric_loss = (losses | {"infonce": InfoNCELoss(0.3)})[control]
     shuffled = control == "shuffled"
     terms = SegmentationMetricLoss(samplers, metric_loss, 0.05, shuffled=shuffled)(output, labels, seeded())
 
@@ -323,6 +324,9 @@ def test_a_control_learns_from_the_very_voxels_that_would_be_drawn_without_it(sp
         tuples = VoxelTuples(*(t[valid] for t in drawn))
         if control == "voxels":
             expected = naive_cross_entropy(output.logits, labels, torch.cat(tuples))
+        elif control == "balanced":
+            sides = torch.cat([tuples.anchors, tuples.positives]), tuples.negatives
+            expected = sum(naive_cross_entropy(output.logits, labels, voxels) for voxels in sides) / 2
         elif shuffled:
             expected = naive_loss(output.embeddings, tuples, 0.7, 0.0, 0.01, False)
         else:
