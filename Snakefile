@@ -31,7 +31,7 @@ NAMES = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size}
 COMMON = {**NAMES, **FOLDERS}
 RUNS = list(STUDY.runs)
 # A trial's runs that are kept as small tables (make keep) are not trained again.
-KEPT = kept_runs(STUDY.study, STUDY.told, Path(OUT)) if STUDY.trial else {*()}
+KEPT = kept_runs(STUDY.study, STUDY.run_parameters, Path(OUT)) if STUDY.trial else {*()}
 TRAINED = [run for run in RUNS if run not in KEPT]
 for place in (folder for name in (DATA, OUT) for folder in (Path(name), *Path(name).parents)):
     if place.exists() and not place.is_dir():

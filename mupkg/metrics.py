@@ -138,11 +138,11 @@ def segmentation_metrics(
         raise ValueError(f"spacing_mm must be {truth.ndim} finite positive numbers in array order, not {spacing_mm}")
     box = _bounding_box(prediction, truth)  # only the organ, not the whole scan
     masks = TwoMasks(prediction[box], truth[box], spacing)
-    found = {name: float(metric.of(masks)) for name, metric in METRICS.items() if metric.of}
+    row = {name: float(metric.of(masks)) for name, metric in METRICS.items() if metric.of}
     if tolerance_mm is None:
-        return found
+        return row
     near = lambda *distances: (np.concatenate(distances) <= tolerance_mm).mean()  # noqa: E731
-    return found | {"surface_DSC": float(masks.by_distance(near, same=1.0, apart=0.0))}
+    return row | {"surface_DSC": float(masks.by_distance(near, same=1.0, apart=0.0))}
 
 
 def calibration(probability: Float[np.ndarray, "*spatial"], truth: Bool[np.ndarray, "*spatial"]) -> dict[str, float]:

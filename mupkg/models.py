@@ -50,7 +50,7 @@ def merged(
 ) -> Tensor:
     """A decoder's block: `below` up-sampled, behind it the skips, and their convolutions.
 
-    Of a window alone, the convolutions see as far beyond it as they reach, and so give what they give for the whole.
+    For a window, the convolutions see as far beyond it as they reach, and so give what they give for the whole.
     """
     if window is None:
         return merge(torch.cat([up(below), *skips], dim=1))
@@ -95,7 +95,7 @@ class SegmentationNetwork(nn.Module):
             conv_bn_relu(embedding_dim, embedding_dim, kernel=1), nn.Conv2d(embedding_dim, num_classes, 1)
         )
         widths = [base_filters * growth**level for level in range(POOLINGS + 1)]
-        self.down = nn.ModuleList(double_conv(before, here) for before, here in pairwise([in_channels, *widths]))
+        self.down = nn.ModuleList(double_conv(before, width) for before, width in pairwise([in_channels, *widths]))
         self.add_decoder(widths, embedding_dim)
         self.separate = separate
 
@@ -130,10 +130,10 @@ class UNet(SegmentationNetwork):
 def _decoder(widths: list[int], embedding_dim: int) -> tuple[nn.ModuleList, nn.ModuleList]:
     """The UNet's three up-sampling blocks: transposed convolutions, and the convolutions that merge the skips."""
     # Channels from below, of the block itself, and of its skip. Only the last block widens, to E channels.
-    below, here = [widths[3], widths[2], widths[1]], [widths[2], widths[1], embedding_dim]
+    below, level = [widths[3], widths[2], widths[1]], [widths[2], widths[1], embedding_dim]
     skips = [widths[2], widths[1], widths[0]]
-    up = nn.ModuleList(nn.ConvTranspose2d(b, h, 2, stride=2) for b, h in zip(below, here, strict=True))
-    return up, nn.ModuleList(double_conv(h + s, h) for h, s in zip(here, skips, strict=True))
+    up = nn.ModuleList(nn.ConvTranspose2d(b, h, 2, stride=2) for b, h in zip(below, level, strict=True))
+    return up, nn.ModuleList(double_conv(h + s, h) for h, s in zip(level, skips, strict=True))
 
 
 def _decoded(

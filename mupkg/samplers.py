@@ -73,12 +73,12 @@ def near_contour(labels: Labels) -> Mask:
     return near | block
 
 
-def _mark(found: Mask, mask: Mask, axis: int, steps: int) -> None:
+def _mark(marked: Mask, mask: Mask, axis: int, steps: int) -> None:
     """Add to `found` the voxels that lie `steps` voxels before or behind one of `mask` along an axis."""
     length = mask.shape[axis] - steps
     if length > 0:
-        found.narrow(axis, 0, length).logical_or_(mask.narrow(axis, steps, length))
-        found.narrow(axis, steps, length).logical_or_(mask.narrow(axis, 0, length))
+        marked.narrow(axis, 0, length).logical_or_(mask.narrow(axis, steps, length))
+        marked.narrow(axis, steps, length).logical_or_(mask.narrow(axis, 0, length))
 
 
 def draw_with_replacement(candidates: Candidates, count: int, generator: Generator | None) -> Int[Tensor, "n count"]:

@@ -113,8 +113,8 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            known = [name for name in cls.model_fields if name not in without]
-            raise ValueError("\n".join(_explained(fault, known, hint) for fault in error.errors())) from None
+            names = [name for name in cls.model_fields if name not in without]
+            raise ValueError("\n".join(_explained(fault, names, hint) for fault in error.errors())) from None
 
 
 def _meant_as_parameters(namespace: Mapping[str, Any], inputs: Sequence[str]) -> set[str]:
@@ -127,13 +127,13 @@ def _meant_as_parameters(namespace: Mapping[str, Any], inputs: Sequence[str]) ->
     return {name for name in annotated if not name.startswith("_")} | {*injected}
 
 
-def _explained(fault: Mapping[str, Any], known: Sequence[str], hint: str) -> str:
+def _explained(fault: Mapping[str, Any], names: Sequence[str], hint: str) -> str:
     """One of pydantic's faults in our words."""
     name, value = ".".join(str(part) for part in fault["loc"]), fault["input"]
     if fault["type"] == "extra_forbidden":
-        near = get_close_matches(name, known, 3, ALIKE)
+        near = get_close_matches(name, names, 3, ALIKE)
         ask = f". Did you mean {' or '.join(near)}?" if near else ""
-        return f"unknown parameter {name!r}; there are: {', '.join(known)}{ask}{hint}"
+        return f"unknown parameter {name!r}; there are: {', '.join(names)}{ask}{hint}"
     message, shown = fault["msg"], repr(value)
     if len(shown) > LONGEST_SHOWN:  # a whole cohort, say, which a later cell has put in the name's place
         shown = f"{shown[:LONGEST_SHOWN]}..." + (

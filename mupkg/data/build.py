@@ -193,7 +193,7 @@ def _stored(folder: Path, sources: Iterable[Source], preparation: Preparation) -
 def _store(folder: Path, case: Case, preparation: Preparation) -> tuple[dict[str, object], str]:
     """Write one case's scan, label and prepared volumes; its row of the table, and a digest of its prepared voxels.
 
-    Of the prepared ones: the same scan has the same digest in whatever format, type and direction it is stored.
+    So the same scan has the same digest in whatever format, type and direction it is stored.
     """
     if case.modality != preparation.modality:
         raise ValueError(f"case {case.case_id}: is {case.modality}, not {preparation.modality}; set modality to it")
@@ -377,8 +377,8 @@ def sources_from_dicom_rt(
 ) -> list[Source]:
     """Every series of a modality below a folder that an ROI was drawn on, with that ROI as its label.
 
-    Folders may be nested in any way. Of a header nothing enters the table but the patient's ID and the ROI's name.
-    Cases are called by the patient's pseudonym, for their names appear in figures and as names of files.
+    Folders may be nested in any way. Only the patient's ID and the ROI's name enter the table from a header.
+    Cases are called by the patient's pseudonym, because their names appear in figures and as names of files.
 
     Args:
         roi: the ROI's name; or several names or patterns such as "prostate_*", of which the first that fits counts.

@@ -89,25 +89,25 @@ class Cohort:
             label = read_scan(self.folder / row["label"]) if isinstance(row["label"], str) else None
         except ValueError as error:
             raise CohortError([f"case {case_id}: {error}"]) from error
-        known: dict[str, object] = {"split": row["split"] if isinstance(row["split"], str) else None}
+        fields: dict[str, object] = {"split": row["split"] if isinstance(row["split"], str) else None}
         if isinstance(row.get("modality"), str):
-            known["modality"] = row["modality"]
+            fields["modality"] = row["modality"]
         if all(column in row and np.isfinite(row[column]) for column in HEADS):
             heads = [float(row[column]) for column in HEADS]
-            known["femoral_heads"] = (tuple(heads[:3]), tuple(heads[3:]))
+            fields["femoral_heads"] = (tuple(heads[:3]), tuple(heads[3:]))
         if label is not None:
             if difference := grid_difference(image, label):
                 changed = f"lies no longer on the grid of {row['image']} ({difference}); run notebook 00 again"
                 raise CohortError([f"case {case_id}: {row['label']}: {changed}"])
             label.CopyInformation(image)  # the same up to rounding; SimpleITK wants it to the last digit
-        return Case(case_id, image, label, **known)
+        return Case(case_id, image, label, **fields)
 
     def cases(self, split: str | None = None) -> Iterator[Case]:
         """The cases of one split, or all, read one after the other."""
         return map(self.case, self.ids(split))
 
     def fingerprint(self) -> str:
-        """Of the table and of its cases' prepared volumes."""
+        """The digest of the table and of its cases' prepared volumes."""
         volumes = [path for case_id in self.table.index for path in self._prepared(case_id)]
         return fingerprint([self.folder / "cohort.csv", *volumes])
 
@@ -158,13 +158,13 @@ def of_replicate(table: pd.DataFrame, replicate: int) -> pd.DataFrame:
     """
     repeats = fold_columns(table)
     if "replicate" in table:
-        there = sorted(table["replicate"].dropna().astype(int).unique())
+        ids = sorted(table["replicate"].dropna().astype(int).unique())
     else:
         folds = int(table[repeats].max(axis=None)) + 1 if repeats else 0
-        there = range(folds * len(repeats))
-    if replicate not in there:
-        known = f"from {min(there)} to {max(there)}" if len(there) else "none; notebook 00 makes replicates and folds"
-        raise ValueError(f"there is no replicate {replicate} in this cohort, which has {known}")
+        ids = range(folds * len(repeats))
+    if replicate not in ids:
+        which = f"from {min(ids)} to {max(ids)}" if len(ids) else "none; notebook 00 makes replicates and folds"
+        raise ValueError(f"there is no replicate {replicate} in this cohort, which has {which}")
     if "replicate" in table:
         return table[table["replicate"].isna() | (table["replicate"] == replicate)]
     patient = patients(table)
@@ -310,7 +310,7 @@ def _split_faults(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _replicate_faults(table: pd.DataFrame) -> Iterator[str]:
-    """Of the column `replicate`, if any: a replicate needs cases to learn from, and shares all its test cases."""
+    """The faults of the column `replicate`, if any: each needs cases to learn from, and shares all its test cases."""
     if "replicate" not in table:
         return
     number = pd.to_numeric(table["replicate"])
@@ -324,7 +324,7 @@ def _replicate_faults(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _fold_faults(table: pd.DataFrame) -> Iterator[str]:
-    """Of the columns `fold_0`, `fold_1`, ... (one a repeat), if any: each puts every patient into one fold."""
+    """The faults of the columns `fold_0`, ... (one a repeat), if any: each puts every patient into one fold."""
     repeats, of = fold_columns(table), patients(table)
     if repeats != [f"fold_{repeat}" for repeat in range(len(repeats))]:
         yield f"columns {', '.join(repeats)}: must be called fold_0, fold_1, ..., in this order, without a gap"
@@ -348,7 +348,7 @@ def fold_columns(table: pd.DataFrame) -> list[str]:
 
 
 def _patient_faults(table: pd.DataFrame) -> Iterator[str]:
-    """Of cases that look like scans of one patient and may be torn apart, where no patient is known.
+    """The faults of cases that look like scans of one patient and may be torn apart, where no patient is known.
 
     They share all before the last sign of their names, a number in it: 10000_1000000, 10000_1000001, 10001_1000003.
     """
@@ -366,7 +366,7 @@ def _patient_faults(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _column_faults(path: Path, table: pd.DataFrame) -> Iterator[str]:
-    """Of columns that would be passed over though somebody means them, and of those that are there twice."""
+    """The faults of columns that would be passed over though somebody means them, or that are there twice."""
     for column in table:
         name = re.sub(r"[^a-z]", "", column.casefold())
         meant = "patient" if _PATIENT.fullmatch(name) else next(iter(get_close_matches(name, OPTIONAL, 1, 0.8)), None)
@@ -378,7 +378,7 @@ def _column_faults(path: Path, table: pd.DataFrame) -> Iterator[str]:
 
 
 def shared_files(column: str, files: Iterable[tuple[str, str | Path, str]]) -> Iterator[str]:
-    """Of cases that have one file, by whatever name or link; from case, the file's name, and its real path."""
+    """The faults of cases that share a file, by whatever name or link; from case, the file's name, its real path."""
     cases_of = defaultdict(dict)
     for case_id, name, real in files:
         cases_of[real][case_id] = name

@@ -84,9 +84,9 @@ class PatchSource:
         On a GPU nothing is then copied to it in a step but the patches' positions, and nothing waits for it. Takes
         `nbytes` there; this source stays as it is.
         """
-        there = copy.copy(self)
-        there._there = _Resident(self, torch.device(device))
-        return there
+        moved = copy.copy(self)
+        moved._there = _Resident(self, torch.device(device))
+        return moved
 
     def positions(self, epoch: int) -> Int[np.ndarray, "p 4"]:
         """All patches of an epoch in their order: volume, first slice, first row, first column."""

@@ -176,12 +176,12 @@ class Canvas:
             cut = [slice(*np.searchsorted(axis, (start, stop))) for axis, start, stop in ends]
             thick = max(1, SLAB_VOXELS // max(1, (cut[0].stop - cut[0].start) * (cut[1].stop - cut[1].start)))
             for start in range(cut[2].start, cut[2].stop, thick):
-                here = (slice(start, min(start + thick, cut[2].stop)), cut[1], cut[0])
-                open_axes = np.ix_(*(self.axes[i][here[2 - i]].astype(np.float32) for i in (2, 1, 0)))[::-1]
+                part = (slice(start, min(start + thick, cut[2].stop)), cut[1], cut[0])
+                open_axes = np.ix_(*(self.axes[i][part[2 - i]].astype(np.float32) for i in (2, 1, 0)))[::-1]
                 back = (self.turn / self.stretch).astype(np.float32)  # columns: the man's axes
                 x, y, z = (sum(back[j, i] * open_axes[j] for j in range(3)) for i in range(3))
                 if x.size:
-                    yield np.float32(side) * x, y, z, self.hu[here], self.label[here]
+                    yield np.float32(side) * x, y, z, self.hu[part], self.label[part]
 
 
 def blend(hu: Array, distance: Array, value: float | Array, edge: float) -> None:

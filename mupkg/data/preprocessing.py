@@ -100,7 +100,7 @@ def body_mask(image: sitk.Image, modality: str) -> sitk.Image:
     """The body on a coarse grid: above -400 HU, opened to cut off the table; MR: Otsu of the logarithm."""
     coarse = resample(image, np.maximum(array_spacing(image), BODY_GRID_MM))
     if modality == "MR":
-        # Of the logarithm: on a linear scale the bright spot of an endorectal coil draws Otsu's threshold so high
+        # Otsu's threshold of the logarithm: on a linear scale the bright spot of an endorectal coil draws it so high
         # that the body falls apart and the prostate with it (seen in 6 of 40 PROMISE12 cases).
         low, high = np.percentile(sitk.GetArrayFromImage(coarse), [0.5, 99.5])
         lifted = sitk.Clamp(

@@ -75,11 +75,11 @@ class EmbeddingExplorer(VoxelExplorer):
 
     def count(self) -> str:
         z = self.index[self.rows, 0]
-        here = (z == self.slice.value).sum()
-        return f"{len(z)} voxels chosen in {len(np.unique(z))} slices, {here} in this one"
+        chosen = (z == self.slice.value).sum()
+        return f"{len(z)} voxels chosen in {len(np.unique(z))} slices, {chosen} in this one"
 
     def describe(self, row: int) -> str:
-        return self.view.panel.told(*map(int, self.index[row]))
+        return self.view.panel.describe(*map(int, self.index[row]))
 
     # What is chosen
 
@@ -98,14 +98,14 @@ class EmbeddingExplorer(VoxelExplorer):
     def choose_in_slice(self, voxels: Int[np.ndarray, "n 2"]) -> None:
         """Choose the drawn voxels among these rows and columns of the slice; of a single voxel, the nearest one."""
         z = self.slice.value
-        here = np.flatnonzero(self.index[:, 0] == z)
-        places = self.index[here, 1:]
-        if len(voxels) == 1 and len(here):
+        rows = np.flatnonzero(self.index[:, 0] == z)
+        places = self.index[rows, 1:]
+        if len(voxels) == 1 and len(rows):
             steps = (places - voxels[0]) * np.array(self.case.spacing_mm[1:])
-            self.choose(here[[np.argmin((steps**2).sum(axis=1))]], "point")
+            self.choose(rows[[np.argmin((steps**2).sum(axis=1))]], "point")
             return
         low, high = voxels.min(axis=0), voxels.max(axis=0)
-        self.choose(here[((places >= low) & (places <= high)).all(axis=1)], f"box-slice-{z}")
+        self.choose(rows[((places >= low) & (places <= high)).all(axis=1)], f"box-slice-{z}")
 
     # How it looks
 
@@ -170,7 +170,7 @@ class DistanceMap:
             self.slice.value = voxel[0]
         meaning = "distance", 1, 0
         self.panel = SlicePanel(
-            case, colours=DISTANCE_COLOURMAP, meaning=meaning, chosen=self.choose_in_slice, told=self.describe
+            case, colours=DISTANCE_COLOURMAP, meaning=meaning, chosen=self.choose_in_slice, describe=self.describe
         )
         self.slice.observe(lambda _: self.draw(), "value")
         self.measure_from(voxel)

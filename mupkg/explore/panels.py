@@ -41,7 +41,7 @@ class SlicePanel:
     Args:
         colours: of the heat. meaning: what the heat is, its lowest and its highest value.
         chosen: called with the voxels (n, 2), as rows and columns, that a click or a box in a picture encloses.
-        told: called with z, row and column of the voxel under the mouse; gives the lines beside the pictures.
+        describe: called with z, row and column of the voxel under the mouse; gives the lines beside the pictures.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class SlicePanel:
         colours: str = HEAT,
         meaning: tuple[str, float, float] = ("probability", 0, 1),
         chosen: Callable[[Int[np.ndarray, "n 2"]], None] | None = None,
-        told: Callable[[int, int, int], str] | None = None,
+        describe: Callable[[int, int, int], str] | None = None,
     ):
         self.case, self.colours, self.meaning = case, colours, meaning
-        self.chosen, self.told, self._pressed = chosen, told or case.describe, None
+        self.chosen, self.describe, self._pressed = chosen, describe or case.describe, None
         self.shape, self.lit = case.region.shape[1:], NONE
         self.legend, self.words = ipywidgets.HTML(), ipywidgets.HTML("&nbsp;")
 
@@ -155,7 +155,7 @@ class SlicePanel:
 
     def hover(self, event: Mapping[str, Any]) -> None:
         """The mouse moves over a picture."""
-        self.words.value = small(self.told(self.case.slice.value, *map(int, self._whole(self._voxel(event)))))
+        self.words.value = small(self.describe(self.case.slice.value, *map(int, self._whole(self._voxel(event)))))
 
     def mouse(self, event: Mapping[str, Any]) -> None:
         """A mouse button goes down or up in a picture, or the mouse leaves it."""

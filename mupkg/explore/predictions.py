@@ -91,15 +91,15 @@ class CasePredictions:
         """`embedding(name, z)`: the embeddings of a slice; where not all are kept, those of the last few slices."""
 
         def embedded(name: str, z: int) -> Tensor:
-            kept = self.kept.get(name)
-            return torch.from_numpy(embed_slice(self.networks[name], self.region, z) if kept is None else kept[z])
+            stored = self.kept.get(name)
+            return torch.from_numpy(embed_slice(self.networks[name], self.region, z) if stored is None else stored[z])
 
         return lru_cache(SLICES_KEPT)(embedded)
 
     def embed(self, name: str, index: Int[np.ndarray, "n 3"]) -> Float[np.ndarray, "n e"]:
         """The embeddings of some voxels."""
-        kept = self.kept.get(name)
-        return embed_voxels(self.networks[name], self.region, index) if kept is None else kept[tuple(index.T)]
+        stored = self.kept.get(name)
+        return embed_voxels(self.networks[name], self.region, index) if stored is None else stored[tuple(index.T)]
 
     @cached_property
     def kind(self) -> UInt8[np.ndarray, "z y x"]:
@@ -206,8 +206,8 @@ class Cases:
         """A line for each case, and its name: split and DSC; "≈" before those measured here, on the working grid."""
         lines = []
         for case_id in self.worst_first(names):
-            row, here = self.table.loc[case_id], self.measured_here.loc[case_id]
-            parts = [f"{n} {'≈ ' if here[n] else ''}{row[n]:.3f}" for n in names if pd.notna(row[n])]
+            row, measured = self.table.loc[case_id], self.measured_here.loc[case_id]
+            parts = [f"{n} {'≈ ' if measured[n] else ''}{row[n]:.3f}" for n in names if pd.notna(row[n])]
             split = "TRAINING case" if row["split"] == "train" else row["split"]
             lines.append((" · ".join([case_id, split, *parts]), case_id))
         return lines
@@ -235,9 +235,9 @@ class Cases:
                     self._predicted[case_id, name] = predict_and_embed(network, region)
         for key in list(self._predicted)[:-EMBEDDED_KEPT]:
             self._predicted[key] = self._predicted[key][0], None
-        heat, kept = ({name: self._predicted[case_id, name][part] for name in names} for part in (0, 1))
+        heat, embeddings = ({name: self._predicted[case_id, name][part] for name in names} for part in (0, 1))
         split, spacing = self.table.loc[case_id, "split"], array_spacing(image)
-        case = CasePredictions(case_id, region, truth, spacing, networks, heat, split, image, kept)
+        case = CasePredictions(case_id, region, truth, spacing, networks, heat, split, image, embeddings)
         blank = [name for name in names if pd.isna(self.table.loc[case_id, name])]
         if blank:
             self.table.loc[case_id, blank] = case.scores()["DSC"][blank]

@@ -199,7 +199,7 @@ class SamplersAtWork:
         reach = 1.2 * max(2 * self.margin, *drawn[["d(a, p)", "d(a, n)"]].max().fillna(0))
         for letter, patch, plane in zip("RHC", self._patches, self._planes, strict=True):
             top, image, marks = patch
-            mine = drawn[drawn["sampler"] == letter]
+            rows = drawn[drawn["sampler"] == letter]
             image.set_data(pixels)
             left, right, low, high = -0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5
             image.set_extent((left, right, low, high))
@@ -210,10 +210,10 @@ class SamplersAtWork:
             top.set_aspect(spacing_mm[1] / spacing_mm[2])
             if (contour := draw_contour(top, truth, TRUTH)) is not None:
                 self._contours.append(contour)
-            marks.show([mine[role].to_numpy() for role in ("anchors", "positives", "negatives")], grey.shape[1])
+            marks.show([rows[role].to_numpy() for role in ("anchors", "positives", "negatives")], grey.shape[1])
             name = letter + ("N" if self.near.value else "")
-            top.set_title(f"{name}: {len(mine)} tuples, {int(mine['active'].sum())} still teach", fontsize=10, y=1.0)
-            plane.show(*mine[["d(a, p)", "d(a, n)"]].to_numpy().T)
+            top.set_title(f"{name}: {len(rows)} tuples, {int(rows['active'].sum())} still teach", fontsize=10, y=1.0)
+            plane.show(*rows[["d(a, p)", "d(a, n)"]].to_numpy().T)
             plane.ax.set(xlim=(0, reach), ylim=(0, reach))
         if "widget" in self.__dict__:
             self.widget.children[-1].value = png(self.figure)

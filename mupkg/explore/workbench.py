@@ -173,7 +173,7 @@ class Workbench:
         self.distance = DistanceMap(case, scale=explorer.numbers["mean d(a, n)"])
         self.panels = explorer.view.panel, self.distance.panel
         for panel in self.panels:
-            panel.chosen, panel.told, panel.words = self._chosen, self.distance.describe, explorer.words
+            panel.chosen, panel.describe, panel.words = self._chosen, self.distance.describe, explorer.words
         if "widget" in self.__dict__:
             self._fill()
 

@@ -99,12 +99,12 @@ class MetricBranch(nn.Module):
 def require_nnunet() -> None:
     """ModuleNotFoundError with the way out if the version of nnU-Net that this module knows is not installed."""
     try:
-        found = f"nnunetv2 {version('nnunetv2')} is"
+        present = f"nnunetv2 {version('nnunetv2')} is"
     except PackageNotFoundError:
-        found = "no nnunetv2 is"
-    if found != f"nnunetv2 {VERSION} is":
+        present = "no nnunetv2 is"
+    if present != f"nnunetv2 {VERSION} is":
         raise ModuleNotFoundError(
-            f"nnU-Net {VERSION} is needed, and {found} installed for {sys.executable}; make an environment of its "
+            f"nnU-Net {VERSION} is needed, and {present} installed for {sys.executable}; make an environment of its "
             'own, and there: pip install -c constraints.txt -e ".[nnunet]"'
         )
 
@@ -139,14 +139,14 @@ def export(regions: Regions, cohort: Cohort, folder: Path) -> None:
         write_image(regions.image(case_id), raw / DATASET / images / f"{case_id}_0000.nii.gz")
         if case_id in learnt:
             write_image(regions.image(case_id, "label"), raw / DATASET / "labelsTr" / f"{case_id}.nii.gz")
-    told = {
+    dataset = {
         "channel_names": {"0": cohort.preparation.modality},  # by which nnU-Net chooses how to normalise
         "labels": {"background": 0, "prostate": 1},
         "numTraining": len(learnt),
         "file_ending": ".nii.gz",
         "overwrite_image_reader_writer": "SimpleITKIO",
     }
-    write_json(raw / DATASET / "dataset.json", told)
+    write_json(raw / DATASET / "dataset.json", dataset)
     splits = [{"train": ids["train"], "val": ids["validation"]}]
     write_text(preprocessed / DATASET / "splits_final.json", json.dumps(splits, indent=1))
 
@@ -189,11 +189,11 @@ def run(command: str, *arguments: str, folder: Path, results: Path, log: Path, *
     places = {f"nnUNet_{name}": folder.resolve() / name for name in ("raw", "preprocessed")}
     places["nnUNet_results"] = results.resolve()
     usual = {} if DEVICE == "cuda" else {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
-    told = usual | os.environ | {name: str(value) for name, value in (places | environment).items()}
+    variables = usual | os.environ | {name: str(value) for name, value in (places | environment).items()}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         program = str(Path(sys.executable).with_name(command))
-        done = subprocess.run([program, *arguments], env=told, stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run([program, *arguments], env=variables, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-12:])
         raise RuntimeError(f"{command} {' '.join(arguments)} failed; {log} ends with:\n{end}")
@@ -216,7 +216,7 @@ def prepare(regions: Regions, cohort: Cohort, folder: Path) -> None:
     write_text(done, wanted)
 
 
-def begin(run_folder: Path, parameters: Mapping[str, Any], **told: Any) -> None:
+def begin(run_folder: Path, parameters: Mapping[str, Any], **record: Any) -> None:
     """Write run.json before the training: what was asked for, and `data_fingerprint` among what else is told.
 
     Raises:
@@ -225,10 +225,10 @@ def begin(run_folder: Path, parameters: Mapping[str, Any], **told: Any) -> None:
     if (run_folder / RUN).exists():
         before = read_run(run_folder / RUN)
         was = {**before.get("parameters", {}), "data_fingerprint": before.get("data_fingerprint")}
-        now = json.loads(json.dumps({**parameters, "data_fingerprint": told["data_fingerprint"]}))
+        now = json.loads(json.dumps({**parameters, "data_fingerprint": record["data_fingerprint"]}))
         if differ := [f"{k} {was.get(k)} and not {now.get(k)}" for k in was | now if was.get(k) != now.get(k)]:
             raise ValueError(f"{run_folder}: holds a run with {', '.join(differ)}; delete it, or choose another seed")
-    write_run(run_folder, parameters, **told)
+    write_run(run_folder, parameters, **record)
 
 
 def train(run_folder: Path, folder: Path, *, epochs: int, iterations: int, seed: int) -> None:
@@ -236,11 +236,11 @@ def train(run_folder: Path, folder: Path, *, epochs: int, iterations: int, seed:
 
     A training that broke off goes on from its last checkpoint (nnU-Net's `--c`), though not to the same bits.
     """
-    told = {EPOCHS: epochs, ITERATIONS: iterations, SEED: seed}
+    variables = {EPOCHS: epochs, ITERATIONS: iterations, SEED: seed}
     if DEVICE == "cpu":  # so augmentation can be repeated, and takes no second core
-        told["nnUNet_n_proc_DA"] = 0
+        variables["nnUNet_n_proc_DA"] = 0
     model = ("1", "2d", "0", "-tr", _trainer(run_folder), "-p", REDUCED, "-device", DEVICE)
-    run("nnUNetv2_train", *model, "--c", **_places(run_folder, folder), **told)
+    run("nnUNetv2_train", *model, "--c", **_places(run_folder, folder), **variables)
 
 
 def predict(run_folder: Path, folder: Path) -> None:
@@ -270,10 +270,10 @@ def evaluate(run_folder: Path, cohort: Cohort, regions: Regions) -> pd.DataFrame
         path = run_folder / MODEL / TEST / f"{case_id}.npz"
         try:
             with np.load(path) as file:
-                found = file["probabilities"][1].astype(np.float32)
+                array = file["probabilities"][1].astype(np.float32)
         except UNREADABLE as error:
             raise ValueError(f"{path}: no prediction can be read ({error}); train and predict again") from error
-        probability = sitk.GetImageFromArray(found)
+        probability = sitk.GetImageFromArray(array)
         probability.CopyInformation(regions.image(case_id))
         mask, row = mask_and_row(cohort.case(case_id), regions, probability)
         write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")

@@ -101,9 +101,9 @@ def check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Iter
         for name in given.keys() - may_differ - unused:
             values.setdefault(name, {}).setdefault(json.dumps(given[name]), run)
     differ = [
-        f"{name} is " + ", ".join(f"{value} in {run}" for value, run in found.items())
-        for name, found in sorted(values.items())
-        if len(found) > 1
+        f"{name} is " + ", ".join(f"{value} in {run}" for value, run in run_of_value.items())
+        for name, run_of_value in sorted(values.items())
+        if len(run_of_value) > 1
     ]
     if differ:
         raise ValueError(
@@ -117,8 +117,8 @@ def _run_metrics(path: Path, regions: Regions | None) -> pd.DataFrame:
     if "case_id" not in metrics or metrics["case_id"].duplicated().any():
         raise ValueError(f"{path}: must have a case_id for every row, each once; test the run again with notebook 03")
     if regions is not None:
-        wanted, found = regions.ids("test"), set(metrics["case_id"])
-        missing, others = [i for i in wanted if i not in found], sorted(found - set(wanted))
+        wanted, tested = regions.ids("test"), set(metrics["case_id"])
+        missing, others = [i for i in wanted if i not in tested], sorted(tested - set(wanted))
         if missing or others:
             faults = [f"lacks the test case(s) {', '.join(missing)}"] if missing else []
             faults += [f"has {', '.join(others)}, which the study does not test"] if others else []

@@ -84,15 +84,15 @@ def binary_label(label: sitk.Image, values: Sequence[int] | None) -> sitk.Image:
         ValueError: if without `values` more than one foreground value is found, or values are not whole numbers.
     """
     voxels = sitk.GetArrayFromImage(label)
-    found = np.unique(voxels)
-    if not np.isfinite(found).all() or np.abs(found - np.round(found)).max() > WHOLE_NUMBER:
+    present = np.unique(voxels)
+    if not np.isfinite(present).all() or np.abs(present - np.round(present)).max() > WHOLE_NUMBER:
         raise ValueError("holds values that are not whole numbers; export a mask, not probabilities")
-    voxels, found = np.round(voxels), np.unique(np.round(found))
+    voxels, present = np.round(voxels), np.unique(np.round(present))
     if values is None:
-        foreground = found[found != 0]
+        foreground = present[present != 0]
         if len(foreground) > 1:
-            shown = ", ".join(f"{v:g}" for v in found[:8]) + (", ..." if len(found) > 8 else "")
-            raise ValueError(f"holds {len(found)} values ({shown}); choose which are prostate (label_values)")
+            shown = ", ".join(f"{v:g}" for v in present[:8]) + (", ..." if len(present) > 8 else "")
+            raise ValueError(f"holds {len(present)} values ({shown}); choose which are prostate (label_values)")
         mask = voxels != 0
     else:
         mask = np.isin(voxels, list(values))
@@ -110,7 +110,7 @@ def not_in_hu(voxels: np.ndarray) -> str:
     1. At least 1 % is air or fat, below -50. MR fails here, and so do normalised values, values scaled to 0..255, and
        raw values (air 24, water 1024 in 12 bits) that were never rescaled.
     2. At least 3 % is body, above -300. A scan whose intercept was taken off twice fails here.
-    3. Of the body at most a tenth is above 300, where bone, contrast medium and metal are, or at most five times as
+    3. At most a tenth of the body is above 300, where bone, contrast medium and metal are, or at most five times as
        much as is fat (-200 to -30). Raw values that were padded with -1000 or resampled with overshoot fail here.
 
     Tried on a real CT of the pelvis (63 % of the voxels are body, 2 % of it above 300, 47 % of the rest fat), its
@@ -143,7 +143,7 @@ def checked_case(
     image_name: str,
     label_name: str = "",
     label_values: Sequence[int] | None = None,
-    **known: object,
+    **fields: object,
 ) -> Case:
     """The case, if it can be worked with: a binary label on exactly the image's grid.
 
@@ -167,7 +167,7 @@ def checked_case(
         faults.append(f"{image_name}: holds NaN or infinite values; export the scan again")
     elif voxels.min() == voxels.max():
         faults.append(f"{image_name}: is constant ({voxels.min():g} everywhere); export the scan again")
-    elif known.get("modality", "CT") == "CT" and (reason := not_in_hu(voxels)):
+    elif fields.get("modality", "CT") == "CT" and (reason := not_in_hu(voxels)):
         faults.append(
             f"{image_name}: is no CT in HU ({reason}); apply its rescale intercept once, or undo the normalisation. "
             "An MR needs modality MR, and a run trained on MR"
@@ -190,7 +190,7 @@ def checked_case(
         raise ValueError("\n".join(f"case {case_id}: {fault}" for fault in faults))
     if label is not None:
         label.CopyInformation(image)  # the same up to rounding; SimpleITK wants it to the last digit
-    return Case(case_id, image, label, **known)
+    return Case(case_id, image, label, **fields)
 
 
 def _check_foreground(label: sitk.Image, values: Sequence[int] | None) -> None:
@@ -235,7 +235,7 @@ def patient_key(patient: object) -> str:
 
 
 def name_faults(case_ids: Iterable[object]) -> Iterator[str]:
-    """Of names that are listed twice, or cannot name files."""
+    """The faults of names that are listed twice, or cannot name files."""
     for number, (case_id, times) in enumerate(Counter(case_ids).items(), start=1):
         if times > 1:
             yield f"case {case_id}: is listed {times} times; give every scan a name of its own"

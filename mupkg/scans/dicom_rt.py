@@ -60,7 +60,7 @@ class Key(NamedTuple):
 
 
 @dataclass
-class Found:
+class Scan:
     """The files of one series, and what their headers say."""
 
     kind: str  # SOP class
@@ -90,14 +90,14 @@ class Roi(NamedTuple):
     def __str__(self) -> str:
         return f"{self.path}: patient {self.patient}, ROI {self.name!r}"
 
-    def drawn_on(self, found: dict[Key, Found]) -> list[Key]:
+    def drawn_on(self, scans: dict[Key, Scan]) -> list[Key]:
         """The series it names; if that is not there, those of its patient, frame and kind: a copy has a new UID."""
-        named = [key for key in found if key.series in self.series]
+        named = [key for key in scans if key.series in self.series]
         if named:
             return [key for key in named if key.frame == self.frame or "" in (key.frame, self.frame)]
-        alike = [key for key in found if key.frame == self.frame != "" and found[key].modality in SCANS]
-        alike = [key for key in alike if found[key].kind in self.kinds or not self.kinds]
-        return [key for key in alike if patient_key(found[key].patient) == self.owner]
+        alike = [key for key in scans if key.frame == self.frame != "" and scans[key].modality in SCANS]
+        alike = [key for key in alike if scans[key].kind in self.kinds or not self.kinds]
+        return [key for key in alike if patient_key(scans[key].patient) == self.owner]
 
 
 class Outline(NamedTuple):
@@ -130,19 +130,19 @@ def list_dicom(folder: str | Path, *, hash_patients: bool = False, damaged: list
     Raises:
         CohortError: naming all of these, where nothing takes them.
     """
-    found, paths, faults = _found(Path(folder))
-    rows, bare = [], dict(found)
+    scans, paths, faults = _scans_below(Path(folder))
+    rows, bare = [], dict(scans)
     for roi in (roi for rois in _structures(paths, faults) for roi in rois):
-        for key in roi.drawn_on(found) or [Key(min(roi.series, default=""), roi.frame)]:
-            told = (found[key].modality, found[key].slices) if key in found else ("", 0)
-            rows.append((roi.patient, key.series, *told, roi.name or None, roi.contour_count, str(roi.path)))
+        for key in roi.drawn_on(scans) or [Key(min(roi.series, default=""), roi.frame)]:
+            size = (scans[key].modality, scans[key].slices) if key in scans else ("", 0)
+            rows.append((roi.patient, key.series, *size, roi.name or None, roi.contour_count, str(roi.path)))
             bare.pop(key, None)
     if damaged is not None:
         damaged += faults
     elif faults:
         raise CohortError(faults)
-    for key, one in bare.items():
-        rows.append((one.patient, key.series, one.modality, one.slices, None, 0, str(one.files[0].parent)))
+    for key, scan in bare.items():
+        rows.append((scan.patient, key.series, scan.modality, scan.slices, None, 0, str(scan.files[0].parent)))
     columns = ["patient", "series", "modality", "slices", "roi", "contours", "path"]
     table = pd.DataFrame(sorted(rows, key=str), columns=columns)
     if hash_patients:
@@ -159,9 +159,9 @@ def _kept(faults: list[str]) -> Iterator[None]:
         faults.append(str(error))
 
 
-def _found(folder: Path) -> tuple[dict[Key, Found], list[Path], list[str]]:
+def _scans_below(folder: Path) -> tuple[dict[Key, Scan], list[Path], list[str]]:
     """All series below a folder, all structure sets, and what is wrong with files that cannot be told apart."""
-    found: dict[Key, Found] = {}
+    scans: dict[Key, Scan] = {}
     structures, faults = [], []
     for path in sorted(files_below(folder, faults)):
         with _kept(faults), access_named(path), named(path, "DICOM"):
@@ -169,13 +169,13 @@ def _found(folder: Path) -> tuple[dict[Key, Found], list[Path], list[str]]:
             if header is not None and header.SOPClassUID == RTStructureSetStorage:
                 structures.append(path)
             elif header is not None and "Rows" in header:
-                told = {name: str(header.get(name) or "").strip() for name in HEADER}
-                key = Key(told["SeriesInstanceUID"], told["FrameOfReferenceUID"])
-                date = told["StudyDate"] + told["StudyTime"]
-                one = found.setdefault(key, Found(told["SOPClassUID"], told["Modality"], told["PatientID"], date))
-                one.files.append(path)
-                one.slices += int(header.get("NumberOfFrames") or 1)
-    return found, structures, faults
+                tags = {name: str(header.get(name) or "").strip() for name in HEADER}
+                key = Key(tags["SeriesInstanceUID"], tags["FrameOfReferenceUID"])
+                date = tags["StudyDate"] + tags["StudyTime"]
+                scan = scans.setdefault(key, Scan(tags["SOPClassUID"], tags["Modality"], tags["PatientID"], date))
+                scan.files.append(path)
+                scan.slices += int(header.get("NumberOfFrames") or 1)
+    return scans, structures, faults
 
 
 def _structures(paths: Iterable[Path], faults: list[str]) -> Iterator[list[Roi]]:
@@ -200,9 +200,9 @@ def _rois(path: Path) -> list[Roi]:
                 contours[int(item.ReferencedROINumber)].append(item.ContourSequence)
         for frame in structures.get("ReferencedFrameOfReferenceSequence") or []:
             for study in frame.get("RTReferencedStudySequence") or []:
-                for one in study.get("RTReferencedSeriesSequence") or []:
-                    series[frame.FrameOfReferenceUID].add(str(one.SeriesInstanceUID))
-                    images = one.get("ContourImageSequence") or []
+                for reference in study.get("RTReferencedSeriesSequence") or []:
+                    series[frame.FrameOfReferenceUID].add(str(reference.SeriesInstanceUID))
+                    images = reference.get("ContourImageSequence") or []
                     kinds[frame.FrameOfReferenceUID] |= {str(image.ReferencedSOPClassUID) for image in images}
         items = structures.StructureSetROISequence if contours else structures.get("StructureSetROISequence") or []
         numbers = Counter(int(item.ROINumber) for item in items)
@@ -254,42 +254,42 @@ def _one(rois: Sequence[Roi], names: Sequence[str], where: str) -> Roi:
             warnings.warn(f"{hits[0]}: is taken, though its structure set is REJECTED", stacklevel=3)
     wanted = " or ".join(map(repr, names))
     if not hits:
-        there = ", ".join(sorted({roi.name for roi in rois} - {""})) or "none"
-        raise ValueError(f"{where}: has no ROIs {wanted}, but {there}; name another, or mend it")
+        listed = ", ".join(sorted({roi.name for roi in rois} - {""})) or "none"
+        raise ValueError(f"{where}: has no ROIs {wanted}, but {listed}; name another, or mend it")
     sets = {roi.path: roi for roi in hits}
     if len(sets) > len({roi.uid or roi.path for roi in hits}):
         raise ValueError(f"{where}: has one structure set twice, {' and '.join(map(str, sets))}; keep one of them")
     if len(hits) > 1:
         several, cure = len(sets) > 1, "keep one structure set" if len(sets) > 1 else "name another, or mend it"
-        there = " and ".join(f"{roi.name!r} in {roi.path.name}" + f" ({roi.version})" * several for roi in hits)
-        raise ValueError(f"{where}: has {len(hits)} ROIs {wanted}, but {there}; {cure}")
+        listed = " and ".join(f"{roi.name!r} in {roi.path.name}" + f" ({roi.version})" * several for roi in hits)
+        raise ValueError(f"{where}: has {len(hits)} ROIs {wanted}, but {listed}; {cure}")
     if hits[0].fault:
         raise ValueError(f"{hits[0]}: {hits[0].fault}; export it again")
     return hits[0]
 
 
-def _series_of(roi: Roi, found: dict[Key, Found]) -> Key:
+def _series_of(roi: Roi, scans: dict[Key, Scan]) -> Key:
     """The series it was drawn on; ValueError if that is not there, or if it may be one of several."""
-    keys, here = roi.drawn_on(found), [key for key in found if key.series in roi.series]
-    uids = ", ".join(dict.fromkeys(key.series for key in keys or here))
+    keys, own = roi.drawn_on(scans), [key for key in scans if key.series in roi.series]
+    uids = ", ".join(dict.fromkeys(key.series for key in keys or own))
     if len({key.series for key in keys}) > 1:
         raise ValueError(f"{roi}: may be of {len(keys)} series, {uids}; keep one of them in the folder")
-    if len(keys) != 1 and here:
-        frames = " and ".join(f"{found[key].slices} slices in {key.frame or 'none'}" for key in here)
+    if len(keys) != 1 and own:
+        frames = " and ".join(f"{scans[key].slices} slices in {key.frame or 'none'}" for key in own)
         fault = f"was drawn on series {uids} in frame of reference {roi.frame}, which has {frames}"
         raise ValueError(f"{roi}: {fault}; export both again from one system")
     if not keys:
         others = [
-            key for key in found if key.frame == roi.frame != "" and patient_key(found[key].patient) != roi.owner
+            key for key in scans if key.frame == roi.frame != "" and patient_key(scans[key].patient) != roi.owner
         ]
-        there = ", ".join(key.series + " of another patient" * (key in others) for key in found) or "none"
+        held = ", ".join(key.series + " of another patient" * (key in others) for key in scans) or "none"
         named = f"{', '.join(sorted(roi.series)) or 'unknown'} of frame of reference {roi.frame or 'unknown'}"
-        raise ValueError(f"{roi}: was drawn on series {named}, but here is {there}; choose the folder of that series")
+        raise ValueError(f"{roi}: was drawn on series {named}, but here is {held}; choose the folder of that series")
     if keys[0].series not in roi.series:
         warnings.warn(f"{roi}: was drawn on a series that is not there; taken for {uids}, of its frame", stacklevel=3)
-    if patient_key(found[keys[0]].patient) != roi.owner:
+    if patient_key(scans[keys[0]].patient) != roi.owner:
         warnings.warn(f"{roi}: was drawn on series {uids}, which has another patient ID", stacklevel=3)
-    if slices := sum(found[key].slices for key in here if key not in keys):
+    if slices := sum(scans[key].slices for key in own if key not in keys):
         warnings.warn(
             f"{roi}: {slices} slices of series {uids} are in another frame of reference, left out", stacklevel=3
         )
@@ -313,11 +313,11 @@ def read_rtstruct(path: str | Path, series_folder: str | Path, roi: str, *, fill
             there, is there twice, has no contours, leaves slices out between them, or has some that are open, that
             cross, lack points, or lie outside the volume, on no slice, or beside one another on one slice.
     """
-    found, _, faults = _found(Path(series_folder))
+    scans, _, faults = _scans_below(Path(series_folder))
     if faults:
         raise CohortError(faults)
-    one = _one(_rois(Path(path)), [roi], str(path))
-    return _mask(one, series_geometry(series_folder, found[_series_of(one, found)].files), fill_gaps)
+    organ = _one(_rois(Path(path)), [roi], str(path))
+    return _mask(organ, series_geometry(series_folder, scans[_series_of(organ, scans)].files), fill_gaps)
 
 
 def _points(contour: Dataset) -> tuple[np.ndarray, float]:
@@ -433,15 +433,15 @@ def _mask(roi: Roi, series: Series, fill_gaps: bool) -> sitk.Image:
     heights = series.positions @ series.axes[:, 2]
     mask, faults, notes = np.zeros((len(heights), *series.size[::-1]), bool), defaultdict(set), Counter()
     outlines, contoured = _outlines(roi, series, faults, notes), []
-    step, levels = np.diff(heights).min(), [one.height for drawn in outlines.values() for one in drawn]
+    step, levels = np.diff(heights).min(), [outline.height for drawn in outlines.values() for outline in drawn]
     for z, drawn in outlines.items():
-        places = {one.height for one in drawn}
+        places = {outline.height for outline in drawn}
         mask[z], fault = _plane(drawn, mask.shape[1:])
         if max(places) - min(places) > AGREE * step:
             fault = "shares its slice with one at another height; give the series that it was drawn on"
         if fault:
             faults[fault] |= places
-        if mask[z].any() or max(len(one.xy) for one in drawn) > 2:  # a single click contours no slice
+        if mask[z].any() or max(len(outline.xy) for outline in drawn) > 2:  # a single click contours no slice
             contoured.append(z)
     gaps = np.setdiff1d(np.arange(min(contoured, default=0), max(contoured, default=0)), contoured)
     if gaps.size and not fill_gaps and not faults:
@@ -460,9 +460,9 @@ def _mask(roi: Roi, series: Series, fill_gaps: bool) -> sitk.Image:
         what = "encloses the centre of no voxel" if roi.contours else "has no contours"
         raise ValueError(f"{roi}: {what}; draw it, or leave the scan out")
     image = series_image(series, mask.astype(np.uint8), label=True)
-    if told := "; ".join(f"{n} contour(s) {note}" for note, n in notes.items() if n):
-        image.SetMetaData("notes", told)
-        warnings.warn(f"{roi}: {told}", stacklevel=3)
+    if summary := "; ".join(f"{n} contour(s) {note}" for note, n in notes.items() if n):
+        image.SetMetaData("notes", summary)
+        warnings.warn(f"{roi}: {summary}", stacklevel=3)
     return image
 
 
@@ -601,42 +601,42 @@ def contoured_cases(
     See `data.build.sources_from_dicom_rt`.
     """
     folder, names = Path(folder), [roi] if isinstance(roi, str) else list(roi)
-    found, paths, faults = _found(folder)
-    rois_of, scans, cases = defaultdict(list), defaultdict(list), []
+    scans, paths, faults = _scans_below(folder)
+    rois_of, keys_by_patient, cases = defaultdict(list), defaultdict(list), []
     shown = (lambda patient: pseudonym(patient_key(patient))) if hash_patients else str
     for rois in _structures(paths, faults):
-        rois = [one._replace(patient=shown(one.patient)) for one in rois]
-        keys_of = [one.drawn_on(found) for one in rois]
-        if not any(one.contour_count for one in rois):
+        rois = [organ._replace(patient=shown(organ.patient)) for organ in rois]
+        keys_of = [organ.drawn_on(scans) for organ in rois]
+        if not any(organ.contour_count for organ in rois):
             warnings.warn(f"{rois[0].path}: has no contours, so it is passed over", stacklevel=3)
             continue
-        for one, keys in zip(rois, keys_of, strict=True):
+        for organ, keys in zip(rois, keys_of, strict=True):
             for key in keys:
-                rois_of[key].append(one)
+                rois_of[key].append(organ)
         if not any(keys_of):
             with _kept(faults):
-                _series_of(rois[0], found)
-    for key, scan in sorted(found.items(), key=lambda item: (item[1].patient, item[1].date, item[0])):
-        scans[pseudonym(scan.patient)].append(key)
-    for name, keys in scans.items():
-        others = [key for key in keys if key in rois_of and found[key].modality != modality]
-        keys = [key for key in keys if found[key].modality == modality]
+                _series_of(rois[0], scans)
+    for key, scan in sorted(scans.items(), key=lambda item: (item[1].patient, item[1].date, item[0])):
+        keys_by_patient[pseudonym(scan.patient)].append(key)
+    for name, keys in keys_by_patient.items():
+        others = [key for key in keys if key in rois_of and scans[key].modality != modality]
+        keys = [key for key in keys if scans[key].modality == modality]
         contoured = [key for key in keys if key in rois_of]
         if not keys:
             continue
-        patient, place = found[keys[0]].patient, found[keys[0]].files[0].parent
+        patient, place = scans[keys[0]].patient, scans[keys[0]].files[0].parent
         if not patient:
             faults.append(f"{place}: has no Patient ID (0010,0020); fill it in")
         elif not contoured:
-            but = "".join(f", but one was drawn on {found[key].modality} series {key.series}" for key in others)
+            but = "".join(f", but one was drawn on {scans[key].modality} series {key.series}" for key in others)
             faults.append(f"{place}: patient {shown(patient)} has no RTSTRUCT{but}; add it, or take it away")
         for number, key in enumerate(contoured if patient else [], start=1):
-            patient, files = shown(found[key].patient), found[key].files
+            patient, files = shown(scans[key].patient), scans[key].files
             with _kept(faults):
-                one = _one(rois_of[key], names, f"{files[0].parent}: patient {patient}")
-                _series_of(one, {other: found[other] for other in keys})
+                organ = _one(rois_of[key], names, f"{files[0].parent}: patient {patient}")
+                _series_of(organ, {other: scans[other] for other in keys})
                 case_id = name + (f"-{number}" if len(contoured) > 1 else "")
-                cases.append(_contoured(case_id, files, one._replace(patient=patient), modality, fill_gaps))
+                cases.append(_contoured(case_id, files, organ._replace(patient=patient), modality, fill_gaps))
     if not (faults or cases):
         faults = [f"{folder}: holds no {modality} series; choose its folder, or set modality to what is there"]
     if faults:
@@ -654,8 +654,8 @@ def _contoured(
 
     def read() -> Case:
         try:
-            one = _one(_rois(roi.path), [roi.name], str(roi.path))
-            label = _mask(one._replace(patient=roi.patient), series_geometry(folder, files), fill_gaps)
+            organ = _one(_rois(roi.path), [roi.name], str(roi.path))
+            label = _mask(organ._replace(patient=roi.patient), series_geometry(folder, files), fill_gaps)
             image = read_series(folder, files)
         except ValueError as error:
             lines = str(error).splitlines()

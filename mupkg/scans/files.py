@@ -119,8 +119,8 @@ def _checked(path: Path, channel: int = 0) -> sitk.ImageFileReader:
             raise Fault(f"its spacing is {spacing} mm", "export it again with a positive one")
         check_affines([*size, 1, 1][:3], affines | {"reading by SimpleITK": image_affine(reader)})
     if not needed:
-        one = sitk.Image([1] * len(size), reader.GetPixelID(), reader.GetNumberOfComponents())
-        needed = math.prod(size) * one.GetNumberOfComponentsPerPixel() * one.GetSizeOfPixelComponent()
+        pixel = sitk.Image([1] * len(size), reader.GetPixelID(), reader.GetNumberOfComponents())
+        needed = math.prod(size) * pixel.GetNumberOfComponentsPerPixel() * pixel.GetSizeOfPixelComponent()
     with voxels.open("rb") as file, named(voxels):
         file.seek(begin)
         held, wrong = voxels.stat().st_size - begin, 0

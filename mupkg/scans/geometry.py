@@ -113,9 +113,9 @@ def series_geometry(folder: str | Path, files: Iterable[Path] | None = None) -> 
             if path.is_file() and path.name[0] != "." and (header := _header(path)) is not None:
                 series[str(header.get("SeriesInstanceUID"))].append((path, header))
     if len(series) != 1:
-        found = [f"{uid} ({len(files)} file(s): {files[0][0].name}, ...)" for uid, files in series.items()]
-        found = f"holds {len(series)} DICOM series: {', '.join(found)}" if series else "holds no DICOM series"
-        raise ValueError(f"{folder}: {found}; give a folder with exactly one image series")
+        listed = [f"{uid} ({len(files)} file(s): {files[0][0].name}, ...)" for uid, files in series.items()]
+        listed = f"holds {len(series)} DICOM series: {', '.join(listed)}" if series else "holds no DICOM series"
+        raise ValueError(f"{folder}: {listed}; give a folder with exactly one image series")
     ((_, headers),) = series.items()
     frames = {str(header.get("FrameOfReferenceUID") or "") for _, header in headers} - {""}
     if len(frames) > 1:
@@ -229,18 +229,18 @@ def _in_order(slices: list[dict[str, Any]]) -> Series:
     """The slices along their normal; Fault naming the one that does not fit with the others."""
     if len(slices) == 1:
         raise Fault("is one slice of a DICOM series", "give the folder of the series, or leave it out")
-    normal = np.cross(*np.median([one["directions"] for one in slices], axis=0))
-    slices = sorted(slices, key=lambda one: one["corners"][0] @ normal)
-    corners = np.array([one["corners"] for one in slices])  # of each slice: the first voxel and the ends of its edges
+    normal = np.cross(*np.median([row["directions"] for row in slices], axis=0))
+    slices = sorted(slices, key=lambda row: row["corners"][0] @ normal)
+    corners = np.array([row["corners"] for row in slices])  # of each slice: the first voxel and the ends of its edges
     distances = (corners[:, 0] - corners[0, 0]) @ normal
     # One affine must place all: corner = first corner + i * across + j * down + distance * step.
     places = np.array([[[1, 0, 0, far], [1, 1, 0, far], [1, 0, 1, far]] for far in distances])
     affine = np.linalg.lstsq(places.reshape(-1, 4), corners.reshape(-1, 3))[0]
-    apart = np.linalg.norm(places @ affine - corners, axis=2).max(1) / min(one["spacing"].min() for one in slices)
-    ((size, _),) = Counter(one["size"] for one in slices).most_common(1)
-    odd = next((one for one in slices if one["size"] != size), slices[apart.argmax()])
+    apart = np.linalg.norm(places @ affine - corners, axis=2).max(1) / min(row["spacing"].min() for row in slices)
+    ((size, _),) = Counter(row["size"] for row in slices).most_common(1)
+    odd = next((row for row in slices if row["size"] != size), slices[apart.argmax()])
     if odd["size"] != size or not apart.max() <= AGREE:
-        usual = {key: np.median([one[key] for one in slices], axis=0) for key in FIELDS}
+        usual = {key: np.median([row[key] for row in slices], axis=0) for key in FIELDS}
         differ = [FIELDS[key] for key in FIELDS if not np.allclose(odd[key], usual[key])] or ["ImagePositionPatient"]
         raise Fault(
             f"{odd['name']} does not fit with the other slices by its {', '.join(differ)}",
@@ -251,16 +251,16 @@ def _in_order(slices: list[dict[str, Any]]) -> Series:
     gaps = np.diff(distances)
     if gaps.min() <= SAME_PLACE * gaps.mean():
         near = slices[gaps.argmin() : gaps.argmin() + 2]
-        first, second = (one["file" if near[0]["name"] == near[1]["name"] else "name"] for one in near)
+        first, second = (row["file" if near[0]["name"] == near[1]["name"] else "name"] for row in near)
         fault = f"{first} and {second} are only {gaps.min():.2f} mm apart: slices copied twice, or two acquisitions"
         raise Fault(fault, "keep one copy or acquisition in the folder")
-    if gaps.max() > WIDE_GAP * max(np.median(gaps), *(one["thickness"] for one in slices)):
+    if gaps.max() > WIDE_GAP * max(np.median(gaps), *(row["thickness"] for row in slices)):
         first, second = (slices[gaps.argmax() + k]["name"] for k in (0, 1))
         fault = f"its slices are not evenly spaced: between {first} and {second} some may be missing"
         raise Fault(fault, "copy the series again, or give a folder with slices of one distance alone")
     across, down = slices[0]["directions"] / np.linalg.norm(slices[0]["directions"], axis=1)[:, None]
     axes, spacing = np.c_[across, down, np.cross(across, down)], tuple(slices[0]["spacing"].tolist())
-    return Series(*[[one[k] for one in slices] for k in ("file", "frame", "uid")], corners[:, 0], axes, spacing, size)
+    return Series(*[[row[k] for row in slices] for k in ("file", "frame", "uid")], corners[:, 0], axes, spacing, size)
 
 
 def series_image(series: Series, voxels: np.ndarray, *, label: bool = False) -> sitk.Image:

@@ -139,24 +139,24 @@ def nifti_affines(start: bytes, channel: int) -> tuple[list[int], int, dict[str,
     if header[344:347] != b"n+1":
         raise Fault("cannot be read as an image: it lacks the mark of NIfTI-1", f"{AGAIN}, in this format")
     order = "<" if header[:4] == struct.pack("<i", 348) else ">"
-    told = {key: np.array(struct.unpack_from(order + kind, header, at)) for key, (at, kind) in NIFTI.items()}
-    spacing, (qcode, scode), unit, affines = told["pixdim"][1:4], told["codes"], told["units"][0] % 8, {}
+    fields = {key: np.array(struct.unpack_from(order + kind, header, at)) for key, (at, kind) in NIFTI.items()}
+    spacing, (qcode, scode), unit, affines = fields["pixdim"][1:4], fields["codes"], fields["units"][0] % 8, {}
     if scode > 0:
-        affines["sform"] = told["sform"].reshape(3, 4)
+        affines["sform"] = fields["sform"].reshape(3, 4)
         scales = np.linalg.norm(affines["sform"][:, :3], axis=0)
         affines["pixdim"] = affines["sform"] / [*scales, 1] * [*spacing, 1]
     if qcode > 0:
-        handed = {-1: -1, 0: 1, 1: 1}.get(told["pixdim"][0], math.nan)  # 0 stands for 1, as the standard has it
-        b, c, d, *origin = told["qform"]
+        handed = {-1: -1, 0: 1, 1: 1}.get(fields["pixdim"][0], math.nan)  # 0 stands for 1, as the standard has it
+        b, c, d, *origin = fields["qform"]
         rotation = Rotation.from_quat([b, c, d, math.sqrt(max(0.0, 1 - b * b - c * c - d * d))]).as_matrix()
         affines["qform"] = np.c_[rotation * spacing * [1, 1, handed], origin]
     if not affines or unit not in NIFTI_MM or not (spacing.min() > 0 and np.isfinite(spacing).all()):
         fault = f"pixdim {spacing.tolist()}, unit {unit}, qform_code {qcode}, sform_code {scode}"
         raise Fault(f"does not say where its voxels lie ({fault})", WITH_AFFINE)
     mm = NIFTI_MM[unit] * np.array([[-1], [-1], [1]])  # NIfTI's x and y lead to the right and to the front
-    size = told["dim"][1 : told["dim"][0] + 1].tolist()
-    voxel, begin, floats = int(told["bitpix"][0]) // 8, int(told["vox_offset"][0]), None
-    if kind := NIFTI_FLOATS.get(int(told["type"][0])):
+    size = fields["dim"][1 : fields["dim"][0] + 1].tolist()
+    voxel, begin, floats = int(fields["bitpix"][0]) // 8, int(fields["vox_offset"][0]), None
+    if kind := NIFTI_FLOATS.get(int(fields["type"][0])):
         volume = math.prod(size[:3]) * voxel
         floats = Floats(np.dtype(order + kind), begin + channel * volume, volume)
     affines = {name: np.vstack([affine * mm, [0, 0, 0, 1]]) for name, affine in affines.items()}

@@ -142,8 +142,8 @@ def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:
             continue
         low, high = np.array(data[key])
         if (value < low * (1 - RANGE_TOLERANCE)).any() or (value > high * (1 + RANGE_TOLERANCE)).any():
-            here = _shown([value.round(3).tolist()] * 2)
-            differences.append(f"This scan's {what}: {here} (z, y, x); the training scans': {_shown(data[key])}.")
+            own = _shown([value.round(3).tolist()] * 2)
+            differences.append(f"This scan's {what}: {own} (z, y, x); the training scans': {_shown(data[key])}.")
     return differences
 
 

@@ -71,7 +71,7 @@ def region_probability(
             no foreground, the whole region is looked at. A 3D network always looks at all of it.
     """
     voxels = sitk.GetArrayFromImage(region)
-    found, shape = np.zeros(voxels.shape, np.float32), voxels.shape
+    array, shape = np.zeros(voxels.shape, np.float32), voxels.shape
     step = np.maximum(2, np.round(STEP_MM / np.array(array_spacing(region)))).astype(int)
     box, done = _box(np.zeros(3), shape, shape), ()
     if start is not None and not is_3d(network):
@@ -79,14 +79,14 @@ def region_probability(
         box = _box(low - step, high + step, shape)
     while box != done:
         for part in _beyond(done, box):
-            found[part] = predict_volume(network, voxels, channels=CHANNELS, precision=precision, box=part)
+            array[part] = predict_volume(network, voxels, channels=CHANNELS, precision=precision, box=part)
         done = box
-        seen = sitk.GetImageFromArray((found[box] > 0.5).astype(np.uint8))
+        seen = sitk.GetImageFromArray((array[box] > 0.5).astype(np.uint8))
         largest = sitk.GetArrayFromImage(largest_component(seen))
         touched = np.array([[largest.take(end, axis).any() for axis in range(3)] for end in (0, -1)])
         low, high = np.array([[edge.start, edge.stop] for edge in box]).T + [[-1], [1]] * touched * step
         box, step = _box(low, high, shape) if largest.any() else _box(np.zeros(3), shape, shape), 2 * step
-    probability = sitk.GetImageFromArray(found)
+    probability = sitk.GetImageFromArray(array)
     probability.CopyInformation(region)
     return probability
 

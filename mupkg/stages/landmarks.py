@@ -214,7 +214,7 @@ def _refined(image: sitk.Image, centre: np.ndarray, side: int) -> Point:
     shifts = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
     starts = shifts[np.argmin([unexplained(shift) for shift in shifts], axis=0)]
     fits = [
-        optimize.fmin(lambda shift, one=reach_mm: unexplained(shift, (one,))[0], start, full_output=True, disp=False)
+        optimize.fmin(lambda shift, mm=reach_mm: unexplained(shift, (mm,))[0], start, full_output=True, disp=False)
         for start, reach_mm in zip(starts, REFINE_RADII_MM[1], strict=True)
     ]
     shift, rest, *_ = min(fits, key=lambda fit: fit[1])

@@ -34,8 +34,8 @@ def coverage(label: sitk.Image, centre: Point, region_mm: Sequence[float], whole
         The share, rounded down to five digits, so that 1 means every voxel; NaN for an empty label.
     """
     regions = crop_region(label, centre, region_mm), whole if whole is not None else label
-    inside, there = (int(np.count_nonzero(sitk.GetArrayFromImage(region))) for region in regions)
-    return inside * 10**5 // there / 10**5 if there else float("nan")
+    inside, total = (int(np.count_nonzero(sitk.GetArrayFromImage(region))) for region in regions)
+    return inside * 10**5 // total / 10**5 if total else float("nan")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Regions:
         return regions
 
     def fingerprint(self) -> str:
-        """Of the table and of its cases' volumes."""
+        """The digest of the table and of its cases' volumes."""
         names = [f"{case_id}_{kind}.npy" for case_id in self.table.index for kind in Prepared._fields]
         return fingerprint([self.folder / "regions.csv", *(self.folder / "regions" / name for name in names)])
 
@@ -177,8 +177,8 @@ def write_regions(
         row |= {"replicate": cohort.table.loc[case_id, "replicate"]} if "replicate" in cohort.table else {}
         row["fallback"] = location.fallback
         for name, point in zip(("centre", "coarse", "heads"), location[:3], strict=True):
-            known = (None,) * 3 if point is None else np.round(point, 4)
-            row |= {f"{name}_{axis}": value for axis, value in zip("xyz", known, strict=True)}
+            coordinates = (None,) * 3 if point is None else np.round(point, 4)
+            row |= {f"{name}_{axis}": value for axis, value in zip("xyz", coordinates, strict=True)}
             row[f"{name}_distance_mm"] = None if point is None else round(float(np.linalg.norm(truth - point)), 3)
         whole = whole_label(case, cohort.preparation)
         row |= {name: json.dumps(getattr(region, f"Get{name.capitalize()}")()) for name in GEOMETRY}

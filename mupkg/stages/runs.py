@@ -171,8 +171,8 @@ def read_run(path: str | Path, *needed: str) -> dict[str, Any]:
     """
     try:
         record = dict(json.loads(Path(path).read_bytes()))
-        told = {name: record[name] for name in needed}
-        return record | told | {"parameters": dict(record.get("parameters", {}))}
+        values = {name: record[name] for name in needed}
+        return record | values | {"parameters": dict(record.get("parameters", {}))}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: does not tell how the run was made ({error!r}); run notebook 03 again") from error
 

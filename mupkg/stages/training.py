@@ -186,8 +186,8 @@ def _loop(
         row |= {name: float(sum(values[name] for values in window)) / len(window) for name in window[0]}
         row["seconds"] = round((time.perf_counter() - began) / len(window), 5)  # per step
         if not math.isfinite(row["loss"]):
-            told = f"the loss is {row['loss']} at step {done}"
-            raise FloatingPointError(f"{run.folder}: {told}; lower the learning rate")
+            fault = f"the loss is {row['loss']} at step {done}"
+            raise FloatingPointError(f"{run.folder}: {fault}; lower the learning rate")
         run.history.append(row)
         if validating and main:
             row["validation_dsc"] = validate(network)
@@ -222,7 +222,7 @@ class _Run:
         return torch.compile(model) if compile else model
 
     def numbers(self, steps: int) -> range:
-        """Of the batches that are left for this process."""
+        """The numbers of the batches that are left for this process."""
         processes, own = self.accelerator.num_processes, self.accelerator.process_index
         return range(self.done * processes + own, steps * processes, processes)
 
@@ -291,8 +291,8 @@ class _Run:
         """Keep these weights if no earlier validation DSC is as high; FloatingPointError if it is not finite."""
         dsc = self.history[-1]["validation_dsc"]
         if not math.isfinite(dsc):
-            told = f"the validation DSC is {dsc} at step {self.done}"
-            raise FloatingPointError(f"{self.folder}: {told}; see `validate`")
+            fault = f"the validation DSC is {dsc} at step {self.done}"
+            raise FloatingPointError(f"{self.folder}: {fault}; see `validate`")
         if self.done >= self.choose_from and dsc > max(self.scores[:-1], default=-1.0):
             about = self.metadata | {"step": self.done, "validation_dsc": dsc}
             save_tensors(self.network.state_dict(), self.folder / BEST, about)

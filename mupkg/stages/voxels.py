@@ -27,10 +27,10 @@ def kinds(label: UInt8[np.ndarray, "z y x"] | Bool[np.ndarray, "z y x"]) -> UInt
     prostate = label == 1
     inner = ndimage.binary_erosion(prostate, ndimage.generate_binary_structure(2, 1)[None], border_value=1)
     near = ndimage.binary_dilation(prostate, np.ones((1, 3, 3)), iterations=NEAR_VOXELS)
-    found = np.where(near, np.uint8(2), np.uint8(3))
-    found[prostate], found[inner] = 1, 0
-    found[~prostate.any(axis=(1, 2))] = ELSEWHERE
-    return found
+    kind = np.where(near, np.uint8(2), np.uint8(3))
+    kind[prostate], kind[inner] = 1, 0
+    kind[~prostate.any(axis=(1, 2))] = ELSEWHERE
+    return kind
 
 
 def sample_voxels(

@@ -49,11 +49,11 @@ def kept_folder(study: str) -> Path:
     return repository() / KEPT / study
 
 
-def told_otherwise(run: Path, told: Mapping[str, Any], settings: type[Settings] = Stage2Settings) -> str:
+def parameter_fault(run: Path, parameters: Mapping[str, Any], settings: type[Settings] = Stage2Settings) -> str:
     """How a run's record differs from what the study tells it; empty if it does not."""
     made = read_run(run / RUN)["parameters"]
-    reach = {*told} - (tagged(settings, Tag.SPEED) - tagged(settings, Tag.TRAINING))
-    asked = settings.checked(told).model_dump(mode="json", include=reach)
+    reach = {*parameters} - (tagged(settings, Tag.SPEED) - tagged(settings, Tag.TRAINING))
+    asked = settings.checked(parameters).model_dump(mode="json", include=reach)
     return ", ".join(
         f"{name} is {made.get(name)!r}, not {value!r}" for name, value in asked.items() if made.get(name) != value
     )
@@ -63,7 +63,7 @@ def kept_runs(study: str, runs: Mapping[str, Mapping[str, Any]], outputs: Path |
     """Which of a study's runs need not be trained, because they are kept and were told the same.
 
     Args:
-        runs: by folder what they are told, `Study.told`.
+        runs: by folder what they are told, `Study.run_parameters`.
         outputs: the study's folder; where it has regions already, a kept run must have seen these.
     """
     folders = {name: kept_folder(study) / name for name in runs}
@@ -71,7 +71,7 @@ def kept_runs(study: str, runs: Mapping[str, Mapping[str, Any]], outputs: Path |
         name
         for name, folder in folders.items()
         if (folder / METRICS).is_file()
-        and not told_otherwise(folder, runs[name])
+        and not parameter_fault(folder, runs[name])
         and not (outputs and _of_other_regions(folder, outputs / runs[name].get("stage1", STAGE1)))
     }
 
@@ -92,7 +92,7 @@ def kept_stages(study: str, stages: Mapping[str, Mapping[str, Any]], outputs: Pa
         name
         for name, folder in folders.items()
         if (folder / REGIONS).is_file()
-        and not told_otherwise(folder, stages[name], Stage1Settings)
+        and not parameter_fault(folder, stages[name], Stage1Settings)
         and not (outputs / name / LAST).is_file()
     }
 
@@ -100,30 +100,30 @@ def kept_stages(study: str, stages: Mapping[str, Mapping[str, Any]], outputs: Pa
 def keep(study: Path, destination: Path) -> list[str]:
     """Copy the small tables of a study's finished runs; returns the names of those that were not kept before.
 
-    Numbers are rounded to six digits. The record tells the processor, and what the weights were made on. Of a first
-    stage the table of centres and the weights are kept as they are.
+    Numbers are rounded to six digits. The record tells the processor, and what the weights were made on. The table
+    of centres and the weights of a first stage are kept as they are.
 
     Raises:
         ValueError: naming the run, if its record or weights cannot be read.
     """
     new = []
     for metrics in sorted(study.glob(f"*-seed*/{METRICS}")):
-        run, kept = metrics.parent, destination / metrics.parent.name
-        if (kept / METRICS).is_file():
+        run, target = metrics.parent, destination / metrics.parent.name
+        if (target / METRICS).is_file():
             continue
         record = read_run(run / RUN)
         record.setdefault("processor", processor_name())
         record["made_on"] = load_tensors(run / BEST)[1].get("made_on", [])
-        write_json(kept / RUN, record)
+        write_json(target / RUN, record)
         for name in (name for name in TABLES if (run / name).is_file()):
             table = pd.read_csv(run / name, dtype={"case_id": str})
-            with whole_file(kept / name) as temporary:
+            with whole_file(target / name) as temporary:
                 table.to_csv(temporary, index=False, float_format=PRECISION)
         new.append(run.name)
     for table in sorted(study.glob(f"{STAGE1}*/{FINGERPRINT}")):
-        stage1, kept = table.parent, destination / table.parent.name
-        if not (kept / REGIONS).is_file():
-            _copy(stage1, kept)
+        stage1, target = table.parent, destination / table.parent.name
+        if not (target / REGIONS).is_file():
+            _copy(stage1, target)
             new.append(stage1.name)
     return new
 
@@ -134,23 +134,23 @@ def _copy(stage1: Path, folder: Path) -> None:
             shutil.copyfile(stage1 / name, temporary)
 
 
-def restore_stage1(cohort: Cohort, kept: Path, folder: Path) -> Regions:
+def restore_stage1(cohort: Cohort, source: Path, folder: Path) -> Regions:
     """A kept stage 1 as if it had been trained here: its regions are cut anew, at its centres.
 
     Raises:
         ValueError: naming the kept folder, if this cohort's volumes, or the regions, differ from those of then.
     """
-    cure = f"remove {kept} and the runs kept beside it, and all of them are trained anew"
-    if recorded("cohort", kept, 2) != recorded("cohort", cohort.folder, 0):
-        raise ValueError(f"{kept}: was trained on other volumes than {cohort.folder} has; {cure}")
-    regions, region_mm = Regions.read(kept), read_run(kept / RUN)["parameters"]["region_mm"]
+    cure = f"remove {source} and the runs kept beside it, and all of them are trained anew"
+    if recorded("cohort", source, 2) != recorded("cohort", cohort.folder, 0):
+        raise ValueError(f"{source}: was trained on other volumes than {cohort.folder} has; {cure}")
+    regions, region_mm = Regions.read(source), read_run(source / RUN)["parameters"]["region_mm"]
     unmark(folder)
     for case_id in progress(regions.table.index, desc="cutting", unit="case"):
         save_region(cohort.prepared(case_id), regions.centre(case_id), region_mm, folder, case_id)
-    _copy(kept, folder)
-    if (again := Regions.read(folder)).fingerprint() != recorded("regions", kept, 2):
+    _copy(source, folder)
+    if (again := Regions.read(folder)).fingerprint() != recorded("regions", source, 2):
         unmark(folder)
-        raise ValueError(f"{kept}: its regions, cut anew from {cohort.folder}, are not the same; {cure}")
+        raise ValueError(f"{source}: its regions, cut anew from {cohort.folder}, are not the same; {cure}")
     return again
 
 

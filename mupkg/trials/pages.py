@@ -36,7 +36,7 @@ ABOUT = """# What the trials measured, in full
 Written from the tables in these folders by `make results`; `make claims` fails where it no longer holds.
 [RESULTS.md](../../RESULTS.md) says what follows. Nothing here is measured on patients, except where it says MR.
 
-Of e0, e1, e1n and e4 only tables are left. No kept run can stand for theirs: trained again on another machine, a
+Only tables are left of e0, e1, e1n and e4. No kept run can stand for theirs: trained again on another machine, a
 UNet differed in every case. Two phantoms and their landmarks were the same to the bit there, and so was stage 2 on
 the same regions. That leaves stage 1, which another processor or another number of threads rounds otherwise, so that
 it cuts other regions; the old ones are gone, so this was not proven. Later trials train these arms anew.
@@ -165,12 +165,12 @@ def trial_section(name: str) -> Iterator[str]:
 
 def nnunet_table() -> str:
     """nnU-Net without and with the branch, and ours of that replicate: mean ± std over the cases of a training."""
-    found = pd.read_csv(REFERENCE / "nnunet" / "per_case.csv", dtype={"case_id": str})
+    theirs = pd.read_csv(REFERENCE / "nnunet" / "per_case.csv", dtype={"case_id": str})
     ours = cases("e1").query("seed == 1")
-    if {*ours["case_id"]} != {*found["case_id"]}:
+    if {*ours["case_id"]} != {*theirs["case_id"]}:
         raise ValueError(f"{REFERENCE / 'nnunet'}: was not tested on E1's cases; run notebook 11 again")
     rows = []
-    for name, table in pd.concat([found, ours]).groupby("configuration", sort=False):
+    for name, table in pd.concat([theirs, ours]).groupby("configuration", sort=False):
         with np.errstate(invalid="ignore"):  # inf - inf
             mean, std = (table[[*NNUNET_COLUMNS]].agg(how) for how in ("mean", "std"))
         rows.append([name, *(plus_minus(c, mean[c], std[c]) for c in NNUNET_COLUMNS), len(table)])
@@ -188,16 +188,16 @@ def reference_page() -> str:
 
 def progress_of(name: str) -> str:
     """How far a trial without an answer is: how many of its runs are kept."""
-    kept, told = kept_runs(study(name).study, study(name).told), study(name).told
-    return f"no answer yet: {len(kept)} of {len(told)} runs are kept"
+    finished, planned = kept_runs(study(name).study, study(name).run_parameters), study(name).run_parameters
+    return f"no answer yet: {len(finished)} of {len(planned)} runs are kept"
 
 
 def core_hours(name: str) -> str:
     """Training time of the trial's kept runs times their threads; runs of before they were kept tell none."""
-    planned = study(name)
-    records = [read_run(kept_folder(planned.study) / run / RUN) for run in kept_runs(planned.study, planned.told)]
+    folder, planned = kept_folder(study(name).study), study(name).run_parameters
+    records = [read_run(folder / run / RUN) for run in kept_runs(study(name).study, planned)]
     seconds = [r["training_seconds"] * r["threads"] for r in records if "training_seconds" in r and "threads" in r]
-    return f"{sum(seconds) / 3600:.1f} ({len(seconds)} of {len(planned.told)} runs)" if seconds else "not recorded"
+    return f"{sum(seconds) / 3600:.1f} ({len(seconds)} of {len(planned)} runs)" if seconds else "not recorded"
 
 
 def result_row(spec: Mapping[str, Any]) -> list[str]:

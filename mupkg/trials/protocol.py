@@ -70,12 +70,12 @@ class Trial(Settings):
     @property
     def parameters(self) -> dict[str, dict[Any, str]]:
         """With `by_parameter`: each parameter's values and their arms, among them the first arm's."""
-        base, found = next(iter(self.arms)), {}
+        base, arms_of = next(iter(self.arms)), {}
         for arm in list(self.arms)[1:]:
             ((name, value),) = self._unlike_the_first(arm).items()
             usual = self.arms[base].get(name, Stage2Settings.model_fields[name].default)
-            found.setdefault(name, {usual: base})[value] = arm
-        return {name: dict(sorted(arms.items())) for name, arms in found.items()}
+            arms_of.setdefault(name, {usual: base})[value] = arm
+        return {name: dict(sorted(arms.items())) for name, arms in arms_of.items()}
 
     def _unlike_the_first(self, arm: str) -> dict[str, Any]:
         first = next(iter(self.arms.values()))
@@ -83,8 +83,8 @@ class Trial(Settings):
 
     @property
     def levels(self) -> dict[str, dict[str, list[str]]]:
-        """Of each factor its two levels, the higher first, and the arms that have it."""
-        found: dict[str, dict[str, list[str]]] = {}
+        """The two levels of each factor, the higher first, and the arms that have each."""
+        levels: dict[str, dict[str, list[str]]] = {}
         features = self._features if self.factors else {}
         for factor in self.factors:
             values = features[factor]
@@ -92,8 +92,8 @@ class Trial(Settings):
                 name = (
                     f"{'with' if value else 'without'} {factor}" if isinstance(value, bool) else f"{factor} {value}"
                 )
-                found.setdefault(factor, {})[name] = list(values.index[values == value])
-        return found
+                levels.setdefault(factor, {})[name] = list(values.index[values == value])
+        return levels
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -120,14 +120,14 @@ class Trial(Settings):
             chosen = configuration(given["configuration"])
             letters = {letter: letter in chosen.samplers for letter in SAMPLERS}
             letters |= {"N": chosen.near_negatives, "P": chosen.positive_pair, "Sep": chosen.separate}
-            usual = {name: Stage2Settings.model_fields[name].default for name in self.told_by_arms - {"seed_offset"}}
-            told = {name: str(value) if isinstance(value, list | dict) else value for name, value in given.items()}
-            rows[arm] = letters | {"backbone": chosen.backbone, "seed_offset": 0} | usual | told
+            usual = {name: Stage2Settings.model_fields[name].default for name in self.set_by_arms - {"seed_offset"}}
+            values = {name: str(value) if isinstance(value, list | dict) else value for name, value in given.items()}
+            rows[arm] = letters | {"backbone": chosen.backbone, "seed_offset": 0} | usual | values
         return pd.DataFrame.from_dict(rows, orient="index").drop(columns="configuration").astype(object)
 
     @property
     def as_in_the_paper(self) -> dict[str, str]:
-        """Of each arm that is nothing but a configuration, perhaps with Table III's margin: which one."""
+        """The configuration of each arm that is nothing else, but perhaps with Table III's margin."""
         alone = {"configuration", "seed_offset", "learning_rate", "steps"}
         plain = {
             arm: {*given} - ({"margin"} if given.get("margin") == 1.0 else {*()}) for arm, given in self.arms.items()
@@ -135,7 +135,7 @@ class Trial(Settings):
         return {arm: self.arms[arm]["configuration"] for arm, names in plain.items() if names <= alone}
 
     @property
-    def told_by_arms(self) -> set[str]:
+    def set_by_arms(self) -> set[str]:
         """The parameters in which its runs differ on purpose."""
         return {name for given in self.arms.values() for name in given}
 
@@ -300,7 +300,7 @@ class Study(Settings):
 
     @property
     def folds(self) -> int | None:
-        """Of a trial's k-fold by patient, how many; None if its replicates have training sets of their own."""
+        """The number of folds of a trial's k-fold by patient; None if every replicate has its own training set."""
         return self._prepared.folds
 
     @property
@@ -321,14 +321,14 @@ class Study(Settings):
         runs, folds = {}, self.folds
         for replicate in range(self.trial.replicates):
             for arm, given in self.trial.arms.items():
-                told = {key: value for key, value in given.items() if key != "seed_offset"}
+                parameters = {key: value for key, value in given.items() if key != "seed_offset"}
                 seed = replicate + given.get("seed_offset", 0)
                 own = {"stage1": f"{STAGE1}-replicate{replicate}"} if folds else {}
-                runs[run_name(arm, seed)] = {"arm": arm, "replicate": replicate, "seed": seed} | own | told
+                runs[run_name(arm, seed)] = {"arm": arm, "replicate": replicate, "seed": seed} | own | parameters
         return runs
 
     @property
-    def told(self) -> dict[str, dict[str, Any]]:
+    def run_parameters(self) -> dict[str, dict[str, Any]]:
         """All that notebook 03 is told of each run, by the run's folder: the study's own and the run's."""
         return {run: {"size": self.size, **self.stage2, **own} for run, own in self.runs.items()}
 
@@ -337,15 +337,15 @@ class Study(Settings):
         """What the notebooks will be told is checked before the first one runs, not hours later."""
         for section, (model, own) in SECTIONS.items():
             given = getattr(self, section)
-            told = [name for name in (*OF_THE_STUDY, *own) if name in model.model_fields]
-            if taken := [name for name in told if name in given]:
+            fixed = [name for name in (*OF_THE_STUDY, *own) if name in model.model_fields]
+            if taken := [name for name in fixed if name in given]:
                 raise ValueError(
-                    f"{section}: must leave out {', '.join(taken)}: what this notebook is told as {', '.join(told)} "
+                    f"{section}: must leave out {', '.join(taken)}: what this notebook is told as {', '.join(fixed)} "
                     "is set at the top of the study file"
                 )
             sized = {"size": self.size} if "size" in model.model_fields else {}
             try:
-                model.checked((self._source if section == "prepare" else {}) | sized | given, without=told)
+                model.checked((self._source if section == "prepare" else {}) | sized | given, without=fixed)
             except ValueError as error:
                 raise ValueError(f"{section}: {error}") from None
         return self
@@ -354,11 +354,11 @@ class Study(Settings):
     def _either_configurations_or_a_trial(self) -> Self:
         if bool(self.configurations) == (self.trial is not None):
             raise ValueError("a study names either its configurations or a trial")
-        for run, told in self.runs.items():
+        for run, parameters in self.runs.items():
             try:
-                Stage2Settings.checked({"size": self.size, **self.stage2, **told})
+                Stage2Settings.checked({"size": self.size, **self.stage2, **parameters})
             except ValueError as error:
-                which = f"trial: arm {told['arm']} ({run})" if self.trial else run
+                which = f"trial: arm {parameters['arm']} ({run})" if self.trial else run
                 raise ValueError(f"{which}: {error}") from None
         return self
 
@@ -366,13 +366,13 @@ class Study(Settings):
     def _replicates_that_the_cohort_will_have(self) -> Self:
         """A table may bring replicates or folds of its own; of all other sources notebook 00 is told how many."""
         made = self._prepared
-        there = made.replicates or (made.folds or 0) * made.repeats
-        if self.trial is None or (not there and made.source == "table"):
+        number = made.replicates or (made.folds or 0) * made.repeats
+        if self.trial is None or (not number and made.source == "table"):
             return self
         wanted, folds = self.trial.replicates, made.folds or 1
-        if wanted > there:
+        if wanted > number:
             raise ValueError(
-                f"trial: {wanted} replicates, but notebook 00 would make {there}; under prepare, set replicates (of "
+                f"trial: {wanted} replicates, but notebook 00 would make {number}; under prepare, set replicates (of "
                 "phantoms) or folds and repeats (of scans: k folds are k replicates), or ask for fewer"
             )
         if wanted % folds:

@@ -190,10 +190,10 @@ def smallest_effect(measured: Estimate, cases: Any, replicates: Any, power: floa
 def replicates_needed(measured: Estimate, effect: float, cases: int, power: float = 0.8) -> float:
     """How many replicates find this difference at `power`; inf: no number up to 1000, it takes more cases."""
     tried = np.arange(2, 1001)
-    found = smallest_effect(measured, cases, tried, power)
-    if np.isnan(found * effect).any():
+    detectable = smallest_effect(measured, cases, tried, power)
+    if np.isnan(detectable * effect).any():
         return np.nan
-    return float(next(iter(tried[found <= abs(effect)]), np.inf))
+    return float(next(iter(tried[detectable <= abs(effect)]), np.inf))
 
 
 # Tables of runs: `metrics` is what results.case_metrics gives (configuration, seed, case_id, metrics)
@@ -252,7 +252,7 @@ def aliases(levels: Mapping[str, Mapping[str, Sequence[str]]], most: int = 3) ->
     """
     arms = sorted({arm for of in levels.values() for group in of.values() for arm in group})
     sign = {name: np.where(np.isin(arms, next(iter(of.values()))), 1, -1) for name, of in levels.items()}
-    found = {
+    mixed_with = {
         name: [
             " × ".join(others)
             for order in range(2, most + 1)
@@ -261,7 +261,7 @@ def aliases(levels: Mapping[str, Mapping[str, Sequence[str]]], most: int = 3) ->
         ]
         for name in sign
     }
-    return pd.Series({name: "; ".join(mixed) or "none" for name, mixed in found.items()}, name="mixed with")
+    return pd.Series({name: "; ".join(mixed) or "none" for name, mixed in mixed_with.items()}, name="mixed with")
 
 
 def fold_differences(metrics: pd.DataFrame, arm: str, against: str, metric: str) -> pd.Series:
@@ -286,11 +286,11 @@ def papers_t_test(table: pd.DataFrame) -> pd.Series:
 
     It takes the draw of the seed for an effect: METHOD.md says how often. Only to compare with.
     """
-    found = {}
+    p = {}
     for seed, d in table.items():
         testable = len(d) > 1 and np.isfinite(d).all() and d.std() > 0
-        found[seed] = ttest_1samp(d, 0).pvalue if testable else np.nan
-    return pd.Series(found, name=PAPERS_T_TEST)
+        p[seed] = ttest_1samp(d, 0).pvalue if testable else np.nan
+    return pd.Series(p, name=PAPERS_T_TEST)
 
 
 def holm(p: Sequence[float]) -> Float[np.ndarray, " tests"]:
@@ -506,9 +506,9 @@ def published_rankings(
         replicate_sds: of the difference over replicates, in the metric's unit; 0: as if the seed did not matter.
     """
     rows, mean, variance = table.iloc[:, 0], table[f"{metric}_mean"], table[f"{metric}_std"] ** 2
-    found = pd.DataFrame({"row": rows, "against": rows.shift(), "difference": mean.diff()})
+    pairs = pd.DataFrame({"row": rows, "against": rows.shift(), "difference": mean.diff()})
     for r in correlations:
         of_cases = (variance + variance.shift() - 2 * r * np.sqrt(variance * variance.shift())) / cases
         for sd in replicate_sds:
-            found[f"r = {r:g}, replicate sd {sd:g}"] = t.sf(mean.diff().abs() / np.sqrt(of_cases + sd**2), cases - 1)
-    return found.iloc[1:].reset_index(drop=True)
+            pairs[f"r = {r:g}, replicate sd {sd:g}"] = t.sf(mean.diff().abs() / np.sqrt(of_cases + sd**2), cases - 1)
+    return pairs.iloc[1:].reset_index(drop=True)

@@ -18,31 +18,31 @@ from mupkg.report.figures import BLUE
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import HISTORY, METRICS, RUN, STAGE1, Shift, metrics_name, read_run
 from mupkg.trials import statistics
-from mupkg.trials.kept import told_otherwise
+from mupkg.trials.kept import parameter_fault
 from mupkg.trials.protocol import Study, Trial
 from mupkg.trials.statistics import Estimate, differences
 
 
-def trial_runs(study: str | Path, told: Mapping[str, Mapping[str, Any]], kept: Path | None = None) -> pd.DataFrame:
+def trial_runs(study: str | Path, planned: Mapping[str, Mapping[str, Any]], kept: Path | None = None) -> pd.DataFrame:
     """The finished runs of a trial: `configuration` (the arm), `seed`, `replicate`, `stage1`, `folder` and `kept`.
 
     Args:
-        study: outputs/<study>. told: by folder what the runs were told, `Study.told`.
+        study: outputs/<study>. planned: by folder what the runs were told, `Study.run_parameters`.
         kept: where runs are kept as small tables, for those that are not in the study's folder.
 
     Raises:
         ValueError: naming every run of the protocol that is not there, or was told something else.
     """
     study, folders = Path(study), {}
-    for name in told:
+    for name in planned:
         places = [study, *([kept] if kept else [])]
         folders[name] = next((place / name for place in places if (place / name / METRICS).is_file()), None)
     if missing := [name for name, folder in folders.items() if folder is None]:
         raise ValueError(
-            f"{study}: {len(missing)} of the protocol's {len(told)} runs are missing: {', '.join(missing)}; "
+            f"{study}: {len(missing)} of the protocol's {len(planned)} runs are missing: {', '.join(missing)}; "
             "start the batch again, it trains only these"
         )
-    odd = {name: fault for name, folder in folders.items() if (fault := told_otherwise(folder, told[name]))}
+    odd = {name: fault for name, folder in folders.items() if (fault := parameter_fault(folder, planned[name]))}
     if odd:
         raise ValueError(
             f"{study}: runs were not trained as the protocol says: "
@@ -50,7 +50,7 @@ def trial_runs(study: str | Path, told: Mapping[str, Mapping[str, Any]], kept: P
             "again, or give the changed arm a name of its own"
         )
     rows = []
-    for name, own in told.items():
+    for name, own in planned.items():
         rows.append({"configuration": own["arm"], "seed": own["seed"], "replicate": own["replicate"]})
         rows[-1] |= {"stage1": study / own.get("stage1", STAGE1), "folder": folders[name]}
         rows[-1] |= {"kept": folders[name].parent != study}
@@ -68,7 +68,7 @@ def trial_metrics(
 
     Args:
         cohort: as it is now; every run must have been trained and tested on the regions that its stage 1 cut from it.
-        may_differ: the parameters in which the arms differ on purpose, `Trial.told_by_arms`.
+        may_differ: the parameters in which the arms differ on purpose, `Trial.set_by_arms`.
         shift: on shifted test scans instead. Else `validation_area` is there as well, the mean validation DSC over
             the whole training, and `active_share`, the mean share of the samplers' tuples that still taught in its
             last tenth (NaN without samplers): a run's own, so the same for all its cases.
@@ -133,10 +133,10 @@ def histories(table: pd.DataFrame) -> pd.DataFrame:
     """
     parts = []
     for row in table.itertuples():
-        found = _history(row.folder)
-        summed = (found["learning_rate"] * found["step"].diff().fillna(found["step"])).cumsum()
+        history = _history(row.folder)
+        summed = (history["learning_rate"] * history["step"].diff().fillna(history["step"])).cumsum()
         replicate = getattr(row, "replicate", row.seed)
-        parts.append(found.assign(configuration=row.configuration, replicate=replicate, summed_rate=summed))
+        parts.append(history.assign(configuration=row.configuration, replicate=replicate, summed_rate=summed))
     wanted = ["configuration", "replicate", "step", "summed_rate", "validation_dsc", "cross_entropy"]
     return pd.concat(parts, ignore_index=True)[wanted]
 
@@ -237,7 +237,7 @@ def power(trial: Trial, metrics: pd.DataFrame, replicates: Sequence[int] = (5, 1
 def promised(study: Study, cases: int = 100) -> pd.DataFrame:
     """What the protocol can promise before it is run: a row a contrast, `statistics.promised` and what follows.
 
-    Of a trial with training sets of its own, from E1's components; of folds, from `FOLD_SD`.
+    The components are E1's where training sets are drawn anew, and `FOLD_SD` in folds.
     """
     trial, rows = study.trial, []
     for arm, against in trial.pairs:

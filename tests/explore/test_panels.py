@@ -136,7 +136,7 @@ def test_the_mouse_chooses_in_the_picture_at_whatever_size_it_is_shown():
 
 def test_the_mouse_is_told_of_the_voxel_under_it():
     told = []
-    panel = SlicePanel(grey_case(), told=lambda *place: told.append(place) or "this one")
+    panel = SlicePanel(grey_case(), describe=lambda *place: told.append(place) or "this one")
     panel.hover(event("mousemove", 5.3, 18.8))
     panel.hover(event("mousemove", -0.6, 25))
     assert told == [(0, 5, 19), (0, 0, 19)] and "this one" in panel.words.value

@@ -78,7 +78,7 @@ def test_a_click_chooses_a_voxel_and_measures_from_it_and_a_box_only_chooses(ben
 
 def test_both_pictures_tell_of_the_voxel_in_five_lines(bench):
     assert bench.panels[0].words is bench.panels[1].words
-    assert bench.panels[0].told(0, 1, 2).splitlines()[4].startswith("distance: A ")
+    assert bench.panels[0].describe(0, 1, 2).splitlines()[4].startswith("distance: A ")
 
 
 def test_another_case_comes_into_the_same_panel(study):

@@ -134,9 +134,9 @@ def before_every_protocol(repository: Path, runs: Path) -> tuple[list[str], int]
     since: dict[Path, list[datetime]] = {run: [] for run in start}
     for protocol in (repository / "notebooks" / "studies" / "trials").glob("*.yaml") if start else ():
         study, date = Study.read(protocol), committed(repository, protocol)
-        for name, told in study.told.items():
+        for name, told in study.run_parameters.items():
             run = runs / study.study / name
-            if date and run in start and not kept.told_otherwise(run, told):
+            if date and run in start and not kept.parameter_fault(run, told):
                 since[run].append(date)
     late = datetime.max.replace(tzinfo=UTC)
     return sorted(run.name for run, date in start.items() if date < min(since[run], default=late)), len(start)
@@ -178,7 +178,7 @@ def repository(tmp_path, monkeypatch) -> Path:
     ],
 )
 def test_a_run_that_began_before_its_protocol_is_named(minute, change, early, repository):
-    told = Study.read(repository / "notebooks/studies/trials/smoke.yaml").told["UNet-seed0"]
+    told = Study.read(repository / "notebooks/studies/trials/smoke.yaml").run_parameters["UNet-seed0"]
     record = {"parameters": told, "written": f"2026-01-01T12:0{minute}:00+00:00", "training_seconds": 120}
     (repository / "runs" / "smoke-trials" / "UNet-seed0" / RUN).write_text(json.dumps(record))
     with (repository / "notebooks/studies/trials/smoke.yaml").open("a") as file:
