@@ -55,6 +55,11 @@ def test_every_position_is_equally_likely():
     assert chisquare(list(counts.values())).pvalue > 0.001
 
 
+def test_an_epoch_takes_500_patches_of_each_volume_as_in_the_paper():
+    volumes = [np.ones((3, 4, 6), np.uint8)] * 2
+    assert PatchSource(volumes, volumes, patch_size=(4, 6)).epoch_length == 2 * 500
+
+
 def test_every_volume_gives_its_share_of_an_epoch_in_shuffled_order():
     source = source_of([(7, 12, 14), (3, 4, 6), (9, 30, 30)], patches_per_image=50)
     for epoch in (0, 1):
