@@ -225,7 +225,7 @@ check("5.3", globals())
 
 # %% tags=["setup"]
 def both_distances(label, heat):
-    """Of the slices with both contours: distance to the true one, distance to the own one, and heat; flat."""
+    """Distance to the true contour, distance to the own one, and heat, in the slices with both; flat."""
     own = heat > 0.5
     both = (label == 1).any(axis=(1, 2)) & own.any(axis=(1, 2))
     return [values[both].ravel() for values in (signed_distance(label), signed_distance(own), heat)]
