@@ -12,6 +12,7 @@ import nbformat
 
 LESSONS = Path(__file__).parent
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION$", re.DOTALL | re.MULTILINE)
+PAGE = re.compile(r"`((?:METHOD|RESULTS)\.md)`")  # becomes a link to the repository's root
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -46,13 +47,12 @@ def notebooks(source: Path) -> dict[Path, str]:
                 "grade": check, "grade_id": f"{source.stem}-{number}", "locked": check, "schema_version": 3,
                 "solution": not check, "task": False, **({"points": 1} if check else {}),
             }  # fmt: skip
-    link = "[METHOD.md]({}METHOD.md)".format
-    solved = (nbformat.writes(lesson) + "\n").replace("`METHOD.md`", link("../../../"))
+    solved = PAGE.sub(r"[\1](../../../\1)", nbformat.writes(lesson) + "\n")
     lesson.cells = [cell for cell in lesson.cells if not tagged(cell, "answer")]
     for cell in lesson.cells:
         cell.source = blank(cell.source)
     name = f"{source.stem}.ipynb"
-    unsolved = (nbformat.writes(lesson) + "\n").replace("`METHOD.md`", link("../../"))
+    unsolved = PAGE.sub(r"[\1](../../\1)", nbformat.writes(lesson) + "\n")
     return {LESSONS / name: unsolved, LESSONS / "solutions" / name: solved}
 
 

@@ -264,16 +264,16 @@ labels, probability = labels[slices], logits.softmax(dim=1)[:, 1]
 mixed = torch.randperm(labels[0].numel(), generator=torch.Generator().manual_seed(0))
 
 # %% [markdown]
-# Eight draws each, 500 anchors an image, first with all voxels in place and then shuffled:
+# The metric loss over eight draws each, 500 anchors an image, first with all voxels in place and then shuffled:
 
 # %%
 print("your guess:", guess_notices)
 for sampler in (RandomSampler(500), HardNegativeSampler(500), ContourSampler(500)):
-    for name, order in {"metric loss": torch.arange(len(mixed)), "shuffled": mixed}.items():
+    for name, order in {"in place": torch.arange(len(mixed)), "shuffled": mixed}.items():
         here = [x.flatten(-2)[..., order].unflatten(-1, (40, 40)) for x in (labels, probability, embeddings)]
         draws = (sampler(*here[:2], torch.Generator().manual_seed(k)) for k in range(8))
         losses = [VoxelMetricLoss()(here[2], tuples).item() for tuples in draws]
-        print(f"{sampler.letter}: {name:11} {np.mean(losses):.4f} (8 draws: ± {np.std(losses):.4f})", end="  ")
+        print(f"{sampler.letter}: {name:8} {np.mean(losses):.4f} (8 draws: ± {np.std(losses):.4f})", end="  ")
     print()
 
 # %% [markdown]

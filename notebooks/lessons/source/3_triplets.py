@@ -288,7 +288,8 @@ print("your guess for × 10:", guess_scale)
 # The same geometry, and anything between all and almost none of the triplets teach. So **σ has no meaning by
 # itself**. It is a length (squared) to be compared with the distances in the network at hand, and these depend on
 # the number of channels and on batch norm. Whoever compares two margins, or one margin in two networks, compares
-# scales as well. `VoxelMetricLoss(normalize=True)` takes the scale away; the paper does not.
+# scales as well. `VoxelMetricLoss(normalize=True)` takes the scale away; the paper does not. What that is worth on
+# phantoms was asked in the trial E3: see "Which part of the method matters?" in `RESULTS.md`.
 
 # %% [markdown]
 # ## What we have learned
