@@ -224,7 +224,10 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
         )
     equal = row["verdict"] == "equivalent"
     low, high = row[["low_90", "high_90"] if equal else ["low", "high"]]
-    effect = f"{row['mean_difference']:+.4f} [{low:+.4f}, {high:+.4f}]{' (90 %)' if equal else ''}"
+    metric = metric_of(outcome)
+    digits, unit = (metric.digits, f" {metric.unit}") if metric.unit else (4, "")
+    effect = f"{row['mean_difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{unit}"
+    effect += " (90 %)" if equal else ""
     verdict = f"equivalent within {row['margin']:g}" if equal else row["verdict"]
     verdict += " (post hoc)" if spec.get("post_hoc") else ""
     counts = f"{row['cases']} × {row['replicates']}{f' × {row.folds} folds' if row['folds'] else ''}"
