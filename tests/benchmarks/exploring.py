@@ -33,6 +33,7 @@ EXPLORER = "explorer = EmbeddingExplorer(case, per_kind=11_000)\nexplorer.widget
 VIEWER = "view = CaseViewer(case, 'slices')\nview.widget"
 
 COHORT = """
+import ipywidgets
 import pandas as pd
 from mupkg.explore.scatters import VoxelExplorer
 from mupkg.explore.voxels import DrawnVoxels
@@ -52,7 +53,7 @@ for name in "AB":
 samples = {name: EmbeddedVoxels(points, number, points[:, ::step]) for name, step in (("A", 1), ("B", -1))}
 many = Many(2, ["kind", "error"], projection="PCA", seed=0, folder=".")
 many.show(DrawnVoxels(pd.DataFrame(columns), samples, number < 4, {}))
-many.plots[0]
+ipywidgets.VBox([many.plots[0]], layout={"width": "560px"})
 """
 PARTS = ("server and browser", "page and kernel", "workbench", "rest of the cells")  # of opening notebook 08
 WORKBENCH = 3  # code cell, the injected parameters counted
@@ -199,6 +200,7 @@ def _lassos_of_many(notebook, repeats: int) -> list[float]:
     scatter, took = notebook.cell(3).locator("canvas").first, []
     for number in range(repeats):
         edge = 0.30 + 0.02 * number
+        notebook.bring(scatter)  # a scatter out of sight is not drawn
         notebook.page.wait_for_function(DRAWN, timeout=180_000)
         notebook.drag(scatter, (edge, 0.1), (0.7, 0.1), (0.7, 0.9), (edge, 0.9))
         start = time.perf_counter()
