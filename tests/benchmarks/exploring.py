@@ -123,7 +123,7 @@ def exploring(repeats: int, quick: bool = False) -> list[dict]:
     rows = [_row(f"{what}, {voxels} voxels, 128-cube", values, bar) for what, values, bar in times]
     parts = ", ".join(f"{what} {took:.1f} s" for what, took in zip(PARTS, np.diff([started, *marks]), strict=True))
     rows.append(_row("another case in the workbench, both runs predicted before", cases, 500))
-    opened = (("until the workbench is alive", 3, 10_000), ("run to its end", 4, 19_000))
+    opened = (("until the workbench is alive", 2, 10_000), ("run to its end", 3, 19_000))
     for what, mark, bar in opened:
         rows.append(_row(f"fresh JupyterLab, notebook 08 {what}", [1e3 * (marks[mark] - started)], bar))
     rows[-1]["note"] = parts
