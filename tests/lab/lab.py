@@ -362,10 +362,15 @@ class Notebook:
         """Sets the ipywidgets slider of that description (of a cell, say) by typing the value into its readout."""
         row = (within or self.page).locator(".widget-slider").filter(has=self.page.get_by_text(label, exact=True))
         readout = row.locator(".widget-readout")
-        readout.click()
-        readout.press("ControlOrMeta+a")
-        self.page.keyboard.type(f"{value:g}")
-        self.page.keyboard.press("Enter")
+
+        def typed() -> bool:
+            readout.click()
+            readout.press("ControlOrMeta+a")
+            self.page.keyboard.type(f"{value:g}")
+            self.page.keyboard.press("Enter")
+            return abs(float(readout.inner_text()) - value) < 1e-6
+
+        wait_for(typed, f"{label} at {value:g}")  # a busy page may draw the readout anew under the hand
 
     def press(self, text: str, within: Locator | None = None) -> None:
         """Clicks the ipywidgets button of that text (of a cell, say)."""

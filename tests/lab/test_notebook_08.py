@@ -390,6 +390,7 @@ def test_another_case_comes_into_the_workbench(notebook: Notebook):
 def test_another_run_comes_into_the_workbench_and_its_settings_stay(notebook: Notebook):
     cell = notebook.cell(WORKBENCH)
     notebook.slider("threshold", 0.3, within=cell)
+    notebook.wait_until("abs(bench.explorer.view.threshold.value - 0.3) < 1e-6")
     cell.locator("select").nth(3).select_option("error")
     notebook.wait_until("bench.explorer.colour.value == 'error'")
     before = notebook.pixels(picture(notebook, WORKBENCH))
