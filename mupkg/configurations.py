@@ -22,6 +22,7 @@ from mupkg.models import BACKBONES
 from mupkg.samplers import SAMPLERS, Sampler, whole_number
 
 Control = Literal["voxels", "balanced", "shuffled"]  # of what the metric loss does; METHOD.md, "Beyond the paper"
+OF_VOXELS = ("voxels", "balanced")  # the controls that put `DrawnCrossEntropy` in place of the metric loss
 
 TABLE_II = (
     *("UNet", "UNet++", "MetricUNet-R-Sep", "MetricUNet-R", "MetricUNet-H", "MetricUNet++-H", "MetricUNet-C"),
@@ -127,7 +128,7 @@ def build(
     if infonce_temperature is not None:
         metric_loss = InfoNCELoss(infonce_temperature)
     _refuse_idle(configuration, control, infonce_temperature, hinge, normalize)
-    if control in ("voxels", "balanced"):
+    if control in OF_VOXELS:
         metric_loss = DrawnCrossEntropy(balanced=control == "balanced")
     chosen = [samplers[letter] for letter in configuration.samplers]
     loss = SegmentationMetricLoss(chosen, metric_loss, weight, shuffled=control == "shuffled", dice=dice)
@@ -154,7 +155,7 @@ def _refuse_idle(chosen: Configuration, control: str | None, infonce: float | No
     """ValueError for a control that does nothing, so that no run is named after what it does not do."""
     if control not in (None, *get_args(Control)):
         raise ValueError(f"control must be None or one of {', '.join(get_args(Control))}, not {control!r}")
-    of_voxels = control in ("voxels", "balanced")
+    of_voxels = control in OF_VOXELS
     plain, replaced = not chosen.samplers, of_voxels or infonce is not None
     idle = {
         "control": plain and control is not None,

@@ -134,8 +134,9 @@ def list_dicom(folder: str | Path, *, hash_patients: bool = False, damaged: list
     rows, bare = [], dict(scans)
     for roi in (roi for rois in _structures(paths, faults) for roi in rois):
         for key in roi.drawn_on(scans) or [Key(min(roi.series, default=""), roi.frame)]:
-            size = (scans[key].modality, scans[key].slices) if key in scans else ("", 0)
-            rows.append((roi.patient, key.series, *size, roi.name or None, roi.contour_count, str(roi.path)))
+            modality, slices = (scans[key].modality, scans[key].slices) if key in scans else ("", 0)
+            named = roi.name or None
+            rows.append((roi.patient, key.series, modality, slices, named, roi.contour_count, str(roi.path)))
             bare.pop(key, None)
     if damaged is not None:
         damaged += faults

@@ -186,18 +186,25 @@ def reference_page() -> str:
 # RESULTS.md
 
 
+@cache
+def runs_of(name: str) -> tuple[list[str], int]:
+    """A trial's runs that are kept, and how many it plans: asked by every row of the page that it has."""
+    planned = study(name).run_parameters
+    return sorted(kept_runs(study(name).study, planned)), len(planned)
+
+
 def progress_of(name: str) -> str:
     """How far a trial without an answer is: how many of its runs are kept."""
-    finished, planned = kept_runs(study(name).study, study(name).run_parameters), study(name).run_parameters
-    return f"no answer yet: {len(finished)} of {len(planned)} runs are kept"
+    finished, planned = runs_of(name)
+    return f"no answer yet: {len(finished)} of {planned} runs are kept"
 
 
 def core_hours(name: str) -> str:
     """Training time of the trial's kept runs times their threads; runs of before they were kept tell none."""
-    folder, planned = kept_folder(study(name).study), study(name).run_parameters
-    records = [read_run(folder / run / RUN) for run in kept_runs(study(name).study, planned)]
+    folder, (finished, planned) = kept_folder(study(name).study), runs_of(name)
+    records = [read_run(folder / run / RUN) for run in finished]
     seconds = [r["training_seconds"] * r["threads"] for r in records if "training_seconds" in r and "threads" in r]
-    return f"{sum(seconds) / 3600:.1f} ({len(seconds)} of {len(planned)} runs)" if seconds else "not recorded"
+    return f"{sum(seconds) / 3600:.1f} ({len(seconds)} of {planned} runs)" if seconds else "not recorded"
 
 
 def result_row(spec: Mapping[str, Any]) -> list[str]:
