@@ -199,12 +199,18 @@ def progress_of(name: str) -> str:
     return f"no answer yet: {len(finished)} of {planned} runs are kept"
 
 
-def core_hours(name: str) -> str:
-    """Training time of the trial's kept runs times their threads; runs of before they were kept tell none."""
+def core_hours(name: str) -> list[str]:
+    """Training time of the trial's kept runs times their threads, and that of its other runs at the same rate.
+
+    Runs of before runs were kept tell none.
+    """
     folder, (finished, planned) = kept_folder(study(name).study), runs_of(name)
     records = [read_run(folder / run / RUN) for run in finished]
     seconds = [r["training_seconds"] * r["threads"] for r in records if "training_seconds" in r and "threads" in r]
-    return f"{sum(seconds) / 3600:.1f} ({len(seconds)} of {planned} runs)" if seconds else "not recorded"
+    spent = f"{sum(seconds) / 3600:.1f} ({len(seconds)} of {planned} runs)" if seconds else "not recorded"
+    if (REFERENCE / name).is_dir():  # is answered
+        return [spent, ""]
+    return [spent, f"{np.mean(seconds) / 3600 * (planned - len(finished)):.1f}" if seconds else "not known"]
 
 
 def result_row(spec: Mapping[str, Any]) -> list[str]:
@@ -244,11 +250,14 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
 
 
 def pooled_after_the_fact(spec: Mapping[str, Any]) -> pd.DataFrame:
-    """A contrast that no protocol named: against the mean of controls of two trials, with the same test cases."""
-    both = pd.concat([cases(spec["trial"]), cases(spec["post_hoc"])])
-    metrics, means = both.drop_duplicates(["configuration", "seed", "case_id"]), spec["against"].split(" and ")
-    pairs = [(spec["arm"], spec["against"])]
-    return statistics.contrasts(metrics, pairs, [spec.get("outcome", "DSC")], means={spec["against"]: means})
+    """A contrast that no protocol named, of arms ("UNet") or their means ("UNet and UNet-again") of two trials.
+
+    Both trials have the same test cases; they may be one trial.
+    """
+    both, pair = pd.concat([cases(spec["trial"]), cases(spec["post_hoc"])]), (spec["arm"], spec["against"])
+    metrics = both.drop_duplicates(["configuration", "seed", "case_id"])
+    means = {side: side.split(" and ") for side in pair if " and " in side}
+    return statistics.contrasts(metrics, [pair], [spec.get("outcome", "DSC")], means=means)
 
 
 def figures_in_sentences() -> dict[str, Any]:
@@ -297,9 +306,9 @@ def results_page() -> str:
             claims.append([claim, *(rows[0][1:3] if rows else ["", question["short"].format(**figures)])])
     table = markdown_table(["the paper's claim", "ours: effect [interval]", "what follows"], claims)
     parts.insert(1, f"## The paper's claims, one by one\n\n{said['claims'].strip()}\n\n{table}")
-    hours = [[name, core_hours(name)] for name in protocols()]
-    table = markdown_table(["protocol", "core-hours of training"], hours)
-    parts.append(f"## What it cost\n\nOf kept runs. A run counts for every protocol that tells it so.\n\n{table}")
+    hours = [[name, *core_hours(name)] for name in protocols()]
+    table = markdown_table(["protocol", "core-hours of training", "left, at that rate"], hours)
+    parts.append(f"## What it cost\n\n{said['cost'].strip()}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
