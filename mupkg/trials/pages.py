@@ -250,13 +250,15 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
 
 
 def pooled_after_the_fact(spec: Mapping[str, Any]) -> pd.DataFrame:
-    """A contrast that no protocol named, of arms ("UNet") or their means ("UNet and UNet-again") of two trials.
+    """A contrast that no protocol named, between arms of two trials, which may be one, in the replicates of both.
 
-    Both trials have the same test cases; they may be one trial.
+    A side is an arm, the mean of some ("UNet and UNet-again"), or a factor's level ("with normalize").
     """
-    both, pair = pd.concat([cases(spec["trial"]), cases(spec["post_hoc"])]), (spec["arm"], spec["against"])
-    metrics = both.drop_duplicates(["configuration", "seed", "case_id"])
-    means = {side: side.split(" and ") for side in pair if " and " in side}
+    both, pair = [cases(spec["trial"]), cases(spec["post_hoc"])], (spec["arm"], spec["against"])
+    metrics = pd.concat(both).drop_duplicates(["configuration", "seed", "case_id"])
+    metrics = metrics[metrics["seed"].isin(both[0]["seed"]) & metrics["seed"].isin(both[1]["seed"])]
+    means = study(spec["trial"]).trial.means | {side: side.split(" and ") for side in pair if " and " in side}
+    means = {side: arms for side, arms in means.items() if side in pair}
     return statistics.contrasts(metrics, [pair], [spec.get("outcome", "DSC")], means=means)
 
 
