@@ -305,7 +305,8 @@ def results_page() -> str:
         if extra := question.get("table"):
             parts.append(EXTRA[extra]())
         if claim := question.get("claim"):
-            claims.append([claim, *(rows[0][1:3] if rows else ["", question["short"].format(**figures)])])
+            effect, follows = rows[0][1:3] if rows else ("", question["short"].format(**figures))
+            claims.append([claim, effect, f"{follows} {question.get('but', '')}".strip()])
     table = markdown_table(["the paper's claim", "ours: effect [interval]", "what follows"], claims)
     parts.insert(1, f"## The paper's claims, one by one\n\n{said['claims'].strip()}\n\n{table}")
     hours = [[name, *core_hours(name)] for name in protocols()]

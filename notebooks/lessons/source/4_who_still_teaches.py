@@ -295,8 +295,9 @@ print(", ".join(f"{name}: {share:.3f}" for name, share in last.items()), f"(your
 # ## Answers (in the solutions only)
 #
 # **To think about.** Not necessarily. In the suite's trials near negatives kept far more triplets active and were
-# better than the paper's HCP; yet when the question was put again, with new draws, they were no better than a plain
-# UNet, within a hundredth of DSC (`RESULTS.md`, E1N). A gradient says that something moves, not where to.
+# better than the paper's HCP. Against a plain UNet the first trial could not decide, and a second one, with new
+# seeds, found them no better within a hundredth of DSC (`RESULTS.md`, "Do near negatives help"). A gradient says that
+# something moves, not where to.
 
 # %% [markdown] tags=["answer", "exam"]
 # **Exam 1.** H chooses hard *anchors*, prostate voxels with p < 0.9, and draws their negatives anywhere in the

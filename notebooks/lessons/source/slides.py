@@ -104,7 +104,8 @@ printed("5_contour", "C less UNet")
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 6 · Is the gain real?
 #
-# Equal methods, tested over patients as papers do; then a real trial.
+# Eight simulated patients: one of them carries the gain. Then a real trial, E1: one training at a time, the test
+# answers both ways.
 
 # %% slideshow={"slide_type": "-"}
 picture("6_is_the_gain_real", "n = 8 patients, simulated")
