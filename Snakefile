@@ -160,7 +160,7 @@ rule stage2:
         OUT + "/{run}/metrics.csv",
         notebook=OUT + "/{run}/03_stage2_training.ipynb",
     params:
-        notebook=lambda w: json.dumps({**COMMON, **STUDY.stage2, **STUDY.runs[w.run]}),
+        notebook=lambda w: json.dumps({**COMMON, **STUDY.run_parameters[w.run]}),
     threads: STUDY.threads["stage2"]
     resources:
         gpu=1,

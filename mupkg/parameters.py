@@ -31,7 +31,7 @@ from mupkg.data import build as cohorts
 from mupkg.data.preprocessing import CT_WINDOW, Grid, HuRange, Preparation
 from mupkg.models import BACKBONES, MULTIPLE, VNET_MULTIPLE, Backbone
 from mupkg.settings import AnyPath, FolderName, Settings, check_no_list
-from mupkg.stages.runs import MAX_CHANNELS, STAGE1, Shift, run_name
+from mupkg.stages.runs import MAX_CHANNELS, NNUNET_RUNS, STAGE1, NnunetRun, Shift, run_name
 
 Size = Literal["smoke", "quick", "paper"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -110,6 +110,18 @@ class SizedSettings(Settings):
         return says | {name: value for name, value in values.items() if value is not None or name not in says}
 
 
+FILES = ("pattern", "table", "promise12", "decathlon")  # sources whose labels are volumes
+READ_BY = {  # parameters of notebook 00 that some sources alone have a use for
+    "image_pattern": ("pattern",),
+    "label_pattern": ("pattern",),
+    "label_values": FILES,
+    "channel": FILES,
+    "roi": ("dicom_rt",),
+    "hash_patients": ("dicom_rt",),
+    "fill_gaps": ("dicom_rt",),
+}
+
+
 class CohortSettings(SizedSettings):
     """Notebook 00: where scans come from and how they are prepared."""
 
@@ -147,11 +159,12 @@ class CohortSettings(SizedSettings):
             raise ValueError(f"replicates are made of phantoms; for source {self.source!r} set folds (and repeats)")
         if self.replicates and self.folds:
             raise ValueError("replicates and folds are two ways to make training sets; leave one of them out")
-        if self.hash_patients and self.source != "dicom_rt":
-            others = f"of source {self.source!r} the names of files and patients stay"
-            raise ValueError(f"hash_patients is for source 'dicom_rt'; {others}")
-        if self.fill_gaps and self.source != "dicom_rt":
-            raise ValueError(f"fill_gaps is for contours, source 'dicom_rt'; source {self.source!r} has none")
+        if self.repeats > 1 and not self.folds:
+            raise ValueError("repeats deals out the folds anew, and there are none; set folds, too")
+        for name, sources in READ_BY.items():
+            if self.source not in sources and getattr(self, name) != type(self).model_fields[name].default:
+                theirs = " or ".join(map(repr, sources))
+                raise ValueError(f"{name} is for source {theirs}; source {self.source!r} has no use for it")
         modality = {"phantoms": "CT", "promise12": "MR", "decathlon": "MR"}.get(self.source, self.modality)
         if self.modality != modality:
             raise ValueError(f"source {self.source!r} is {modality}; set modality to {modality!r}")
@@ -189,7 +202,7 @@ class CohortSettings(SizedSettings):
             case "table":
                 return cohorts.sources_from_table(folder, modality=self.modality, **options)
             case "promise12":
-                return cohorts.sources_from_promise12(folder)
+                return cohorts.sources_from_promise12(folder, **options)
             case "decathlon":
                 return cohorts.sources_from_decathlon(folder, **{k: v for k, v in options.items() if v is not None})
             case _:
@@ -400,10 +413,7 @@ class NnunetSettings(SizedSettings, StudySettings):
     """Notebook 11: how long nnU-Net trains, and how much of what it plans is kept."""
 
     stage: ClassVar[str] = "nnunet"
-    configurations: Annotated[tuple[Literal["nnUNet", "nnUNet-HCP"], ...], Field(min_length=1)] = (
-        "nnUNet",
-        "nnUNet-HCP",
-    )
+    configurations: Annotated[tuple[NnunetRun, ...], Field(min_length=1)] = NNUNET_RUNS
     seed: Annotated[Seed, Tag.NAME] = 0
     replicate: Annotated[Annotated[int, Field(ge=0)] | None, Tag.NAME] = None
     epochs: Annotated[PositiveInt, Field(le=10**5)] = OF_SIZE

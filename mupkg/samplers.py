@@ -74,7 +74,7 @@ def near_contour(labels: Labels) -> Mask:
 
 
 def _mark(marked: Mask, mask: Mask, axis: int, steps: int) -> None:
-    """Add to `found` the voxels that lie `steps` voxels before or behind one of `mask` along an axis."""
+    """Add to `marked` the voxels that lie `steps` voxels before or behind one of `mask` along an axis."""
     length = mask.shape[axis] - steps
     if length > 0:
         marked.narrow(axis, 0, length).logical_or_(mask.narrow(axis, steps, length))

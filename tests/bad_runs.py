@@ -194,7 +194,7 @@ RUNS = [
         "a run's record cut short",
         on_evaluating(lambda study: shorter(study / "run-seed0" / "run.json")),
         "run.json",
-        "run notebook 03 again",
+        "run its notebook again",
     ),
     bad_run(
         "a run renamed",
@@ -202,7 +202,7 @@ RUNS = [
         "run-seed0 copy",
         "rename",
     ),
-    bad_run("no finished run", lambda study: lambda: finished_runs(study), "study", "run notebook 03"),
+    bad_run("no finished run", lambda study: lambda: finished_runs(study), "study", "train it with notebook 03"),
     bad_run("no preparation", on_prepared(Path.unlink, "preparation.json"), "preparation.json", "run notebook 00"),
     bad_run(
         "a broken preparation", on_prepared(write("{}}"), "preparation.json"), "preparation.json", "run notebook"

@@ -227,6 +227,23 @@ def test_notebook_has_small_cells_and_more_text_than_code(path):
     assert len(text) >= TEXT_PER_CODE * len(code)
 
 
+@each_notebook
+def test_notebook_asks_modules_for_what_they_have(path):
+    """Also in cells that no test runs, because a package is missing here."""
+    tree, imported = ast.parse("\n".join(source(cell) for cell in cells(path, "code"))), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "mupkg":
+            for name in node.names:
+                home = importlib.import_module(node.module)
+                inside = hasattr(home, name.name)
+                found = getattr(home, name.name) if inside else importlib.import_module(f"{node.module}.{name.name}")
+                imported[name.asname or name.name] = found
+    asked = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    asked = {(node.value.id, node.attr) for node in asked if node.value.id in imported}
+    assert asked
+    assert [f"{name}.{attribute}" for name, attribute in asked if not hasattr(imported[name], attribute)] == []
+
+
 # The repository
 
 

@@ -297,7 +297,7 @@ def test_what_papermill_p_makes_of_text_and_lists_is_refused_with_the_way_out(se
 
 def test_brackets_may_be_part_of_a_roi_s_name():
     for roi in ("CTV [Prostate]", "[1] Prostate", ["[Prostate]"]):
-        CohortSettings(roi=roi)
+        CohortSettings(source="dicom_rt", source_folder="scans", roi=roi)
 
 
 def test_a_name_too_long_for_a_file_is_told_as_that():
@@ -513,7 +513,7 @@ def test_a_source_of_the_other_modality_is_seen_at_once(tmp_path):
 
 def test_the_chosen_source_is_asked(monkeypatch, tmp_path):
     asked = {}
-    for name in (f"sources_from_{name}" for name in ("pattern", "table", "decathlon", "dicom_rt")):
+    for name in (f"sources_from_{name}" for name in ("pattern", "table", "promise12", "decathlon", "dicom_rt")):
         monkeypatch.setattr(f"mupkg.data.build.{name}", lambda *a, name=name, **k: asked.update({name: (a, k)}) or [])
     common = {"source_folder": str(tmp_path), "modality": "MR"}
     CohortSettings(source="pattern", label_values=[1, 2], channel=0, **common).sources()
@@ -522,6 +522,8 @@ def test_the_chosen_source_is_asked(monkeypatch, tmp_path):
     assert options == {"modality": "MR", "label_values": (1, 2), "channel": 0}
     CohortSettings(source="table", **common).sources()
     assert asked["sources_from_table"] == ((tmp_path,), {"modality": "MR", "label_values": None, "channel": None})
+    CohortSettings(source="promise12", label_values=[3], channel=1, **common).sources()
+    assert asked["sources_from_promise12"] == ((tmp_path,), {"label_values": (3,), "channel": 1})
     CohortSettings(source="decathlon", **common).sources()
     assert asked["sources_from_decathlon"] == ((tmp_path,), {})
     CohortSettings(source="decathlon", label_values=[2], channel=1, **common).sources()
@@ -529,6 +531,30 @@ def test_the_chosen_source_is_asked(monkeypatch, tmp_path):
     CohortSettings(source="dicom_rt", roi=[" CTV "], hash_patients=True, fill_gaps=True, **common).sources()
     options = {"modality": "MR", "hash_patients": True, "fill_gaps": True}
     assert asked["sources_from_dicom_rt"] == ((tmp_path, ("CTV",)), options)
+
+
+@pytest.mark.parametrize(
+    ("given", "source", "sources"),
+    [
+        ({"label_values": [5]}, "phantoms", "'pattern' or 'table' or 'promise12' or 'decathlon'"),
+        ({"channel": 0}, "dicom_rt", "'pattern' or 'table' or 'promise12' or 'decathlon'"),
+        ({"roi": "CTV"}, "table", "'dicom_rt'"),
+        ({"image_pattern": "{case}.nrrd"}, "table", "'pattern'"),
+        ({"label_pattern": "{case}-l.nrrd"}, "promise12", "'pattern'"),
+    ],
+)
+def test_what_the_source_has_no_use_for_is_refused(given, source, sources, tmp_path):
+    modality = "MR" if source == "promise12" else "CT"
+    common = {"source": source, "source_folder": str(tmp_path), "modality": modality}
+    CohortSettings(**common)
+    (name,) = given
+    with pytest.raises(ValueError, match=f"{name} is for source {sources}; source '{source}' has no use for it"):
+        CohortSettings(**common, **given)
+
+
+def test_repeats_without_folds_are_refused():
+    with pytest.raises(ValueError, match="repeats deals out the folds anew, and there are none; set folds, too"):
+        CohortSettings(repeats=2)
 
 
 def test_the_channel_goes_along_with_the_preparation(tmp_path):
@@ -800,6 +826,7 @@ def test_a_table_may_bring_replicates_of_its_own():
         ({"varies": ["seed", "steps", "cohort"]}, "varies: arms cannot differ in seed, cohort; it must name"),
         ({"primary": "DCS"}, "primary: .*'DSC'.*'ASD'"),
         ({"replicates": 0}, "replicates"),
+        ({"replicates": 1}, "replicates"),
     ],
 )
 def test_a_trial_that_cannot_be_judged_is_refused_before_any_training(change, told):

@@ -17,9 +17,9 @@ import SimpleITK as sitk
 from filelock import Timeout
 
 from mupkg.data.cohort import (
-    FINGERPRINT,
     HEADS,
     SPLITS,
+    TABLE,
     Cohort,
     fold_columns,
     patients,
@@ -30,7 +30,7 @@ from mupkg.data.cohort import (
 from mupkg.data.preprocessing import Preparation, prepare
 from mupkg.scans.cases import Case, CohortError, checked_case, label_volume_ml, name_faults
 from mupkg.scans.files import access_named, files_below, read_scan, write_image
-from mupkg.scans.writing import machine_lock, save_table, write_text
+from mupkg.scans.writing import FINGERPRINT, machine_lock, save_table, write_text
 
 ASIDE = ".making."  # begins the name of the folder of a cohort in the making
 DECATHLON_T2 = 0  # the channel that is T2
@@ -96,11 +96,11 @@ def write_cohort(
     with _made_aside(folder) as making:
         table = _with_split(folder, _stored(making, progress(sources), preparation), split_seed, folds, repeats)
         write_text(making / "preparation.json", preparation.model_dump_json(indent=2))
-        save_table(table, making / "cohort.csv", index=False)
-        for name in ("cohort.csv", FINGERPRINT):  # from here on the folder is in the making
+        save_table(table, making / TABLE, index=False)
+        for name in (TABLE, FINGERPRINT):  # from here on the folder is in the making
             (folder / name).unlink(missing_ok=True)
         files = [path for path in making.rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: path.name == "cohort.csv"):
+        for path in sorted(files, key=lambda path: path.name == TABLE):
             target = folder / path.relative_to(making)
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
@@ -338,7 +338,7 @@ def sources_from_table(
     """
     path = Path(path)
     with access_named(path):
-        path = path / "cohort.csv" if path.is_dir() else path
+        path = path / TABLE if path.is_dir() else path
     sources, faults = [], []
     for row in read_table(path, ("case_id", "image", "label")).to_dict("records"):
         if isinstance(own := row.get("modality"), str) and own != modality:
@@ -351,9 +351,12 @@ def sources_from_table(
     return sources
 
 
-def sources_from_promise12(folder: str | Path) -> list[Source]:
+def sources_from_promise12(
+    folder: str | Path, *, label_values: tuple[int, ...] | None = None, channel: int | None = None
+) -> list[Source]:
     """The PROMISE12 layout: CaseNN.mhd and CaseNN_segmentation.mhd in one folder."""
-    return sources_from_pattern(folder, "{case}.mhd", "{case}_segmentation.mhd", modality="MR")
+    patterns, options = ("{case}.mhd", "{case}_segmentation.mhd"), {"label_values": label_values, "channel": channel}
+    return sources_from_pattern(folder, *patterns, modality="MR", **options)
 
 
 def sources_from_decathlon(

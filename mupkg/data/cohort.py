@@ -27,11 +27,11 @@ import pandas as pd
 from mupkg.data.preprocessing import Preparation, Prepared, array_spacing
 from mupkg.scans.cases import Case, CohortError, grid_difference, name_faults, patient_key, spelt_alike
 from mupkg.scans.files import access_named, no_access, read_scan
-from mupkg.scans.writing import fingerprint
+from mupkg.scans.writing import FINGERPRINT, fingerprint
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("case_id", "image", "label", "split")
-FINGERPRINT = "fingerprint.json"
+TABLE = "cohort.csv"
 PHANTOMS = "phantoms"  # a source
 OPTIONAL = ("split", "patient", "modality")  # columns of a table from elsewhere
 TEXT = (*COLUMNS, "patient", "modality", "source", "fallback")
@@ -53,7 +53,7 @@ class Cohort:
         Raises:
             CohortError: with every fault of the table, each naming the case, the file and the way out.
         """
-        table = read_table(Path(folder) / "cohort.csv")
+        table = read_table(Path(folder) / TABLE)
         return cls(Path(folder), table.set_index("case_id", drop=False).rename_axis(None))
 
     @property
@@ -82,7 +82,7 @@ class Cohort:
     def case(self, case_id: str) -> Case:
         """One case with its scan and label on their own grid, as they were checked when the cohort was built."""
         if case_id not in self.table.index:
-            raise CohortError([f"case {case_id}: is not in {self.folder / 'cohort.csv'}"])
+            raise CohortError([f"case {case_id}: is not in {self.folder / TABLE}"])
         row = self.table.loc[case_id]
         try:
             image = read_scan(self.folder / row["image"])
@@ -109,7 +109,7 @@ class Cohort:
     def fingerprint(self) -> str:
         """The digest of the table and of its cases' prepared volumes."""
         volumes = [path for case_id in self.table.index for path in self._prepared(case_id)]
-        return fingerprint([self.folder / "cohort.csv", *volumes])
+        return fingerprint([self.folder / TABLE, *volumes])
 
     @property
     def of_phantoms(self) -> bool:
@@ -401,5 +401,5 @@ def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
             if not Path(real).is_relative_to(os.path.realpath(folder)):
                 yield f"case {case_id}: {column} {name} leads out of {folder}; copy the file into the folder"
             elif not os.path.exists(real):
-                yield f"case {case_id}: {column} {name} is not there, or may not be read; check it in cohort.csv"
+                yield f"case {case_id}: {column} {name} is not there, or may not be read; check it in {TABLE}"
         yield from shared_files(column, files)

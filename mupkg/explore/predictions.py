@@ -29,7 +29,7 @@ from mupkg.models import EmbeddingTap
 from mupkg.report import results
 from mupkg.stages.inference import load_network
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import BEST
+from mupkg.stages.runs import BEST, STAGE1
 from mupkg.stages.voxels import ELSEWHERE, KINDS, embed_slice, embed_voxels, kinds, predict_and_embed
 
 SLICES_KEPT = 16  # of embeddings that are not kept whole; a slice of 128 x 128 with 256 channels takes 17 MB
@@ -191,8 +191,8 @@ class Cases:
         """
         runs = results.finished_runs(study, configurations, seed)
         folders = runs.set_index("configuration")["folder"].to_dict()
-        regions = Regions.read(Path(study) / "stage1")
-        cases = cls(regions, folders, results.worst_first(results.case_metrics(runs), regions))
+        regions = Regions.read(Path(study) / STAGE1)
+        cases = cls(regions, folders, results.per_case(results.case_metrics(runs), "DSC"))
         cases._network = cache(lambda name: _as_the_loss_sees_it(*load_network(folders[name] / BEST)))
         return cases
 

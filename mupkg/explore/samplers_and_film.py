@@ -41,7 +41,7 @@ from mupkg.report.figures import (
 from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
 from mupkg.stages.film import Frames, read_film
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import FILM
+from mupkg.stages.runs import FILM, STAGE1
 
 TRAINED = "trained"  # the step of a network as it is, not of its film
 
@@ -57,7 +57,7 @@ class CaseFilm(NamedTuple):
 
 def read_films(study: str | Path, configurations: Sequence[str] | None = None, seed: int = 0) -> dict[str, CaseFilm]:
     """The films of a study's runs by configuration; runs trained without one are left out."""
-    regions, films = Regions.read(Path(study) / "stage1"), {}
+    regions, films = Regions.read(Path(study) / STAGE1), {}
     for row in results.finished_runs(study, configurations, seed).itertuples():
         if (row.folder / FILM).is_dir():
             frames = read_film(row.folder)

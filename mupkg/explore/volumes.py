@@ -53,7 +53,7 @@ class NiivueViewer:
     somebody moves the cross-hair.
     """
 
-    def __init__(self, case: CasePredictions, moved: Callable[[int], None], height: int = 260):
+    def __init__(self, case: CasePredictions, moved: Callable[[int], None]):
         from ipyniivue import NiiVue, SliceType, Volume  # slow to import
 
         self.case, self.moved, self._in_plane = case, moved, [0.5, 0.5]
@@ -66,7 +66,7 @@ class NiivueViewer:
         options |= {"slice_type": SliceType.MULTIPLANAR, "crosshair_width": 0.5, "crosshair_width_unit": "mm"}
         for heat in case.heat.values():
             probability = nifti(np.round(255 * heat).astype(np.uint8), case.spacing_mm)
-            view = NiiVue(height=height, **options)
+            view = NiiVue(height=260, **options)
             for name, colour in {"truth": TRUTH, "prediction": PREDICTION}.items():
                 view.add_colormap(name, one_colour(colour))
             view.load_volumes(

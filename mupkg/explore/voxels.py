@@ -24,7 +24,7 @@ from mupkg.scans.writing import whole_file
 from mupkg.stages.voxels import KINDS, draw, sample_voxels
 
 PATCH_MM = 32.0  # edge of a small patch
-NEAREST = 10  # neighbours that are kept of each saved voxel
+NEAREST = 10  # neighbours of a voxel that are shown, and kept of each saved one
 PLACE = ["z", "y", "x"]
 
 
@@ -106,10 +106,8 @@ class DrawnVoxels:
         with few_threads():
             return embeddings.measure_all(fair, margin, seed)
 
-    def nearest(
-        self, name: str, embedding: Float[np.ndarray, " e"], count: int = 10, but: tuple | None = None
-    ) -> pd.DataFrame:
-        """The voxels nearest to an embedding in the run's full feature space, with their squared `distance`.
+    def nearest(self, name: str, embedding: Float[np.ndarray, " e"], but: tuple | None = None) -> pd.DataFrame:
+        """The `NEAREST` voxels to an embedding in the run's full feature space, with their squared `distance`.
 
         Args:
             but: case, z, y, x of a voxel to leave out: the one whose neighbours are asked for.
@@ -117,7 +115,7 @@ class DrawnVoxels:
         squares = ((self.samples[name].embedding - embedding) ** 2).sum(axis=1)
         if but is not None:
             squares[(self.table[["case", *PLACE]] == list(but)).all(axis=1).to_numpy()] = np.inf
-        rows = np.argsort(squares, kind="stable")[: min(count, int(np.isfinite(squares).sum()))]
+        rows = np.argsort(squares, kind="stable")[: min(NEAREST, int(np.isfinite(squares).sum()))]
         return self.table.iloc[rows].assign(distance=squares[rows])
 
     def rows(self, chosen: np.ndarray | None = None, method: Projection = "PCA", seed: int = 0) -> pd.DataFrame:

@@ -17,10 +17,8 @@ from mupkg.explore.controls import HEADS, beside, dropdown, small, table, wrappe
 from mupkg.explore.linked import DISTANCE_COLOURMAP, DistanceMap, EmbeddingExplorer
 from mupkg.explore.panels import DPI
 from mupkg.explore.predictions import Cases
-from mupkg.explore.voxels import DrawnVoxels, draw_patches, patch, patches_html
+from mupkg.explore.voxels import NEAREST, DrawnVoxels, draw_patches, patch, patches_html
 from mupkg.report.figures import colour_bar
-
-NEIGHBOURS = 10
 
 
 class RunLists:
@@ -63,7 +61,7 @@ class Neighbours:
         bench, distance = self.bench, self.bench.distance
         voxels = DrawnVoxels.joined([bench.drawn(case_id) for case_id in bench.opened])
         but = bench.shown.case_id, *distance.voxel
-        nearest = voxels.nearest(name, distance.embedding(name), NEIGHBOURS, but)
+        nearest = voxels.nearest(name, distance.embedding(name), but)
         return nearest.assign(p=nearest[f"p {name}"], distance=nearest["distance"] / distance.scale[name])
 
     def _patches(self, name: str) -> list[tuple]:
@@ -88,14 +86,14 @@ class Neighbours:
         self.chosen.value = small("neighbours of") + patches_html([self._itself()], 2)
         for words, name in zip(self.words, bench.runs.names, strict=True):
             head = bench.shown.title(name, f"nearest of {count} drawn voxels in {len(bench.opened)} open case(s)")
-            words.value = small(head, f"{HEADS - 2}px") + patches_html(self._patches(name), NEIGHBOURS // 2)
+            words.value = small(head, f"{HEADS - 2}px") + patches_html(self._patches(name), NEAREST // 2)
 
     @property
     def figure(self) -> Figure:
         """The chosen voxel and its neighbours, a row a run."""
         names, (pixels, text) = self.bench.runs.names, self._itself()
-        figure = Figure(figsize=(1.25 * (NEIGHBOURS + 1), 2.1 * len(names)), dpi=DPI, layout="constrained")
-        for line, name in zip(figure.subplots(len(names), NEIGHBOURS + 1, squeeze=False), names, strict=True):
+        figure = Figure(figsize=(1.25 * (NEAREST + 1), 2.1 * len(names)), dpi=DPI, layout="constrained")
+        for line, name in zip(figure.subplots(len(names), NEAREST + 1, squeeze=False), names, strict=True):
             draw_patches(line, [(pixels, f"{name}\n{text}"), *self._patches(name)])
         return figure
 

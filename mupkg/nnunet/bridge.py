@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from mupkg import progress
-from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort
+from mupkg.data.cohort import SPLITS, Cohort
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import SegmentationOutput
 from mupkg.scans.files import write_image
-from mupkg.scans.writing import save_table, write_text
+from mupkg.scans.writing import FINGERPRINT, save_table, write_text
 from mupkg.stages.evaluation import mask_and_row
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import METRICS, NNUNET_RUNS, PREDICTIONS, RUN, parse_run_name, read_run, write_json, write_run

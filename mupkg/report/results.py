@@ -18,7 +18,9 @@ from mupkg.models import BACKBONES
 from mupkg.parameters import Stage2Settings, Tag, tagged
 from mupkg.scans.writing import save_table as save_table
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import NNUNET_RUNS, RUN, Shift, metrics_name, parse_run_name, read_run
+from mupkg.stages.runs import NNUNET_RUNS, REGIONS, RUN, Shift, metrics_name, parse_run_name, read_run
+
+WITH = "with notebook 03 (a run of nnU-Net: 11)"
 
 
 def finished_runs(
@@ -40,7 +42,7 @@ def finished_runs(
         if configurations or name not in NNUNET_RUNS:
             rows.append({"configuration": name, "seed": number, "folder": path.parent})
     table = pd.DataFrame(rows, columns=["configuration", "seed", "folder"])
-    of_seed, way_out = "", "run notebook 03"
+    of_seed, way_out = "", f"train it {WITH}"
     if seed is not None:
         table = table[table["seed"] == seed]
         of_seed, way_out = f" with seed {seed}", f"{way_out}, or choose another seed"
@@ -80,7 +82,7 @@ def case_metrics(
     if len(trained_on) > 1:
         raise ValueError(f"the runs were not trained on the same regions {cure}")
     if regions is not None and regions.fingerprint() not in trained_on:
-        place = regions.folder / "regions.csv"
+        place = regions.folder / REGIONS
         raise ValueError(f"{place}: its regions are not those that the runs were trained on {cure}")
     check_settings({run: record["parameters"] for run, record in records.items()}, may_differ)
     return metrics
@@ -113,16 +115,16 @@ def check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Iter
 
 
 def _run_metrics(path: Path, regions: Regions | None) -> pd.DataFrame:
-    metrics = read_cases(path, "test the run again with notebook 03")
+    metrics = read_cases(path, f"test the run again {WITH}")
     if "case_id" not in metrics or metrics["case_id"].duplicated().any():
-        raise ValueError(f"{path}: must have a case_id for every row, each once; test the run again with notebook 03")
+        raise ValueError(f"{path}: must have a case_id for every row, each once; test the run again {WITH}")
     if regions is not None:
         wanted, tested = regions.ids("test"), set(metrics["case_id"])
         missing, others = [i for i in wanted if i not in tested], sorted(tested - set(wanted))
         if missing or others:
             faults = [f"lacks the test case(s) {', '.join(missing)}"] if missing else []
             faults += [f"has {', '.join(others)}, which the study does not test"] if others else []
-            raise ValueError(f"{path}: {' and '.join(faults)}; test the run again with notebook 03")
+            raise ValueError(f"{path}: {' and '.join(faults)}; test the run again {WITH}")
     return metrics
 
 
@@ -131,16 +133,6 @@ def per_case(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     order = list(dict.fromkeys(metrics["configuration"]))
     mean_keeping_nan = lambda values: values.mean(skipna=False)  # noqa: E731
     return metrics.pivot_table(metric, "case_id", "configuration", aggfunc=mean_keeping_nan, dropna=False)[order]
-
-
-def worst_first(metrics: pd.DataFrame, regions: Regions) -> pd.DataFrame:
-    """The DSC of a study's cases, a row a case and a column a configuration: the worst first.
-
-    Tested cases whose region is at hand, then the other cases, with NaN.
-    """
-    scores, at_hand = per_case(metrics, "DSC"), regions.table.index
-    ranked = scores.mean(axis=1).sort_values().index.intersection(at_hand, sort=False)
-    return scores.reindex([*ranked, *at_hand.difference(ranked, sort=False)])
 
 
 def trainings(metrics: pd.DataFrame) -> list[str]:
@@ -219,7 +211,7 @@ def published(table: int, **options: Any) -> pd.DataFrame:
 
 def published_as_text(table: int) -> pd.DataFrame:
     """The same digit by digit, a column for each metric's mean, sd and median; what the paper lacks is left out."""
-    printed = pd.read_csv(files("mupkg.report") / "published" / f"table{table}.csv", dtype=str, index_col=0)
+    printed = published(table, dtype=str, index_col=0)
     columns = [tuple(name.rsplit("_", 1)) for name in printed if name.endswith(("_mean", "_std", "_median"))]
     parts = {(name, "sd" if part == "std" else part): printed[f"{name}_{part}"] for name, part in columns}
     return pd.DataFrame(parts).dropna(axis="columns", how="all").fillna("")

@@ -19,6 +19,8 @@ from filelock import FileLock
 if TYPE_CHECKING:  # slow to import, and `mupkg.batch` does without
     import pandas as pd
 
+FINGERPRINT = "fingerprint.json"  # beside a cohort, a stage 1, or nnU-Net's copy of one
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:

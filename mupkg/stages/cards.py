@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
-from mupkg.data.cohort import FINGERPRINT, PHANTOMS, SPLITS, Cohort, read_cases
+from mupkg.data.cohort import PHANTOMS, SPLITS, Cohort, read_cases
 from mupkg.data.preprocessing import array_spacing
 from mupkg.metrics import headline, with_unit
 from mupkg.scans.cases import not_in_hu, patient_key
+from mupkg.scans.writing import FINGERPRINT
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import METRICS, PLATEAU_DSC, RUN, read_run
 
@@ -163,6 +165,12 @@ def _shown(span: list[list[float]] | None) -> str:
     return " × ".join(parts) + " mm"
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as Markdown has them."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|", *lines])
+
+
 def _results(run_folder: Path, record: dict[str, Any]) -> str:
     said = []
     if record.get("never_left_plateau", record.get("collapsed")):  # as older runs call it
@@ -176,12 +184,12 @@ def _results(run_folder: Path, record: dict[str, Any]) -> str:
         "largest component alone, on the scans' own grids. n is less where a metric is undefined. Another seed would "
         "give other numbers."
     )
-    rows = ["| metric | mean ± sd | n |", "| --- | --- | --- |"]
+    rows = []
     for name in headline():
         values = metrics[name].dropna() if name in metrics else ()
         if len(values):
             mean, n = f"{values.mean():.3f}", len(values)  # an infinite distance (an empty mask) makes its mean inf
             with np.errstate(invalid="ignore"):
-                rows.append(f"| {with_unit(name)} | {mean if n == 1 else f'{mean} ± {values.std():.3f}'} | {n} |")
+                rows.append([with_unit(name), mean if n == 1 else f"{mean} ± {values.std():.3f}", n])
     lowest = [f"Lowest DSC of a case: {metrics['DSC'].min():.3f}."] if "DSC" in metrics else []
-    return "\n\n".join([*said, "\n".join(rows), *lowest])
+    return "\n\n".join([*said, markdown_table(["metric", "mean ± sd", "n"], rows), *lowest])

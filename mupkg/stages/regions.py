@@ -13,12 +13,12 @@ import SimpleITK as sitk
 from torch import nn
 
 from mupkg import progress
-from mupkg.data.cohort import FINGERPRINT, SPLITS, Cohort, of_replicate, read_cases, recorded
+from mupkg.data.cohort import SPLITS, Cohort, of_replicate, read_cases, recorded
 from mupkg.data.preprocessing import Prepared, centroid, crop_region, whole_label
 from mupkg.scans.cases import Point
-from mupkg.scans.writing import fingerprint, save_table, whole_file, write_text
+from mupkg.scans.writing import FINGERPRINT, fingerprint, save_table, whole_file, write_text
 from mupkg.stages.localization import locate
-from mupkg.stages.runs import RUN, read_run
+from mupkg.stages.runs import REGIONS, RUN, read_run
 
 CENTRE = tuple(f"centre_{axis}" for axis in "xyz")
 GEOMETRY = ("origin", "spacing", "direction")
@@ -58,7 +58,7 @@ class Regions:
         Raises:
             ValueError: naming the file, if it is missing or broken, or the regions are of another cohort.
         """
-        path = Path(stage1_folder) / "regions.csv"
+        path = Path(stage1_folder) / REGIONS
         table = read_cases(path, "run notebook 02 for this study")
         missing = [c for c in ("case_id", "split", *CENTRE, *GEOMETRY) if c not in table]
         if missing:
@@ -75,7 +75,7 @@ class Regions:
     def fingerprint(self) -> str:
         """The digest of the table and of its cases' volumes."""
         names = [f"{case_id}_{kind}.npy" for case_id in self.table.index for kind in Prepared._fields]
-        return fingerprint([self.folder / "regions.csv", *(self.folder / "regions" / name for name in names)])
+        return fingerprint([self.folder / REGIONS, *(self.folder / "regions" / name for name in names)])
 
     def of_replicate(self, replicate: int) -> Regions:
         """Those of one replicate of a trial; regions that were cut for one fold alone are all its own.
@@ -89,7 +89,7 @@ class Regions:
         if cut_for != replicate:
             which = "no replicate" if cut_for is None else f"replicate {cut_for}"
             raise ValueError(
-                f"{self.folder / 'regions.csv'}: its regions were cut for {which}, not for replicate {replicate}; in "
+                f"{self.folder / REGIONS}: its regions were cut for {which}, not for replicate {replicate}; in "
                 "a trial on folds set folds under prepare (as many as the table has, if it has some): then each fold "
                 "has a stage 1 of its own"
             )
@@ -141,7 +141,7 @@ def _allow_open_files(more: int) -> None:
 
 def unmark(folder: Path) -> None:
     """Remove what says that a stage 1's regions are whole: from here on they are in the making."""
-    for name in ("regions.csv", FINGERPRINT):
+    for name in (REGIONS, FINGERPRINT):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -184,7 +184,7 @@ def write_regions(
         row |= {name: json.dumps(getattr(region, f"Get{name.capitalize()}")()) for name in GEOMETRY}
         row["covered"] = coverage(prepared.label, location.centre, region_mm, whole)
         rows.append(row)
-    save_table(pd.DataFrame(rows), folder / "regions.csv", index=False)
+    save_table(pd.DataFrame(rows), folder / REGIONS, index=False)
     regions = Regions.read(folder)
     content = {"cohort": recorded("cohort", cohort.folder, 0), "regions": regions.fingerprint()}
     write_text(folder / FINGERPRINT, json.dumps(content) + "\n")

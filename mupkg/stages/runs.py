@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mupkg.models import MULTIPLE
-from mupkg.scans.writing import whole_file, write_text
+from mupkg.scans.writing import FINGERPRINT, whole_file, write_text
 
 # Files and folders of a run, in either stage
 BEST, LAST, CHECKPOINT = "weights.safetensors", "last.safetensors", "checkpoint.safetensors"
 HISTORY, RUN, METRICS, REGIONS, CARD = "history.csv", "run.json", "metrics.csv", "regions.csv", "card.md"
 FILM, PREDICTIONS = "film", "predictions"
-NNUNET_RUNS = ("nnUNet", "nnUNet-HCP")  # runs of nnU-Net (notebook 11): metrics, but no weights of ours
+NnunetRun = Literal["nnUNet", "nnUNet-HCP"]  # runs of nnU-Net (notebook 11): metrics, but no weights of ours
+NNUNET_RUNS = get_args(NnunetRun)
 Shift = Literal["noise", "contrast", "thick"]  # test scans made harder, see mupkg.stages.shifts
 
 
@@ -53,7 +54,7 @@ def metrics_name(shift: Shift | None = None) -> str:
 METRICS_LAST = "metrics_last.csv"  # of the last weights
 SHIFT_FILES = tuple(map(metrics_name, get_args(Shift)))
 TEST_FILES = (METRICS, METRICS_LAST, *SHIFT_FILES, PREDICTIONS)
-RUN_FILES = (BEST, LAST, HISTORY, RUN, *TEST_FILES, REGIONS, CARD, "fingerprint.json", FILM)  # of a run
+RUN_FILES = (BEST, LAST, HISTORY, RUN, *TEST_FILES, REGIONS, CARD, FINGERPRINT, FILM)  # of a run
 
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at
 MAX_CHANNELS = {"base_filters": MOST_CHANNELS // MULTIPLE, "embedding_dim": MOST_CHANNELS, "filters": MOST_CHANNELS}
@@ -163,8 +164,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def read_run(path: str | Path, *needed: str) -> dict[str, Any]:
+def read_run(path: str | Path, *needed: str, cure: str = "run its notebook again") -> dict[str, Any]:
     """What a run.json tells, `parameters` and more.
+
+    Args:
+        cure: what to do where it cannot be read; a run's notebook is 02 (stage 1), 03, or 11 (nnU-Net).
 
     Raises:
         ValueError: naming the file if it is missing, broken, no record, or does not tell what is needed.
@@ -174,13 +178,13 @@ def read_run(path: str | Path, *needed: str) -> dict[str, Any]:
         values = {name: record[name] for name in needed}
         return record | values | {"parameters": dict(record.get("parameters", {}))}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: does not tell how the run was made ({error!r}); run notebook 03 again") from error
+        raise ValueError(f"{path}: does not tell how the run was made ({error!r}); {cure}") from error
 
 
 def write_run(folder: Path, parameters: Mapping[str, Any], **measured: Any) -> dict[str, Any]:
     """Write run.json: the parameters, what was measured (data fingerprint, timings), and the provenance."""
     content = {"parameters": dict(parameters), **measured, **provenance()}
-    write_json(folder / "run.json", content)
+    write_json(folder / RUN, content)
     return content
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage
 from torch import nn
 
 from mupkg.models import is_3d
+from mupkg.samplers import contour
 from mupkg.stages.inference import CHANNELS
 from mupkg.stages.prediction import foreground, outputs, run_slices
 
@@ -20,15 +22,14 @@ EMBEDDINGS_KEPT = 2**30  # bytes; a region of 128^3 voxels with 256 channels has
 def kinds(label: UInt8[np.ndarray, "z y x"] | Bool[np.ndarray, "z y x"]) -> UInt8[np.ndarray, "z y x"]:
     """What every voxel is: its number in KINDS, or ELSEWHERE in slices that hold no prostate.
 
-    Contour voxels are prostate with a background voxel beside them in plane (the region's border is a cut, not a
-    contour, as in `mupkg.samplers.contour`); near background lies within
-    `NEAR_VOXELS` steps of the prostate in plane, which may go diagonally.
+    Contour voxels are those of `mupkg.samplers.contour` in each slice; near background lies within `NEAR_VOXELS`
+    steps of the prostate in plane, which may go diagonally.
     """
     prostate = label == 1
-    inner = ndimage.binary_erosion(prostate, ndimage.generate_binary_structure(2, 1)[None], border_value=1)
     near = ndimage.binary_dilation(prostate, np.ones((1, 3, 3)), iterations=NEAR_VOXELS)
     kind = np.where(near, np.uint8(2), np.uint8(3))
-    kind[prostate], kind[inner] = 1, 0
+    kind[prostate] = 0
+    kind[contour(torch.from_numpy(prostate)).numpy()] = 1
     kind[~prostate.any(axis=(1, 2))] = ELSEWHERE
     return kind
 

@@ -17,9 +17,9 @@ from typing import Any
 import pandas as pd
 
 from mupkg import progress, repository
-from mupkg.data.cohort import FINGERPRINT, Cohort, recorded
+from mupkg.data.cohort import Cohort, recorded
 from mupkg.parameters import Stage1Settings, Stage2Settings, Tag, tagged
-from mupkg.scans.writing import whole_file
+from mupkg.scans.writing import FINGERPRINT, whole_file
 from mupkg.settings import Settings
 from mupkg.stages.regions import Regions, save_region, unmark
 from mupkg.stages.runs import (
@@ -42,6 +42,7 @@ KEPT = Path("outputs") / "reference" / "runs"  # in the repository; below it <st
 TABLES = (HISTORY, METRICS_LAST, *SHIFT_FILES, METRICS)  # the last one tells that a run is kept whole
 STAGE1_FILES = (BEST, RUN, FINGERPRINT, REGIONS)  # the last one tells that a stage 1 is kept whole
 PRECISION = "%.6g"
+TRAIN_ANEW = "remove its folder, and the batch trains it anew"
 
 
 def kept_folder(study: str) -> Path:
@@ -51,7 +52,7 @@ def kept_folder(study: str) -> Path:
 
 def parameter_fault(run: Path, parameters: Mapping[str, Any], settings: type[Settings] = Stage2Settings) -> str:
     """How a run's record differs from what the study tells it; empty if it does not."""
-    made = read_run(run / RUN)["parameters"]
+    made = read_run(run / RUN, cure=TRAIN_ANEW)["parameters"]
     reach = {*parameters} - (tagged(settings, Tag.SPEED) - tagged(settings, Tag.TRAINING))
     asked = settings.checked(parameters).model_dump(mode="json", include=reach)
     return ", ".join(
@@ -77,7 +78,7 @@ def kept_runs(study: str, runs: Mapping[str, Mapping[str, Any]], outputs: Path |
 
 
 def _of_other_regions(run: Path, stage1: Path) -> bool:
-    seen = read_run(run / RUN, "data_fingerprint")["data_fingerprint"]
+    seen = read_run(run / RUN, "data_fingerprint", cure=TRAIN_ANEW)["data_fingerprint"]
     return (stage1 / FINGERPRINT).is_file() and recorded("regions", stage1, 2) != seen
 
 
@@ -100,6 +101,8 @@ def kept_stages(study: str, stages: Mapping[str, Mapping[str, Any]], outputs: Pa
 def keep(study: Path, destination: Path) -> list[str]:
     """Copy the small tables of a study's finished runs; returns the names of those that were not kept before.
 
+    A kept run that had other parameters is replaced.
+
     Numbers are rounded to six digits. The record tells the processor, and what the weights were made on. The table
     of centres and the weights of a first stage are kept as they are.
 
@@ -109,9 +112,11 @@ def keep(study: Path, destination: Path) -> list[str]:
     new = []
     for metrics in sorted(study.glob(f"*-seed*/{METRICS}")):
         run, target = metrics.parent, destination / metrics.parent.name
-        if (target / METRICS).is_file():
+        record = read_run(run / RUN, cure=TRAIN_ANEW)
+        if (target / METRICS).is_file() and read_run(target / RUN, cure=TRAIN_ANEW)["parameters"] == record[
+            "parameters"
+        ]:
             continue
-        record = read_run(run / RUN)
         record.setdefault("processor", processor_name())
         record["made_on"] = load_tensors(run / BEST)[1].get("made_on", [])
         write_json(target / RUN, record)

@@ -6,7 +6,7 @@ it rests on, and the page is refused where the tables give another one. The refe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mupkg import repository
 from mupkg.metrics import METRICS, metric_of
 from mupkg.report import results
 from mupkg.scans.writing import write_text
+from mupkg.stages.cards import markdown_table
 from mupkg.stages.runs import PLATEAU_DSC, RUN, read_run
 from mupkg.trials import statistics, tables
 from mupkg.trials.kept import kept_folder, kept_runs
@@ -45,11 +46,6 @@ A row of a table of arms is the mean ± standard deviation over replicates of th
 measured with the largest component, "all" without. A collapsed run finds no prostate in most test cases. An answer
 gives the verdict, the mean difference, its interval over cases and replicates (90 % for an equivalence, else 95 %),
 p after Holm over the contrasts of the protocol, and collapsed runs with Clopper and Pearson's 95 % limits."""
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join([f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|", *lines])
 
 
 def title(column: str) -> str:

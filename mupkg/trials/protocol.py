@@ -58,7 +58,7 @@ class Trial(Settings):
 
     name: FolderName
     arms: Annotated[dict[FolderName, dict[str, Any]], Field(min_length=2)]
-    replicates: Annotated[PositiveInt, Field(le=1000)]
+    replicates: Annotated[int, Field(ge=2, le=1000)]
     contrasts: tuple[tuple[Side, Side], ...] = ()  # (arm, against)
     factors: tuple[str, ...] = ()
     descriptive: bool = False

@@ -22,6 +22,7 @@ from mupkg.report.results import mostly_empty_on_test, trainings
 from mupkg.stages.runs import run_name
 
 LEVEL = 0.05  # of every test; intervals hold 95 %
+POWER = 0.8  # a difference that counts as found is seen four times in five
 FEW = 5  # with fewer cases or replicates Satterthwaite's approximation is too generous: up to 13 % false alarms
 MARGIN = 0.01  # of the DSC: a smaller difference does not matter
 MARGINS = {"DSC": MARGIN, "DSC_all": MARGIN}  # without a margin, no equivalence
@@ -154,7 +155,7 @@ def nadeau_bengio(fold_differences: Float[np.ndarray, " trainings"], folds: int)
 # How large a trial must be
 
 
-def promised(estimate: Estimate, margin: float, effects: Sequence[float] = (0.01, 0.02)) -> dict[str, float]:
+def promised(estimate: Estimate, margin: float) -> dict[str, float]:
     """What a trial with an estimate of this variance and df can say, whatever its mean turns out to be.
 
     Returns:
@@ -163,7 +164,7 @@ def promised(estimate: Estimate, margin: float, effects: Sequence[float] = (0.01
     """
     error = np.sqrt(estimate.variance)
     seen = t.ppf(1 - LEVEL / 2, estimate.df)
-    power = {f"power_at_{effect:g}": 1 - nctdtr(estimate.df, effect / error, seen) for effect in effects}
+    power = {f"power_at_{effect:g}": 1 - nctdtr(estimate.df, effect / error, seen) for effect in (0.01, 0.02)}
     equivalent = 2 * t.cdf(margin / error - t.ppf(1 - LEVEL, estimate.df), estimate.df) - 1
     return {"half_width": seen * error, **power, "equivalent": max(0.0, float(equivalent))}
 
@@ -181,16 +182,16 @@ def balanced(measured: Estimate, cases: Any, replicates: Any, arms: int = 1, aga
     return Estimate(0.0, *_variance_of_mean(*parts, cases, replicates), case, replicate, rest)
 
 
-def smallest_effect(measured: Estimate, cases: Any, replicates: Any, power: float = 0.8) -> Any:
-    """The smallest difference that so many cases and replicates find at `power`, given components measured before."""
+def smallest_effect(measured: Estimate, cases: Any, replicates: Any) -> Any:
+    """The smallest difference that so many cases and replicates find at `POWER`, given components measured before."""
     size = balanced(measured, cases, replicates)
-    return nctdtrinc(size.df, 1 - power, t.ppf(1 - LEVEL / 2, size.df)) * np.sqrt(size.variance)  # noncentral t
+    return nctdtrinc(size.df, 1 - POWER, t.ppf(1 - LEVEL / 2, size.df)) * np.sqrt(size.variance)  # noncentral t
 
 
-def replicates_needed(measured: Estimate, effect: float, cases: int, power: float = 0.8) -> float:
-    """How many replicates find this difference at `power`; inf: no number up to 1000, it takes more cases."""
+def replicates_needed(measured: Estimate, effect: float, cases: int) -> float:
+    """How many replicates find this difference at `POWER`; inf: no number up to 1000, it takes more cases."""
     tried = np.arange(2, 1001)
-    detectable = smallest_effect(measured, cases, tried, power)
+    detectable = smallest_effect(measured, cases, tried)
     if np.isnan(detectable * effect).any():
         return np.nan
     return float(next(iter(tried[detectable <= abs(effect)]), np.inf))
@@ -244,8 +245,8 @@ def with_means(metrics: pd.DataFrame, means: Mapping[str, Sequence[str]]) -> pd.
     return pd.concat(parts, ignore_index=True)
 
 
-def aliases(levels: Mapping[str, Mapping[str, Sequence[str]]], most: int = 3) -> pd.Series:
-    """With which interactions, of two to `most` other factors, each main effect is mixed: C × P, H × N × hinge, ...
+def aliases(levels: Mapping[str, Mapping[str, Sequence[str]]]) -> pd.Series:
+    """With which interactions, of two or three other factors, each main effect is mixed: C × P, H × N × hinge, ...
 
     An interaction's contrast is the product of its factors' signs over the arms. Where this product goes along with
     the sign of another factor, an effect of that factor may as well be the interaction.
@@ -255,7 +256,7 @@ def aliases(levels: Mapping[str, Mapping[str, Sequence[str]]], most: int = 3) ->
     mixed_with = {
         name: [
             " × ".join(others)
-            for order in range(2, most + 1)
+            for order in (2, 3)
             for others in combinations([other for other in sign if other != name], order)
             if sign[name] @ np.prod([sign[other] for other in others], axis=0)
         ]
@@ -486,13 +487,12 @@ def paired_tests(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> p
 
 def published_rankings(
     table: pd.DataFrame,
-    metric: str = "DSC",
     *,
     cases: int = 68,
     correlations: Sequence[float] = (0.3, 0.8),
     replicate_sds: Sequence[float] = (0.0, 0.003, 0.010),
 ) -> pd.DataFrame:
-    """The chance that each row's ranking against the row above is false, from printed means and deviations alone.
+    """The chance that each row's ranking by DSC against the row above is false, from printed means and sd alone.
 
     Every row was trained once and tested on the same cases. The variance of a difference is taken as
     (s1² + s2² - 2 r s1 s2) / cases + replicate_sd²; the chance is the tail of Student's t beyond it (cases - 1
@@ -503,9 +503,9 @@ def published_rankings(
             rounded to two digits: a difference of .01 may be anything up to .02), or any two rows.
         cases: 20 % of 339 are 68.
         correlations: r, of two rows' values over the cases, which the paper does not give.
-        replicate_sds: of the difference over replicates, in the metric's unit; 0: as if the seed did not matter.
+        replicate_sds: of the difference over replicates; 0: as if the seed did not matter.
     """
-    rows, mean, variance = table.iloc[:, 0], table[f"{metric}_mean"], table[f"{metric}_std"] ** 2
+    rows, mean, variance = table.iloc[:, 0], table["DSC_mean"], table["DSC_std"] ** 2
     pairs = pd.DataFrame({"row": rows, "against": rows.shift(), "difference": mean.diff()})
     for r in correlations:
         of_cases = (variance + variance.shift() - 2 * r * np.sqrt(variance * variance.shift())) / cases

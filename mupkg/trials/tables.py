@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from mupkg.data.cohort import Cohort
-from mupkg.metrics import with_unit
+from mupkg.metrics import metric_of, with_unit
 from mupkg.report import results
 from mupkg.report.figures import BLUE
 from mupkg.stages.regions import Regions
@@ -192,14 +192,15 @@ def single_seeds(trial: Trial, metrics: pd.DataFrame) -> pd.DataFrame:
     for arm, against in trial.pairs:
         difference = differences(judged, arm, against, trial.primary)
         p, means = statistics.papers_t_test(difference), difference.mean()
+        gain = metric_of(trial.primary).better * means
         rows.append({"contrast": f"{arm} - {against}", "replicates": len(p)})
-        rows[-1] |= {"says better": ((p < 0.05) & (means > 0)).sum(), "says worse": ((p < 0.05) & (means < 0)).sum()}
+        rows[-1] |= {"says better": ((p < 0.05) & (gain > 0)).sum(), "says worse": ((p < 0.05) & (gain < 0)).sum()}
         rows[-1] |= {"lowest": means.min(), "highest": means.max(), "sd over replicates": means.std()}
     return pd.DataFrame(rows)
 
 
 def rankings(trial: Trial, table: pd.DataFrame) -> pd.DataFrame:
-    """The chance that each ranking is false, ours beside the paper's where its Table III holds both rows.
+    """The chance that each ranking is false; of DSC beside the paper's, where its Table III holds both rows.
 
     Args:
         table: `answers`.
@@ -207,8 +208,9 @@ def rankings(trial: Trial, table: pd.DataFrame) -> pd.DataFrame:
     columns = ["configuration", "against", "mean_difference", "ranking false"]
     ours = table.assign(**{"ranking false": table["p"] / 2}).loc[table["metric"] == trial.primary, columns]
     table3, paper = results.published(3).set_index("configuration", drop=False), []
+    in_the_paper = trial.as_in_the_paper if trial.primary == "DSC" else {}
     for arm, against in zip(ours["configuration"], ours["against"], strict=True):
-        both = [trial.as_in_the_paper.get(against), trial.as_in_the_paper.get(arm)]
+        both = [in_the_paper.get(against), in_the_paper.get(arm)]
         rows = table3.reindex(both if both[0] != both[1] else [None, None])
         paper.append(statistics.published_rankings(rows, replicate_sds=(0, 0.01)).iloc[:, 1:])
     paper = pd.concat(paper).drop(columns="against").rename(columns={"difference": "paper: difference"})
@@ -237,9 +239,12 @@ def power(trial: Trial, metrics: pd.DataFrame, replicates: Sequence[int] = (5, 1
 def promised(study: Study, cases: int = 100) -> pd.DataFrame:
     """What the protocol can promise before it is run: a row a contrast, `statistics.promised` and what follows.
 
-    The components are E1's where training sets are drawn anew, and `FOLD_SD` in folds.
+    The components are E1's where training sets are drawn anew, and `FOLD_SD` in folds. Of other outcomes than DSC
+    nothing is known before.
     """
     trial, rows = study.trial, []
+    if trial.primary != "DSC":
+        return pd.DataFrame(columns=["a verdict"], index=pd.Index([], name="contrast"))
     for arm, against in trial.pairs:
         if study.folds:
             variance = (1 / trial.replicates + 1 / (study.folds - 1)) * FOLD_SD**2  # as `statistics.nadeau_bengio`

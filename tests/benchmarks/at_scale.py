@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from growth import kept
+from growth import kept, write_table
 from measuring import isolated, memory_mb, seconds
 
 from mupkg.configurations import build, configuration
@@ -25,17 +25,11 @@ PREPARED_BYTES = 4096  # of a volume: the fingerprint's own cost a file, not the
 
 def cohort(folder: str, cases: int) -> dict:
     """Reading a cohort's table, and the fingerprint of its prepared volumes."""
-    root, ids = Path(folder), [f"case-{number:05d}" for number in range(cases)]
-    table = {"case_id": ids, "split": ["validation", "test", *["train"] * (cases - 2)]}
-    for kind in ("image", "label"):
-        table[kind] = [f"{kind}s/{i}.nii.gz" for i in ids]
-        (root / f"{kind}s").mkdir()
+    root = Path(folder)
     (root / "prepared").mkdir()
-    for number, i in enumerate(ids):
+    for number, i in enumerate(write_table(root, cases)):
         for kind in ("image", "label"):
-            (root / f"{kind}s/{i}.nii.gz").touch()
             (root / f"prepared/{i}_{kind}.mha").write_bytes(number.to_bytes(4) * (PREPARED_BYTES // 4))
-    pd.DataFrame(table).to_csv(root / "cohort.csv", index=False)
     idle, found = memory_mb("VmRSS"), []
     reading = seconds(lambda: found.append(Cohort.read(folder)))
     return {"read the cohort's table": reading, "fingerprint": seconds(found[0].fingerprint), "idle_mb": idle}

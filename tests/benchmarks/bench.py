@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from mupkg.scans.writing import whole_file, write_text
+from mupkg.scans.writing import save_table, write_text
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {  # and the module of each; imported when it runs, so that nobody needs every peer
@@ -114,8 +114,7 @@ def keep(rows: list[dict], arguments: argparse.Namespace) -> None:
     whole = arguments.names == list(ON_A_GPU if arguments.device == "cuda" else BENCHMARKS)
     stem = "-".join([arguments.device, platform.machine(), f"{arguments.threads}thread", f"{date.today():%Y-%m-%d}"])
     stem += "" if whole else "-" + "-".join(arguments.names)
-    with whole_file(RESULTS / f"{stem}.csv") as temporary:
-        in_words(rows).round(5).to_csv(temporary, index=False)
+    save_table(in_words(rows).round(5), RESULTS / f"{stem}.csv", index=False)
     command = " ".join(["python tests/benchmarks/bench.py", *([] if whole else arguments.names)])
     command += f" --threads {arguments.threads} --repeats {arguments.repeats} --device {arguments.device}"
     write_text(RESULTS / f"{stem}.md", as_markdown(in_words(rows), command, device))

@@ -104,9 +104,7 @@ def pack(parcel: Path, size: str, most: int) -> None:
             archive.writestr(name, content, zipfile.ZIP_STORED)
             number += 1
             print(f"{name}: {archive.fp.tell() / 1e6:.1f} MB", flush=True)
-    print(
-        f"{parcel}: {number} phantoms, {parcel.stat().st_size / 1e6:.1f} MB, for Python {'.'.join(about['python'])}"
-    )
+    print(f"{parcel}: {number} phantoms, {parcel.stat().st_size / 1e6:.1f} MB, for Python {about['python']}")
 
 
 # There

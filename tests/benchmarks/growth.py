@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from measuring import exponent, isolated, memory_mb, seconds
 from metric_loss import labelled_patches
 
-from mupkg.data.cohort import Cohort
+from mupkg.data.cohort import TABLE, Cohort
 from mupkg.data.patches import PatchSource
 from mupkg.losses import SegmentationMetricLoss, VoxelMetricLoss
 from mupkg.models import SegmentationOutput, UNet
 from mupkg.report import figures
 from mupkg.samplers import RandomSampler
-from mupkg.scans.writing import whole_file
+from mupkg.scans.writing import save_table
 from mupkg.stages.prediction import predict_volume
 from mupkg.stages.regions import Regions
 
@@ -35,8 +35,8 @@ def median_ms(call: Callable[[], object], repeats: int = 5) -> float:
     return 1e3 * statistics.median(seconds(call) for _ in range(repeats))
 
 
-def write_study(folder: Path, cases: int) -> None:
-    """A cohort's table (its scans are empty files: only notebook 00 reads them) and stage 1's regions."""
+def write_table(folder: Path, cases: int) -> list[str]:
+    """A cohort's table, whose scans are empty files: only notebook 00 reads them. Returns the cases' names."""
     ids = [f"case-{number:05d}" for number in range(cases)]
     table = {"case_id": ids, "split": ["validation", "test", *["train"] * (cases - 2)]}
     for kind in ("image", "label"):
@@ -44,7 +44,13 @@ def write_study(folder: Path, cases: int) -> None:
         (folder / f"{kind}s").mkdir()
         for name in table[kind]:
             (folder / name).touch()
-    pd.DataFrame(table).to_csv(folder / "cohort.csv", index=False)
+    save_table(pd.DataFrame(table), folder / TABLE, index=False)
+    return ids
+
+
+def write_study(folder: Path, cases: int) -> None:
+    """A cohort's table and stage 1's regions."""
+    ids = write_table(folder, cases)
     centres = {f"centre_{axis}": 0.0 for axis in "xyz"}
     geometry = {"origin": "[0, 0, 0]", "spacing": "[1, 1, 1]", "direction": "[1, 0, 0, 0, 1, 0, 0, 0, 1]"}
     pd.DataFrame({"case_id": ids, "split": "train", "fallback": "", **centres, **geometry}).to_csv(
@@ -165,8 +171,7 @@ def kept(table: pd.DataFrame, name: str | None) -> list[dict]:
     """A row a series with its exponents; the table and its picture go to results under this name, if there is one."""
     fits = exponents(table)
     if name:
-        with whole_file(RESULTS / f"{name}.csv") as temporary:
-            table.round(4).to_csv(temporary, index=False)
+        save_table(table.round(4), RESULTS / f"{name}.csv", index=False)
         figures.save(plot(table, fits), RESULTS / f"{name}.png")
     rows = []
     for fit in fits.itertuples():

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from measuring import Call, interleaved, row
-from metric_loss import BATCH, labelled_patches, training_step
-from torch.utils.flop_counter import FlopCounterMode
+from measuring import interleaved, row
+from metric_loss import BATCH, labelled_patches, operations, training_step
 
 from mupkg.configurations import build, configuration
 from mupkg.stages.prediction import predict_volume
 
 EDGE = 2048  # of the matrices
-
-
-def floating_point_operations(call: Call) -> int:
-    """Those of convolutions and matrix products in a call, as PyTorch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def processor(repeats: int, quick: bool = False) -> list[dict]:
@@ -40,15 +32,13 @@ def processor(repeats: int, quick: bool = False) -> list[dict]:
         }
         matrix = matrices[bf16]
         times = interleaved(work | {"product": lambda m=matrix: m @ m}, repeats)
-        product = floating_point_operations(lambda m=matrix: m @ m)
+        product = operations(lambda m=matrix: m @ m)
         for what, call in work.items():
-            operations = floating_point_operations(call)
-            as_many = [took * operations / product for took in times["product"]]
+            done = operations(call)
+            as_many = [took * done / product for took in times["product"]]
             found = row(
                 f"{what}, full width, {'bf16' if bf16 else 'float32'}", times[what], as_many, "matrix product"
             )
-            note = (
-                f"{1 / found['ratio']:.2f} of the {1e-9 * operations / np.median(as_many):.0f} GFLOP/s of a product"
-            )
-            rows.append(found | {"note": f"{note} of {edge} x {edge}; {1e-9 * operations:.0f} GFLOP"})
+            note = f"{1 / found['ratio']:.2f} of the {1e-9 * done / np.median(as_many):.0f} GFLOP/s of a product"
+            rows.append(found | {"note": f"{note} of {edge} x {edge}; {1e-9 * done:.0f} GFLOP"})
     return rows

@@ -15,7 +15,7 @@ from bench import ON_A_GPU
 from demo_by_notebook import breakdown, side_by_side
 from growth import of_a_cohort, write_study
 from measuring import exponent, interleaved, isolated, memory_mb, row
-from processor import floating_point_operations
+from metric_loss import operations
 from whole_chain import PAINT_HU, find_by_grey, widened
 
 from mupkg.data.preprocessing import Preparation
@@ -43,7 +43,7 @@ def test_a_ratio_is_the_median_of_pairs_not_of_the_sides():
 
 
 def test_a_matrix_product_has_two_operations_a_multiplication():
-    assert floating_point_operations(lambda: torch.rand(4, 5) @ torch.rand(5, 6)) == 2 * 4 * 5 * 6
+    assert operations(lambda: torch.rand(4, 5) @ torch.rand(5, 6)) == 2 * 4 * 5 * 6
 
 
 @torch.no_grad()

@@ -61,8 +61,8 @@ def test_worst_is_the_mean_over_runs_and_a_failed_case_is_worse_than_any(regions
     (a,), (b,), (c,) = (regions.ids(split) for split in ("train", "validation", "test"))
     rows = [("UNet", a, 0.5), ("UNet", b, 0.7), ("UNet", c, 0.0), ("H", a, 0.9), ("H", b, 0.6), ("H", c, 0.8)]
     metrics = pd.DataFrame(rows, columns=["configuration", "case_id", "DSC"]).assign(seed=0)
-    ranked = results.worst_first(metrics, regions)
-    assert ranked.index.tolist() == [c, b, a] and list(ranked) == ["UNet", "H"]
+    cases = Cases(regions, {"UNet": None, "H": None}, results.per_case(metrics, "DSC"))
+    assert cases.worst_first(["UNet", "H"]) == [c, b, a]
 
 
 def test_a_click_chooses_a_voxel_and_measures_from_it_and_a_box_only_chooses(bench):

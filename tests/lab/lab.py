@@ -341,7 +341,7 @@ class Notebook:
         self.bring(element)
         self.page.mouse.click(*self._at(element, (x, y)), button=button)
 
-    def drag(self, element: Locator, *places: Sequence[float], button: str = "left", steps: int = 8) -> None:
+    def drag(self, element: Locator, *places: Sequence[float], steps: int = 8) -> None:
         """A drag through places (x, y) of an element, from the first to the last, in `steps` moves each.
 
         Two places make a line or the diagonal of a box, more a lasso.
@@ -349,14 +349,14 @@ class Notebook:
         self.bring(element)
         corners = np.array([self._at(element, place) for place in places])
         self.page.mouse.move(*corners[0])
-        self.page.mouse.down(button=button)
+        self.page.mouse.down()
         # a first short move: a lasso begins where the pressed mouse is first moved to, not where it was pressed
         self.page.mouse.move(*(corners[0] + np.sign(corners[1] - corners[0])))
         for start, end in itertools.pairwise(corners):
             for step in range(1, steps + 1):
                 self.page.wait_for_timeout(20)  # as a hand does: lassos leave out moves that come within 10 ms
                 self.page.mouse.move(*(start + (end - start) * step / steps))
-        self.page.mouse.up(button=button)
+        self.page.mouse.up()
 
     def slider(self, label: str, value: float, within: Locator | None = None) -> None:
         """Sets the ipywidgets slider of that description (of a cell, say) by typing the value into its readout."""

@@ -50,7 +50,7 @@ scatter.widget
 import tempfile
 from pathlib import Path
 import SimpleITK as sitk
-from ipyniivue import DragMode, NiiVue, SliceType, Volume
+from ipyniivue import NiiVue, SliceType, Volume
 
 z, y, x = np.mgrid[:32, :32, :32]
 ct = sitk.GetImageFromArray((4 * x + 2 * y + z).astype(np.int16))
@@ -60,12 +60,11 @@ with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "ct.nii.gz"
     sitk.WriteImage(ct, str(path))
     volume = Volume(data=path.read_bytes(), name=path.name, cal_min=0, cal_max=220)
-view = NiiVue(height=400, slice_type=SliceType.AXIAL, drag_mode=DragMode.CALLBACK_ONLY)
+view = NiiVue(height=400, slice_type=SliceType.AXIAL)
 view.layout.width = "400px"
 view.load_volumes([volume])
-locations, boxes = [], []
+locations = []
 view.on_location_change(locations.append)
-view.on_drag_release(boxes.append)
 view
 """,
     """
@@ -162,22 +161,6 @@ def test_a_click_in_the_volume_moves_the_cross_hair_and_reaches_the_kernel(noteb
     assert index[:2] == pytest.approx(in_the_image(0.3, 0.6), abs=0.2)
     voxel = np.floor(np.array(index) + 0.5).astype(int).tolist()
     assert location["values"][0]["value"] == notebook.ask(f"ct.GetPixel({voxel})")
-
-
-def test_a_box_drawn_with_the_right_button_reaches_the_kernel(notebook: Notebook):
-    canvas = notebook.cell(VOLUME).locator("canvas").first
-    notebook.drag(canvas, (0.2, 0.3), (0.6, 0.75), button="right")
-    (box,) = notebook.wait_until("boxes")
-    assert index_of(notebook, box["mm_start"])[:2] == pytest.approx(in_the_image(0.2, 0.3), abs=0.2)
-    assert index_of(notebook, box["mm_end"])[:2] == pytest.approx(in_the_image(0.6, 0.75), abs=0.2)
-    assert box["ax_cor_sag"] == 0
-
-
-def test_voxels_changed_in_the_kernel_are_seen(notebook: Notebook):
-    canvas = notebook.cell(VOLUME).locator("canvas").first
-    before = notebook.pixels(canvas)
-    notebook.do("volume.img = np.where(sitk.GetArrayFromImage(ct).ravel() > 90, 220, 0).astype(np.int16)")
-    notebook.wait_for_change(canvas, before)
 
 
 def test_a_press_and_a_release_in_a_picture_reach_the_kernel_with_their_places(notebook: Notebook):

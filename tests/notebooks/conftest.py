@@ -21,7 +21,7 @@ from mupkg.stages.runs import save_tensors, write_run
 from mupkg.stages.training import BEST
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
     """The cohort, and stage 1 of a study that found every prostate."""
     folder = tmp_path_factory.mktemp("built")

@@ -191,7 +191,7 @@ def test_a_name_that_is_none_is_refused_before_any_work(roi, tmp_path: Path) -> 
 def test_pseudonyms_are_not_promised_where_none_are_given() -> None:
     with pytest.raises(ValueError, match="hash_patients is for source 'dicom_rt'"):
         CohortSettings.checked({"source": "phantoms", "hash_patients": True})
-    with pytest.raises(ValueError, match="fill_gaps is for contours"):
+    with pytest.raises(ValueError, match="fill_gaps is for source 'dicom_rt'"):
         CohortSettings.checked({"source": "pattern", "source_folder": "scans", "fill_gaps": True})
 
 

@@ -37,7 +37,9 @@ def test_every_profile_plans_a_study(tmp_path, profile):
         "workstation": ["--dry-run"],
         "slurm": ["--executor", "dryrun"],
     }
-    text = plan(tmp_path, profile, *options[profile])
+    text = plan(tmp_path, profile, *options[profile], "--printshellcmds")
+    asking = [line.split("notebooks/")[1].split()[0] for line in text.splitlines() if "--one-gpu" in line]
+    assert {*asking} == {"02_stage1_localization.ipynb", "03_stage2_training.ipynb"}
     for rule in ("stage1", "stage2"):
         assert "gpu=1" in resources_of(text, rule)
     assert "gpu" not in resources_of(text, "evaluate")
@@ -128,9 +130,3 @@ def test_several_gpus_must_be_named(tmp_path, monkeypatch):
         plan(tmp_path, "workstation", *options)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert "rule stage2" in plan(tmp_path, "workstation", *options)
-
-
-def test_both_trainings_ask_for_a_gpu_of_their_own(tmp_path):
-    text = plan(tmp_path, "workstation", "--dry-run", "--printshellcmds")
-    asking = [line.split("notebooks/")[1].split()[0] for line in text.splitlines() if "--one-gpu" in line]
-    assert set(asking) == {"02_stage1_localization.ipynb", "03_stage2_training.ipynb"}

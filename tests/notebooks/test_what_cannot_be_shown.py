@@ -42,7 +42,7 @@ def test_pictures_without_any_prostate_are_refused(study):
 def test_a_seed_without_a_run_is_named(study):
     two_runs(study)
     with pytest.raises(
-        ValueError, match="no finished run of any configuration with seed 4; run notebook 03, or choose"
+        ValueError, match=r"no finished run of any configuration with seed 4; train it with notebook 03 .*, or choose"
     ):
         study.notebook("05", seed=4)
 

@@ -82,10 +82,10 @@ def test_runs_come_in_the_order_asked_for(tmp_path):
 
 
 def test_a_run_that_is_not_there_is_missed(tmp_path):
-    with pytest.raises(ValueError, match="no finished run of any configuration; run notebook 03"):
+    with pytest.raises(ValueError, match="no finished run of any configuration; train it with notebook 03"):
         finished_runs(tmp_path)
     write_run(tmp_path, "UNet-seed0", [0.5])
-    with pytest.raises(ValueError, match="no finished run of MetricUNet-R, VNet; run notebook 03"):
+    with pytest.raises(ValueError, match="no finished run of MetricUNet-R, VNet; train it with notebook 03"):
         finished_runs(tmp_path, ["UNet", "MetricUNet-R", "VNet"])
 
 
@@ -94,9 +94,13 @@ def test_runs_of_one_seed_are_those_alone(tmp_path):
         write_run(tmp_path, name, [0.5])
     assert list(finished_runs(tmp_path, seed=0)["configuration"]) == ["UNet", "MetricUNet-R"]
     assert list(finished_runs(tmp_path, seed=1)["configuration"]) == ["UNet"]
-    with pytest.raises(ValueError, match="no finished run of MetricUNet-R with seed 1; run notebook 03, or choose"):
+    with pytest.raises(
+        ValueError, match=r"no finished run of MetricUNet-R with seed 1; train it with notebook 03 .*, or choose"
+    ):
         finished_runs(tmp_path, ["UNet", "MetricUNet-R"], seed=1)
-    with pytest.raises(ValueError, match="no finished run of any configuration with seed 7; run notebook 03"):
+    with pytest.raises(
+        ValueError, match="no finished run of any configuration with seed 7; train it with notebook 03"
+    ):
         finished_runs(tmp_path, seed=7)
 
 
@@ -152,7 +156,7 @@ def test_a_run_without_a_record_is_named(tmp_path, spoil):
     for name in ("UNet-seed0", "MetricUNet-R-seed0"):
         write_run(tmp_path, name, [0.5])
     spoil(tmp_path / "MetricUNet-R-seed0" / "run.json")
-    with pytest.raises(ValueError, match=r"MetricUNet-R-seed0.run\.json: does not tell .*run notebook 03 again"):
+    with pytest.raises(ValueError, match=r"MetricUNet-R-seed0.run\.json: does not tell .*run its notebook again"):
         case_metrics(finished_runs(tmp_path))
 
 

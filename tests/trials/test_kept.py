@@ -51,6 +51,26 @@ def test_small_tables_are_kept_and_nothing_large(study):
     assert record["made_on"] == ["x86_64 CPU, 1 thread(s)"] and record["processor"]
 
 
+def test_a_kept_run_that_had_other_parameters_is_replaced(study):
+    kept.keep(study, kept.kept_folder("s"))
+    told = TOLD | {"A-seed0": TOLD["A-seed0"] | {"steps": 31}}
+    shutil.rmtree(study / "A-seed0")
+    trained(study / "A-seed0", told["A-seed0"], dsc=0.75)
+    assert kept.kept_runs("s", told) == {*TOLD} - {"A-seed0"}
+    assert kept.keep(study, kept.kept_folder("s")) == ["A-seed0"]
+    assert kept.kept_runs("s", told) == {*TOLD}
+    assert pd.read_csv(kept.kept_folder("s") / "A-seed0" / METRICS)["DSC"].tolist() == [0.75, 0.5]
+
+
+def test_a_broken_record_of_a_kept_run_is_named_with_a_cure_that_works(study):
+    kept.keep(study, kept.kept_folder("s"))
+    (broken := kept.kept_folder("s") / "A-seed0" / RUN).write_text("{")
+    with pytest.raises(ValueError, match=r"A-seed0.run\.json: .*; remove its folder, and the batch trains it anew"):
+        kept.kept_runs("s", TOLD)
+    shutil.rmtree(broken.parent)
+    assert kept.kept_runs("s", TOLD) == {*TOLD} - {"A-seed0"}
+
+
 def test_what_is_kept_stays_and_only_more_is_added(study):
     kept.keep(study, kept.kept_folder("s"))
     shutil.rmtree(study / "B-seed0")

@@ -10,7 +10,19 @@ import pandas as pd
 import pytest
 
 from mupkg.stages.training import HISTORY
-from mupkg.trials.tables import boxes, histories, replicate_means, shifts_tested, trial_metrics, trial_runs
+from mupkg.trials.protocol import Study
+from mupkg.trials.tables import (
+    answers,
+    boxes,
+    histories,
+    promised,
+    rankings,
+    replicate_means,
+    shifts_tested,
+    single_seeds,
+    trial_metrics,
+    trial_runs,
+)
 
 RUNS = {
     f"{arm}-seed{replicate + offset}": {"arm": arm, "seed": replicate + offset, "replicate": replicate}
@@ -151,3 +163,23 @@ def test_boxes_are_over_cases_and_dots_over_replicates(study):
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.7", "1"] and ax.get_xlabel() == "margin"
     medians = [line.get_ydata()[0] for line in ax.lines if line.get_color() == "C1"]
     assert medians == pytest.approx([0.55, 0.75])  # of the cases' means over replicates: .5 and .6; .7 and .8
+
+
+def test_of_a_distance_more_is_worse_and_the_papers_dsc_says_nothing():
+    """B lies .2 mm farther off than A in every case and replicate, give or take."""
+    arms = {"A": {"configuration": "UNet"}, "B": {"configuration": "MetricUNet-HCP"}}
+    trial = {"name": "t", "arms": arms, "replicates": 6, "contrasts": [["B", "A"]], "primary": "ASD", "margin": 0.1}
+    study = Study.checked({"study": "s", "cohort": "c", "prepare": {"replicates": 6, "phantoms": 8}, "trial": trial})
+    rng, rows = np.random.default_rng(0), []
+    for arm, seed, case in ((a, r, c) for a in "AB" for r in range(6) for c in range(8)):
+        noise = rng.normal(0, 0.02)
+        row = {"configuration": arm, "seed": seed, "case_id": str(case), "DSC": 0.9}
+        rows.append(row | {"ASD": 1.5 + 0.2 * (arm == "B") + noise})
+    metrics = pd.DataFrame(rows)
+    (one_seed,) = single_seeds(study.trial, metrics).to_dict("records")
+    assert (one_seed["says better"], one_seed["says worse"]) == (0, 6)
+    table = answers(study.trial, metrics, ["ASD"])
+    assert table["verdict"].tolist() == ["harm"]
+    ranked = rankings(study.trial, table)
+    assert ranked["paper: difference"].isna().all() and ranked["the paper's ranking"].tolist() == [""]
+    assert promised(study).empty  # E1's variances are those of DSC
