@@ -91,7 +91,7 @@ def key(colours: Mapping[str, str]) -> str:
 
 def colour_bar(colours: str, name: str, low: float, high: float) -> str:
     """A colour map with what its ends stand for, as HTML."""
-    stops = ", ".join(to_hex(colormaps[colours](part)) for part in np.linspace(0, 1, 9))
+    stops = ", ".join(map(to_hex, colormaps[colours](np.linspace(0, 1, 9))))
     look = f"display: inline-block; width: 5em; height: 0.8em; background: linear-gradient(to right, {stops})"
     return f'<span style="white-space: nowrap">{name} {low:g} <span style="{look}"></span> {high:g}</span>'
 

@@ -293,6 +293,9 @@ def read_whole(path: Path) -> object:
             return table.drop(columns=[name for name in table if "seconds" in name]).to_csv()
         case ".nii.gz":
             return gzip.decompress(path.read_bytes())  # SimpleITK reads a cut one without a word
+        case ".parquet":
+            assert len(pd.read_parquet(path))
+            return path.read_bytes()
         case ".mha":
             return sitk.GetArrayFromImage(sitk.ReadImage(str(path))).tobytes()
         case ".npy":

@@ -20,6 +20,7 @@ from kill_study import (
     OUT,
     ROOT,
     RUN,
+    SAME,
     SECOND_ARM,
     STAGE1,
     T_DATA,
@@ -193,3 +194,13 @@ def test_a_file_that_is_cut_or_differs_is_noticed(undisturbed, tmp_path):
         f"{RUN_WITHOUT.relative_to(folder)}: is in one of them only",
         f"{region.relative_to(folder)}: differs",
     ]
+
+
+def test_saved_voxels_are_compared_and_a_cut_file_is_noticed(tmp_path):
+    """Regression: at the end of a whole study, a Parquet file of notebook 08 was of no kind that was known."""
+    (path := tmp_path / "outputs" / "voxels.parquet").parent.mkdir()
+    pd.DataFrame({"probability": [0.5, 0.25]}).to_parquet(path)
+    assert half_written(tmp_path) == [] and compared(tmp_path, tmp_path)["outcome"].tolist() == [SAME]
+    path.write_bytes(path.read_bytes()[:-40])
+    (fault,) = half_written(tmp_path)
+    assert fault.startswith("outputs/voxels.parquet")
