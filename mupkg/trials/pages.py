@@ -331,9 +331,8 @@ EXTRA = {"single_seeds": single_seeds_table, "plateau": plateau_table, "nnunet":
 def derived_tables(name: str) -> dict[str, pd.DataFrame]:
     """The tables of a trial that follow from its cases.csv: what notebook 10 saves beside it."""
     trial, metrics = study(name).trial, cases(name)
-    columns = [trial.primary, f"{trial.primary}_all", "ASD", "HD95", "active_share"]
     derived = {"answers": answers(name), "single_seeds": seeds_alone(name)}
-    derived["arms"] = tables.arm_means(metrics, [c for c in columns if c in metrics]).reset_index()
+    derived["arms"] = tables.arms(trial, metrics).reset_index()
     derived["rankings"] = tables.rankings(trial, derived["answers"])
     if study(name).folds is None:
         derived["power"] = tables.power(trial, metrics).reset_index(names="contrast")

@@ -186,6 +186,12 @@ def arm_means(metrics: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     return table
 
 
+def arms(trial: Trial, metrics: pd.DataFrame) -> pd.DataFrame:
+    """The arms' means of what is looked at first: the primary outcome, distances, and what still taught."""
+    names = [trial.primary, f"{trial.primary}_all", "ASD", "HD95", "active_share"]
+    return arm_means(metrics, [name for name in names if name in metrics])
+
+
 def single_seeds(trial: Trial, metrics: pd.DataFrame) -> pd.DataFrame:
     """What a study with one seed would have reported of each contrast, by the paper's test over cases."""
     judged, rows = statistics.with_means(metrics, trial.means), []
