@@ -274,6 +274,7 @@ def figures_in_sentences() -> dict[str, Any]:
     return {
         "margin": f"{study('e1').trial.margin:g}",
         "gain_excluded": f"{first['high']:.4f}",
+        "real_gain_excluded": f"{answers('e6').iloc[0]['high']:.4f}",
         "p_first_family": f"{statistics.holm(family)[0]:.3f}",
         "near_negatives": f"{near:.4f}",
         "shuffled_left": shuffled,
