@@ -165,6 +165,16 @@ def _shown(span: list[list[float]] | None) -> str:
     return " × ".join(parts) + " mm"
 
 
+def mean_and_sd(values: Iterable[float]) -> str:
+    """Mean ± sample standard deviation of at least one value, which alone has none: "0.901 ± 0.031", or "0.901".
+
+    An infinite distance (an empty mask) makes the mean inf, without a deviation.
+    """
+    values = np.array([*values], dtype=float)
+    has_sd = len(values) > 1 and np.isfinite(values).all()
+    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if has_sd else "")
+
+
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table as Markdown has them."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
@@ -188,8 +198,6 @@ def _results(run_folder: Path, record: dict[str, Any]) -> str:
     for name in headline():
         values = metrics[name].dropna() if name in metrics else ()
         if len(values):
-            mean, n = f"{values.mean():.3f}", len(values)  # an infinite distance (an empty mask) makes its mean inf
-            with np.errstate(invalid="ignore"):
-                rows.append([with_unit(name), mean if n == 1 else f"{mean} ± {values.std():.3f}", n])
+            rows.append([with_unit(name), mean_and_sd(values), len(values)])
     lowest = [f"Lowest DSC of a case: {metrics['DSC'].min():.3f}."] if "DSC" in metrics else []
     return "\n\n".join([*said, markdown_table(["metric", "mean ± sd", "n"], rows), *lowest])

@@ -1,15 +1,17 @@
 """A model card says what the run's files say, and says what they do not."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
 
 from mupkg.data.phantom import make_phantom
 from mupkg.stages import card
-from mupkg.stages.cards import UNKNOWN, trained_on, unlike
+from mupkg.stages.cards import UNKNOWN, mean_and_sd, trained_on, unlike
 from mupkg.stages.runs import write_json
 
 DATA = {
@@ -54,7 +56,7 @@ def test_a_card_says_what_the_files_say(run):
         "commit abc",
         "3 test case(s), one training (seed 7)",
         f"| DSC | {np.mean([0.8, 0.9, 0.4]):.3f} ± {np.std([0.8, 0.9, 0.4], ddof=1):.3f} | 3 |",
-        "| ASD (mm) | inf ± ",  # an empty mask is not left out of a mean
+        "| ASD (mm) | inf | ",  # an empty mask is not left out of a mean
         "| PPV | 0.600 ± 0.141 | 2 |",
         "Lowest DSC of a case: 0.400.",
         "no medical device",
@@ -154,3 +156,11 @@ def test_a_run_records_what_it_learns_from(cohort, regions, run):
     write_json(run / "run.json", {"data": data})
     assert unlike(run, scan) == []
     assert "patients" not in data and data["source"] == "phantoms"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([0.25], "0.250"), ([0.5, 0.7], "0.600 ± 0.141"), ([1.0, math.inf], "inf")],
+)
+def test_a_single_value_has_no_standard_deviation(values, text):
+    assert mean_and_sd(pd.Series(values)) == text
