@@ -267,6 +267,8 @@ def figures_in_sentences() -> dict[str, Any]:
     near = answers("e1n").query("against == 'HCP' and metric == 'DSC'")["mean_difference"].iloc[0]
     shuffled = {row[0]: row[1] for row in left_plateau("e4")}["shuffled"]
     seeds = {name: seeds_alone(name).iloc[0] for name in ("e0", "e1")}
+    of_arms = cases("parameters").pivot_table("DSC", "seed", "configuration")
+    small_best = of_arms[["R-lambda-0.001", "R", "R-lambda-0.1"]].idxmax(axis=1) == "R-lambda-0.001"
     significant = {name: row["says better"] + row["says worse"] for name, row in seeds.items()}
     steps = pd.read_csv(COST).query("peer == \"UNet's step\" and not what.str.contains('[+]')")["ratio"]
     chances = statistics.published_rankings(results.published(3))
@@ -276,6 +278,7 @@ def figures_in_sentences() -> dict[str, Any]:
         "gain_excluded": f"{first['high']:.4f}",
         "real_gain_excluded": f"{answers('e6').iloc[0]['high']:.4f}",
         "p_first_family": f"{statistics.holm(family)[0]:.3f}",
+        "small_weight_best": f"{small_best.sum()} of {len(small_best)}",
         "near_negatives": f"{near:.4f}",
         "shuffled_left": shuffled,
         "e1_significant": f"{significant['e1']} of {seeds['e1']['replicates']}",
