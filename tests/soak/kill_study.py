@@ -304,7 +304,7 @@ def read_whole(path: Path) -> object:
             return json.loads(path.read_text(encoding="utf-8"))
         case ".ipynb":
             return nbformat.read(path, 4)
-        case ".md":
+        case ".md" | ".yaml":
             text = path.read_text(encoding="utf-8")
             assert text.endswith("\n")
             return [line for line in text.splitlines() if not line.startswith("| written |")]
@@ -440,6 +440,8 @@ def main() -> None:
     for study, moments in ((STUDY, chosen(arguments.kills, arguments.seed)), (TRIAL, TRIAL_MOMENTS)):
         whole, killed = (workplace(folder / study / name) for name in ("whole", "killed"))
         finish(whole, study=study)
+        if cut := half_written(whole):  # or of a kind that is not known here: told before the kills, not after them
+            sys.exit("\n".join(cut))
         tables.append(kill_study(killed, moments, study=study).assign(study=study))
         comparisons.append(compared(killed, whole).assign(study=study))
         faults += differences(comparisons[-1])

@@ -196,11 +196,15 @@ def test_a_file_that_is_cut_or_differs_is_noticed(undisturbed, tmp_path):
     ]
 
 
-def test_saved_voxels_are_compared_and_a_cut_file_is_noticed(tmp_path):
-    """Regression: at the end of a whole study, a Parquet file of notebook 08 was of no kind that was known."""
-    (path := tmp_path / "outputs" / "voxels.parquet").parent.mkdir()
-    pd.DataFrame({"probability": [0.5, 0.25]}).to_parquet(path)
-    assert half_written(tmp_path) == [] and compared(tmp_path, tmp_path)["outcome"].tolist() == [SAME]
-    path.write_bytes(path.read_bytes()[:-40])
-    (fault,) = half_written(tmp_path)
-    assert fault.startswith("outputs/voxels.parquet")
+def test_saved_voxels_and_protocols_are_compared_and_a_cut_file_is_noticed(tmp_path):
+    """Regression: at the end of a study, a file of notebook 08 and one of a trial were of no kind known here."""
+    (outputs := tmp_path / "outputs").mkdir()
+    pd.DataFrame({"probability": [0.5, 0.25]}).to_parquet(outputs / "voxels.parquet")
+    shutil.copy(ROOT / "notebooks" / "studies" / f"{TRIAL}.yaml", outputs / "protocol.yaml")
+    assert half_written(tmp_path) == [] and compared(tmp_path, tmp_path)["outcome"].tolist() == [SAME, SAME]
+    for path in outputs.iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[:-40])
+        (fault,) = half_written(tmp_path)
+        assert fault.startswith(f"outputs/{path.name}")
+        path.write_bytes(content)
