@@ -113,10 +113,10 @@ def keep(study: Path, destination: Path) -> list[str]:
     for metrics in sorted(study.glob(f"*-seed*/{METRICS}")):
         run, target = metrics.parent, destination / metrics.parent.name
         record = read_run(run / RUN, cure=TRAIN_ANEW)
-        if (target / METRICS).is_file() and read_run(target / RUN, cure=TRAIN_ANEW)["parameters"] == record[
-            "parameters"
-        ]:
-            continue
+        if (target / METRICS).is_file():
+            if read_run(target / RUN, cure=TRAIN_ANEW)["parameters"] == record["parameters"]:
+                continue
+            shutil.rmtree(target)  # no table of the other run may stay beside these
         record.setdefault("processor", processor_name())
         record["made_on"] = load_tensors(run / BEST)[1].get("made_on", [])
         write_json(target / RUN, record)

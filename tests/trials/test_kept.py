@@ -54,12 +54,14 @@ def test_small_tables_are_kept_and_nothing_large(study):
 def test_a_kept_run_that_had_other_parameters_is_replaced(study):
     kept.keep(study, kept.kept_folder("s"))
     told = TOLD | {"A-seed0": TOLD["A-seed0"] | {"steps": 31}}
+    (of_the_other := kept.kept_folder("s") / "A-seed0" / "metrics_noise.csv").touch()
     shutil.rmtree(study / "A-seed0")
     trained(study / "A-seed0", told["A-seed0"], dsc=0.75)
     assert kept.kept_runs("s", told) == {*TOLD} - {"A-seed0"}
     assert kept.keep(study, kept.kept_folder("s")) == ["A-seed0"]
     assert kept.kept_runs("s", told) == {*TOLD}
     assert pd.read_csv(kept.kept_folder("s") / "A-seed0" / METRICS)["DSC"].tolist() == [0.75, 0.5]
+    assert not of_the_other.exists()
 
 
 def test_a_broken_record_of_a_kept_run_is_named_with_a_cure_that_works(study):
