@@ -28,7 +28,7 @@ TABLE_II = (
     *("UNet", "UNet++", "MetricUNet-R-Sep", "MetricUNet-R", "MetricUNet-H", "MetricUNet++-H", "MetricUNet-C"),
     *("MetricUNet-HR", "MetricUNet-HC", "MetricUNet-HP", "MetricUNet-HRP", "MetricUNet-HCP"),
 )
-"""The twelve names, in the order of the paper's Table III."""
+"""The twelve names, in the order of the paper's Table II."""
 
 
 def grammar() -> str:
