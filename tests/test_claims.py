@@ -100,6 +100,7 @@ def measured_in_method() -> list[str]:
     never = int((best <= PLATEAU_DSC).sum())
     e1 = validations("e1").max()
     chances = statistics.published_rankings(results.published(3)).set_index("row")
+    seeds_move = chances.filter(regex=" sd 0.01$")
     after_c = chances.loc["MetricUNet-HR":].filter(regex=" sd 0$")
     lowest, highest = after_c.min(axis=None), after_c.max(axis=None)
     fourth = results.published(3).set_index("configuration", drop=False).loc[["UNet", "MetricUNet-HCP"]]
@@ -108,7 +109,7 @@ def measured_in_method() -> list[str]:
     return [
         f"{never} of the 40 never left",
         f"At 0.1 and 1200 steps all {int((e1 > PLATEAU_DSC).sum())} of E1 left",
-        f"only R over R-Sep ({chances.filter(regex=' sd 0.01$').loc['MetricUNet-R'].max():.3f})".replace("(0.", "(."),
+        f"only R over UNet++ ({seeds_move.loc['MetricUNet-R'].max():.3f})".replace("(0.", "(."),
         f"the chance that the ranking is false is {lowest:.2f} to {highest:.2f}".replace(" 0.", " ."),
         f"HCP over UNet (.046) is beyond chance even at .010 ({hcp:.4f})".replace("(0.", "(."),
         *(row.sentence for row in simulated.itertuples()),

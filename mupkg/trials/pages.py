@@ -27,8 +27,9 @@ from mupkg.trials.protocol import Study, read_yaml
 REFERENCE = repository() / "outputs" / "reference"
 PROTOCOLS = repository() / "notebooks" / "studies"
 COST = repository() / "tests" / "benchmarks" / "results" / "cpu-x86_64-1thread-2026-11-26-cost.csv"
-PAGE, RESULTS = REFERENCE / "README.md", repository() / "RESULTS.md"
+PAGE, QUESTIONS, RESULTS = REFERENCE / "README.md", REFERENCE / "questions.yaml", repository() / "RESULTS.md"
 COLUMNS = ("DSC", "DSC_all", "SEN", "PPV", "ASD", "HD95", "surface_DSC_2mm", "Brier", "ECE")
+PP_STEP = "UNet++'s step"  # as `bench.py cost` calls it
 NUMBERS = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 NNUNET_COLUMNS = ("DSC", "DSC_all", "ASD", "HD95")
 
@@ -37,15 +38,17 @@ ABOUT = """# What the trials measured, in full
 Written from the tables in these folders by `make results`; `make claims` fails where it no longer holds.
 [RESULTS.md](../../RESULTS.md) says what follows. Nothing here is measured on patients, except where it says MR.
 
-Only tables are left of e0, e1, e1n and e4. No kept run can stand for theirs: trained again on another machine, a
-UNet differed in every case. Two phantoms and their landmarks were the same to the bit there, and so was stage 2 on
-the same regions. That leaves stage 1, which another processor or another number of threads rounds otherwise, so that
-it cuts other regions; the old ones are gone, so this was not proven. Later trials train these arms anew.
+Only tables are left of e0, e1, e1n, e1n_again, e4 and plateau. No kept run can stand for theirs: trained again on
+another machine, a UNet differed in every case. Two phantoms and their landmarks were the same to the bit there, and
+so was stage 2 on the same regions. That leaves stage 1, which another processor or another number of threads rounds
+otherwise, so that it cuts other regions; the old ones are gone, so this was not proven. Later trials train these arms
+anew.
 
 A row of a table of arms is the mean ± standard deviation over replicates of the mean over test cases. DSC and mm are
 measured with the largest component, "all" without. A collapsed run finds no prostate in most test cases. An answer
 gives the verdict, the mean difference, its interval over cases and replicates (90 % for an equivalence, else 95 %),
-p after Holm over the contrasts of the protocol, and collapsed runs with Clopper and Pearson's 95 % limits."""
+p after Holm over the contrasts and the outcome that the protocol names, after Benjamini and Hochberg over all others,
+and collapsed runs with Clopper and Pearson's 95 % limits."""
 
 
 def title(column: str) -> str:
@@ -221,11 +224,14 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
     if name not in finished_trials():
         return [contrast, "", progress_of(name), "", command]
     if spec.get("post_hoc"):
-        row = pooled_after_the_fact(spec).iloc[0]
+        row = after_the_fact().loc[side_by_side(spec)]
     else:
         table = answers(name, shift)
         is_row = (table["configuration"] == spec["arm"]) & (table["against"] == spec["against"])
         row = table[is_row & (table["metric"] == outcome)].iloc[0]
+    if spec.get("descriptive"):  # an outcome that the protocol does not judge
+        row = row.copy()
+        row["verdict"] = "not judged"
     if row["verdict"] != spec.get("verdict"):
         expected = spec.get("verdict", "an answer that the sentence knows of")
         raise ValueError(
@@ -238,6 +244,7 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
     effect = f"{row['mean_difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{unit}"
     effect += " (90 %)" if equal else ""
     verdict = f"equivalent within {row['margin']:g}" if equal else row["verdict"]
+    verdict += " (sign flip)" if np.isfinite(row["p_sign_flip"]) and verdict != "not judged" else ""
     verdict += " (post hoc)" if spec.get("post_hoc") else ""
     counts = f"{row['cases']} × {row['replicates']}{f' × {row.folds} folds' if row['folds'] else ''}"
     fallen = row["collapsed"] + row["collapsed_against"]
@@ -245,7 +252,21 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
     return [contrast, effect, verdict, counts, command]
 
 
-def pooled_after_the_fact(spec: Mapping[str, Any]) -> pd.DataFrame:
+def side_by_side(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells a question asked after the fact from the others: two trials, two sides, an outcome."""
+    return spec["trial"], spec["post_hoc"], spec["arm"], spec["against"], spec.get("outcome", "DSC")
+
+
+@cache
+def after_the_fact() -> pd.DataFrame:
+    """The answers to all contrasts of the page that no protocol named: one family, by Benjamini and Hochberg."""
+    rows = [row for question in read_yaml(QUESTIONS)["questions"] for row in question.get("rows", [])]
+    specs = [row for row in rows if row.get("post_hoc")]
+    table = statistics.judged(pd.concat([_after_the_fact(spec) for spec in specs], ignore_index=True))
+    return table.set_index(pd.MultiIndex.from_tuples(map(side_by_side, specs)))
+
+
+def _after_the_fact(spec: Mapping[str, Any]) -> pd.DataFrame:
     """A contrast that no protocol named, between arms of two trials, which may be one, in the replicates of both.
 
     A side is an arm, the mean of some ("UNet and UNet-again"), or a factor's level ("with normalize").
@@ -268,15 +289,32 @@ def figures_in_sentences() -> dict[str, Any]:
     shuffled = {row[0]: row[1] for row in left_plateau("e4")}["shuffled"]
     seeds = {name: seeds_alone(name).iloc[0] for name in ("e0", "e1")}
     of_arms = cases("parameters").pivot_table("DSC", "seed", "configuration")
+    of_values = {
+        f"means_{parameter}": ", ".join(f"{of_arms[arm].mean():.3f}" for arm in arms.values()).replace("0.", ".")
+        for parameter, arms in study("parameters").trial.parameters.items()
+    }
+    noisy = pd.concat([cases("e1", "noise"), cases("e1n", "noise")]).groupby(["configuration", "seed"])["DSC"].mean()
+    learned = pd.read_csv(REFERENCE / "e6" / "validations.csv")
+    late = learned.pivot_table("validation_dsc", "step", "configuration")[["UNet", "HCP"]].iloc[-2:].round(3)
+    best = learned.groupby(["configuration", "replicate"])["validation_dsc"].max()
     small_best = of_arms[["R-lambda-0.001", "R", "R-lambda-0.1"]].idxmax(axis=1) == "R-lambda-0.001"
     significant = {name: row["says better"] + row["says worse"] for name, row in seeds.items()}
-    steps = pd.read_csv(COST).query("peer == \"UNet's step\" and not what.str.contains('[+]')")["ratio"]
+    timed = pd.read_csv(COST)
+    steps = timed.query("peer == \"UNet's step\" and not what.str.contains('[+]')")["ratio"]
+    islands = answers("e1").query("metric == 'HD95_all'").iloc[0]
     chances = statistics.published_rankings(results.published(3))
     sure = {sd: chances.filter(regex=f" sd {sd}$").lt(0.025).all(axis=1).sum() for sd in ("0", "0.01")}
     return {
         "margin": f"{study('e1').trial.margin:g}",
         "gain_excluded": f"{first['high']:.4f}",
+        "hd95_gain_excluded": f"{-islands['low']:.2f}",
+        "noise_lowest": f"{noisy.min():.2f}",
+        "noise_highest": f"{noisy.max():.2f}",
         "real_gain_excluded": f"{answers('e6').iloc[0]['high']:.4f}",
+        "real_margin": f"{study('e6').trial.margin:g}",
+        "real_still_rising": ", ".join(f"{arm} {late[arm].iloc[0]:.3f} to {late[arm].iloc[1]:.3f}" for arm in late),
+        "real_never_left": NUMBERS[(best <= PLATEAU_DSC).sum()],
+        **of_values,
         "p_first_family": f"{statistics.holm(family)[0]:.3f}",
         "small_weight_best": f"{small_best.sum()} of {len(small_best)}",
         "near_negatives": f"{near:.4f}",
@@ -287,13 +325,14 @@ def figures_in_sentences() -> dict[str, Any]:
         "e0_significant": f"{significant['e0']} of {seeds['e0']['replicates']}",
         "plateau_dsc": PLATEAU_DSC,
         "step_cost": f"{steps.min():.2f} to {steps.max():.2f}",
+        "step_cost_pp": f"{timed.set_index('peer')['ratio'].loc[PP_STEP]:.2f}",
         "rankings_without_seed": f"{NUMBERS[sure['0']].capitalize()} of {NUMBERS[len(chances)]}",
         "rankings_with_seed": f"only {NUMBERS[sure['0.01']]}",
     }
 
 
 def results_page() -> str:
-    said, figures = read_yaml(REFERENCE / "questions.yaml"), figures_in_sentences()
+    said, figures = read_yaml(QUESTIONS), figures_in_sentences()
     parts = [f"# Results\n\n{said['about'].strip()}"]
     columns = ["contrast", "effect [interval]", "verdict", "cases × replicates", "command"]
     claims = []
@@ -306,12 +345,12 @@ def results_page() -> str:
             parts.append(EXTRA[extra]())
         if claim := question.get("claim"):
             effect, follows = rows[0][1:3] if rows else ("", question["short"].format(**figures))
-            claims.append([claim, effect, f"{follows} {question.get('but', '')}".strip()])
+            claims.append([claim, effect, f"{follows} {question.get('but', '').format(**figures)}".strip()])
     table = markdown_table(["the paper's claim", "ours: effect [interval]", "what follows"], claims)
     parts.insert(1, f"## The paper's claims, one by one\n\n{said['claims'].strip()}\n\n{table}")
     hours = [[name, *core_hours(name)] for name in protocols()]
     table = markdown_table(["protocol", "core-hours of training", "left, at that rate"], hours)
-    parts.append(f"## What it cost\n\n{said['cost'].strip()}\n\n{table}")
+    parts.append(f"## Processor time\n\n{said['cost'].strip()}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 

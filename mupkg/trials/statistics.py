@@ -126,7 +126,7 @@ def sign_flip(means: Float[np.ndarray, " replicates"]) -> float:
 
     If nothing differs, each replicate's difference is as likely to have the other sign. p is the share of all 2^R
     choices of signs (of 20 000 draws, where R is above 14) with a mean as far from zero. It speaks of these test
-    cases: METHOD.md, "When a run collapses".
+    cases: METHOD.md, "Where normal theory is not enough".
     """
     options = {"permutation_type": "samples", "n_resamples": SIGN_FLIPS, "rng": 0}
     return float(permutation_test((means,), np.mean, **options).pvalue)
@@ -235,12 +235,21 @@ def with_means(metrics: pd.DataFrame, means: Mapping[str, Sequence[str]]) -> pd.
 
     Args:
         means: `Trial.means`: pooled controls, and the levels of a design's factors.
+
+    Raises:
+        ValueError: if a case is missing, or there twice, in a run of one of the arms.
     """
     parts = [metrics]
     for name, arms in means.items():
         rows = metrics[metrics["configuration"].isin(arms)].drop(columns="configuration")
         key = [*trainings(rows), "case_id"]
-        mean = rows.groupby(key, sort=False).sum(min_count=len(arms)) / len(arms)
+        of = rows.groupby(key, sort=False)
+        if n := int((of.size() != len(arms)).sum()):
+            raise ValueError(
+                f"{name}: a mean needs every case of every run once from each of {', '.join(arms)}; {n} are missing "
+                "or there twice; train or test what is missing with notebook 03"
+            )
+        mean = of.sum(min_count=len(arms)) / len(arms)
         parts.append(mean.reset_index().assign(configuration=name))
     return pd.concat(parts, ignore_index=True)
 
@@ -352,6 +361,12 @@ def contrasts(
     metrics = with_means(metrics, means or {})
     table = pd.DataFrame([_contrast(metrics, *c, margins.get(c[2], np.nan), counts) for c in planned])
     table["correction"] = ["Holm" if contrast in named else "Benjamini-Hochberg" for contrast in planned]
+    return judged(table, descriptive)
+
+
+def judged(table: pd.DataFrame, descriptive: bool = False) -> pd.DataFrame:
+    """The rows of `contrasts` with corrected p, verdict and answer: all rows of a `correction` are one family."""
+    table = table.copy()
     fallen = (table["collapsed"] + table["collapsed_against"] > 0) & table["p"].notna()
     decide = {"p": table["p"].mask(fallen, table["p_sign_flip"].fillna(1.0))}
     decide["p_equivalence"] = table["p_equivalence"].mask(fallen & table["p_equivalence"].notna(), 1.0)
@@ -442,7 +457,9 @@ def _verdict(row: Any) -> str:
 def _answer(row: Any) -> str:
     """The row as one sentence. An equivalence shows its 90 % interval, any other answer the 95 % interval."""
     verdict = "" if row.verdict == "not judged" else f" {row.verdict},"
-    answer = [f"{row.configuration} against {row.against}, {row.metric}:{verdict} {row.mean_difference:+.4f}"]
+    known = not np.isnan(row.mean_difference)
+    effect = f"{row.mean_difference:+.4f}" if known else "unknown, as both sides have cases without prediction"
+    answer = [f"{row.configuration} against {row.against}, {row.metric}:{verdict} {effect}"]
     if np.isfinite(row.p):
         equal = row.verdict == "equivalent"
         low, high = (row.low_90, row.high_90) if equal else (row.low, row.high)

@@ -212,7 +212,9 @@ def rankings(trial: Trial, table: pd.DataFrame) -> pd.DataFrame:
         table: `answers`.
     """
     columns = ["configuration", "against", "mean_difference", "ranking false"]
-    ours = table.assign(**{"ranking false": table["p"] / 2}).loc[table["metric"] == trial.primary, columns]
+    fallen = table["collapsed"] + table["collapsed_against"] > 0  # then the t-test misleads
+    table = table.assign(**{"ranking false": table["p"].mask(fallen, table["p_sign_flip"]) / 2})
+    ours = table.loc[table["metric"] == trial.primary, columns]
     table3, paper = results.published(3).set_index("configuration", drop=False), []
     in_the_paper = trial.as_in_the_paper if trial.primary == "DSC" else {}
     for arm, against in zip(ours["configuration"], ours["against"], strict=True):

@@ -26,7 +26,7 @@ def test_a_contrast_after_the_fact_is_the_difference_of_the_means_over_shared_re
     first, second, arm, arms, replicates
 ):
     spec = {"trial": first, "post_hoc": second, "arm": arm, "against": "UNet and UNet-again"}
-    row = pages.pooled_after_the_fact(spec).iloc[0]
+    row = pages._after_the_fact(spec).iloc[0]
     ours = mean_over_replicates(first, arms, replicates)
     theirs = mean_over_replicates("hcp_again", ["UNet", "UNet-again"], replicates)
     assert row["replicates"] == replicates

@@ -21,6 +21,7 @@ from mupkg.trials.statistics import (
     differences,
     fold_differences,
     holm,
+    judged,
     nadeau_bengio,
     one_replicate,
     paired_tests,
@@ -594,6 +595,38 @@ def test_what_failed_in_one_arm_fails_in_its_levels_alone(failure):
     arms["+++"][1, 0] = failure
     metrics = with_means(metrics_of(**arms), flat(levels_of(TWO_CUBED))).set_index("configuration")["DSC"]
     assert (~np.isfinite(metrics["A +"])).sum() == 1 and np.isfinite(metrics["A -"]).all()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda table: table[(table["configuration"] != "again") | (table["seed"] != 1)],  # a whole run
+        lambda table: table.drop(index=table.index[table["configuration"] == "again"][0]),  # one case
+        lambda table: pd.concat([table, table[table["configuration"] == "again"].head(1)]),  # a case twice
+    ],
+)
+def test_a_mean_of_arms_that_lacks_a_part_is_refused(spoil):
+    """Regression: without a run on a pooled side it said "undecided, +nan; 0 cases"; without a case, a verdict."""
+    metrics = metrics_of(A=np.full((5, 4), 0.8), UNet=np.full((5, 4), 0.7), again=np.full((5, 4), 0.6))
+    pooled = {"both": ["UNet", "again"]}
+    contrasts(metrics, [("A", "both")], ["DSC"], means=pooled)
+    with pytest.raises(ValueError, match="both: a mean needs every case of every run once from each of UNet, again"):
+        contrasts(spoil(metrics), [("A", "both")], ["DSC"], means=pooled)
+
+
+def test_answers_of_several_tables_can_be_judged_as_one_family():
+    """Among ten contrasts without an effect, each judged alone, some verdict comes up far too often."""
+    rng, alone, together = np.random.default_rng(2), 0, 0
+    for _ in range(60):
+        parts = []
+        for _ in range(10):
+            a, b = (0.8 + 0.01 * rng.standard_normal((6, 8)) for _ in "ab")
+            parts.append(contrasts(metrics_of(A=a, B=b), [("A", "B")], ["DSC"], margins={}))
+        alone += any(part["verdict"].iloc[0] != "undecided" for part in parts)
+        family = judged(pd.concat(parts, ignore_index=True))
+        together += (family["verdict"] != "undecided").any()
+        assert family["p_adjusted"].to_numpy() == pytest.approx(multipletests(family["p"], method="fdr_bh")[1])
+    assert together / 60 < 0.1 < alone / 60
 
 
 def test_without_factors_the_table_stays_as_it_is():

@@ -278,7 +278,8 @@ print(f"95 % interval {low:+.4f} to {high:+.4f}, p = {found.p:.2f}")
 # %% [markdown]
 # With one training each, we could have published either answer, significant both times. Over cases and trainings
 # together E1 has no difference to publish. One trial is not the last word either: its arms were trained again later,
-# and there HCP was a little worse than UNet (`RESULTS.md`, "Does voxel metric learning help?").
+# and once more with other seeds; both HCPs together were a little worse than both UNets (`RESULTS.md`, "Does voxel
+# metric learning help?").
 
 # %% [markdown]
 # ## Step 5: an answer that never looks
