@@ -27,11 +27,10 @@ TRIAL = f"{OUT}/report/{STUDY.trial.name if STUDY.trial else '-'}"
 FOLDERS = {"data_folder": STUDY.data_folder, "outputs_folder": STUDY.outputs_folder}
 PREPARE = {"cohort": STUDY.cohort, "size": STUDY.size, "data_folder": STUDY.data_folder, **STUDY.prepare}
 PREPARE |= {"source_folder": STUDY.source_folder} if STUDY.source_folder else {}
-NAMES = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size}
-COMMON = {**NAMES, **FOLDERS}
+COMMON = {"study": STUDY.study, "cohort": STUDY.cohort, "size": STUDY.size, **FOLDERS}
 RUNS = list(STUDY.runs)
 # A trial's runs that are kept as small tables (make keep) are not trained again.
-KEPT = kept_runs(STUDY.study, STUDY.run_parameters, Path(OUT)) if STUDY.trial else {*()}
+KEPT = kept_runs(STUDY.study, STUDY.run_parameters, STUDY.stages, Path(OUT)) if STUDY.trial else {*()}
 TRAINED = [run for run in RUNS if run not in KEPT]
 for place in (folder for name in (DATA, OUT) for folder in (Path(name), *Path(name).parents)):
     if place.exists() and not place.is_dir():
@@ -56,12 +55,8 @@ if GPUS > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
 
 # Where the runs' own parameters name a stage 1 (one a fold), it is theirs; else the study has one.
 STAGE1_OF = {run: told.get("stage1", STAGE1) for run, told in STUDY.runs.items()}
-FOLDS = {told["stage1"]: {"replicate": told["replicate"]} for told in STUDY.runs.values() if "stage1" in told}
-STAGES = {
-    name: {**NAMES, "stage1": name, **FOLDS.get(name, {}), **STUDY.stage1} for name in {*STAGE1_OF.values()}
-}
 # A kept stage 1 is not trained again: another machine would round otherwise, and cut other regions.
-KEPT_STAGES = kept_stages(STUDY.study, STAGES, Path(OUT)) if STUDY.trial else {*()}
+KEPT_STAGES = kept_stages(STUDY.study, STUDY.stages, Path(OUT)) if STUDY.trial else {*()}
 
 
 TRIAL_NOTEBOOKS = ["10_does_it_help"]
@@ -141,9 +136,9 @@ rule stage1:
         OUT + "/{stage1}/fingerprint.json",
         notebook=OUT + "/{stage1}/02_stage1_localization.ipynb",
     wildcard_constraints:
-        stage1="|".join({*STAGES} - KEPT_STAGES) or "-",
+        stage1="|".join({*STUDY.stages} - KEPT_STAGES) or "-",
     params:
-        notebook=lambda w: json.dumps({**COMMON, **STAGES[w.stage1]}),
+        notebook=lambda w: json.dumps({**COMMON, **STUDY.stages[w.stage1]}),
     threads: STUDY.threads["stage1"]
     resources:
         gpu=1,  # counts only where the number of GPUs is given; without one the notebook runs on the CPU

@@ -159,6 +159,10 @@ class CohortSettings(SizedSettings):
             raise ValueError(f"replicates are made of phantoms; for source {self.source!r} set folds (and repeats)")
         if self.replicates and self.folds:
             raise ValueError("replicates and folds are two ways to make training sets; leave one of them out")
+        if self.test_phantoms != type(self).model_fields["test_phantoms"].default and not self.replicates:
+            raise ValueError("test_phantoms are those of replicates, and there are none; set replicates, too")
+        if self.modality == "MR" and self.window_hu != CT_WINDOW:
+            raise ValueError("window_hu is for CT; an MR is scaled by its percentiles, so leave it out")
         if self.repeats > 1 and not self.folds:
             raise ValueError("repeats deals out the folds anew, and there are none; set folds, too")
         for name, sources in READ_BY.items():

@@ -557,6 +557,18 @@ def test_repeats_without_folds_are_refused():
         CohortSettings(repeats=2)
 
 
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({"test_phantoms": 5}, "test_phantoms are those of replicates, and there are none; set replicates, too"),
+        ({"source": "pattern", "modality": "MR", "window_hu": (0, 9)}, "window_hu is for CT; .* leave it out"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(given, refused, tmp_path):
+    with pytest.raises(ValueError, match=refused):
+        CohortSettings(source_folder=str(tmp_path), **given)
+
+
 def test_the_channel_goes_along_with_the_preparation(tmp_path):
     """So that a run knows which volume of a 4D scan it was trained on; old ones know of none."""
     common = {"source_folder": str(tmp_path), "modality": "MR"}
@@ -774,6 +786,14 @@ def test_folds_are_read_as_notebook_00_reads_them(prepare, own):
 def test_what_a_configuration_cannot_take_is_told_before_any_other_is_trained(options):
     with pytest.raises(ValueError, match="VNet-seed0: "):
         Study.checked({"study": "s", "cohort": "c", "configurations": ["UNet", "VNet"], "stage2": options})
+
+
+def test_mr_is_not_tested_on_shifts_in_hu_and_that_is_told_before_the_first_training():
+    study = {"study": "s", "cohort": "c", "configurations": ["UNet"], "source_folder": "x"}
+    study |= {"prepare": {"source": "pattern", "modality": "CT"}, "stage2": {"test_shifts": ["noise"]}}
+    Study.checked(study)
+    with pytest.raises(ValueError, match="test_shifts: noise is for CT; these scans are MR, so leave it out"):
+        Study.checked(study | {"prepare": {"source": "pattern", "modality": "MR"}})
 
 
 @pytest.mark.parametrize(

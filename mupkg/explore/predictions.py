@@ -174,7 +174,8 @@ class Cases:
         tested: pd.DataFrame | None = None,
     ):
         self.volumes, self.names, self._network = volumes, list(networks), networks.__getitem__
-        self.table = volumes.table[["split"]].join(pd.DataFrame(tested, columns=self.names, dtype=float))
+        labelled = volumes.table[["split"]].dropna()  # a cohort's scan without a label is in no split
+        self.table = labelled.join(pd.DataFrame(tested, columns=self.names, dtype=float))
         self.measured_here = self.table[self.names].isna()
         self._predicted: dict[tuple[str, str], tuple] = {}  # heat and embeddings of a case by a network
 

@@ -30,7 +30,7 @@ from mupkg.data.cohort import SPLITS, Cohort
 from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import SegmentationOutput
 from mupkg.scans.files import write_image
-from mupkg.scans.writing import FINGERPRINT, save_table, write_text
+from mupkg.scans.writing import FINGERPRINT, machine_lock, save_table, write_text
 from mupkg.stages.evaluation import mask_and_row
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import METRICS, NNUNET_RUNS, PREDICTIONS, RUN, parse_run_name, read_run, write_json, write_run
@@ -202,18 +202,21 @@ def run(command: str, *arguments: str, folder: Path, results: Path, log: Path, *
 def prepare(regions: Regions, cohort: Cohort, folder: Path) -> None:
     """`export`, then nnU-Net's own planning and preprocessing of its 2d configuration; nothing if it is done already.
 
+    Of several seeds that are started together one does this, and the others wait for it.
+
     Raises:
         RuntimeError: with the end of its output, if nnU-Net fails.
     """
     done, wanted = folder / FINGERPRINT, json.dumps({"regions": regions.fingerprint()}) + "\n"
-    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
-        return
-    done.unlink(missing_ok=True)
-    export(regions, cohort, folder)
-    places = {"folder": folder, "results": folder / "results", "log": folder / "plan.log"}
-    processes = ("-np", "1", "-npfp", "1")
-    run("nnUNetv2_plan_and_preprocess", "-d", "1", "-c", "2d", "--verify_dataset_integrity", *processes, **places)
-    write_text(done, wanted)
+    with machine_lock(f"nnU-Net's data in {folder.resolve()}", timeout_s=-1):
+        if done.is_file() and done.read_text(encoding="utf-8") == wanted:
+            return
+        done.unlink(missing_ok=True)
+        export(regions, cohort, folder)
+        places = {"folder": folder, "results": folder / "results", "log": folder / "plan.log"}
+        processes = ("-np", "1", "-npfp", "1")
+        run("nnUNetv2_plan_and_preprocess", "-d", "1", "-c", "2d", "--verify_dataset_integrity", *processes, **places)
+        write_text(done, wanted)
 
 
 def begin(run_folder: Path, parameters: Mapping[str, Any], **record: Any) -> None:

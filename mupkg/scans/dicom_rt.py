@@ -655,8 +655,8 @@ def _contoured(
 
     def read() -> Case:
         try:
-            organ = _one(_rois(roi.path), [roi.name], str(roi.path))
-            label = _mask(organ._replace(patient=roi.patient), series_geometry(folder, files), fill_gaps)
+            rois = [found._replace(patient=roi.patient) for found in _rois(roi.path)]  # before any warning names it
+            label = _mask(_one(rois, [roi.name], str(roi.path)), series_geometry(folder, files), fill_gaps)
             image = read_series(folder, files)
         except ValueError as error:
             lines = str(error).splitlines()

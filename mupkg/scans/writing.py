@@ -83,7 +83,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
 def machine_lock(name: str, timeout_s: float = 0.0) -> FileLock:
     """A lock of this name for all of a user's processes on this machine; it ends with its process, however that ends.
 
-    `acquire()` raises filelock.Timeout if another one holds it for `timeout_s` longer.
+    `acquire()` raises filelock.Timeout if another one holds it for `timeout_s` longer; -1: it waits.
     """
     short = hashlib.sha256(name.encode()).hexdigest()[:16]
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()

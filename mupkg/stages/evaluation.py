@@ -22,7 +22,7 @@ from mupkg.stages.inference import Pipeline, keep_largest, load_network, region_
 from mupkg.stages.localization import NotLocated
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import BEST, LAST, METRICS_LAST, PREDICTIONS, Shift, metrics_name
-from mupkg.stages.shifts import shifted
+from mupkg.stages.shifts import check_ct, shifted
 
 
 def evaluate_run(
@@ -70,8 +70,7 @@ def mask_and_row(case: Case, regions: Regions, probability: sitk.Image) -> tuple
 
 def _shifted_region(case: Case, region: sitk.Image, preparation: Preparation, shift: Shift) -> sitk.Image:
     """The region of a shifted scan, on the voxels of the region as it was."""
-    if case.modality != "CT":
-        raise ValueError(f"case {case.case_id}: is {case.modality}; scans are shifted in HU, so only CT can be")
+    check_ct([shift], case.modality)
     image = shifted(case.image, shift, seed=zlib.crc32(case.case_id.encode()))
     prepared = prepare(replace(case, image=image, label=None), preparation).image
     on_region = sitk.Resample(prepared, region, sitk.Transform(), sitk.sitkLinear, AIR, sitk.sitkFloat32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -106,12 +106,29 @@ def outputs(
         yield run_slices(network, volume, middle, channels, precision, tuple(window) or None)
 
 
-def mean_dice(network: nn.Module, volumes: list, labels: list, *, channels: int) -> float:
-    """Mean DSC over prepared volumes on the working grid: what training validates by."""
-    if not volumes:
-        raise ValueError("there is no case to validate on; give the cohort a validation split")
+def mean_dice(
+    network: nn.Module,
+    volumes: Sequence[UInt8[np.ndarray, "z y x"]],
+    labels: Sequence[UInt8[np.ndarray, "z y x"]],
+    *,
+    channels: int,
+) -> float:
+    """Mean DSC over prepared volumes on the working grid: what training validates by.
+
+    A volume without prostate, such as a region that missed it, is left out: calling all of it background would count
+    as perfect.
+
+    Raises:
+        ValueError: if no volume holds prostate.
+    """
     scores = [
         dice(predict_volume(network, np.asarray(volume), channels=channels) > 0.5, np.asarray(label))
         for volume, label in zip(volumes, labels, strict=True)
+        if np.any(label)
     ]
+    if not scores:
+        raise ValueError(
+            "there is no case to validate on: give the cohort a validation split, and see in regions.csv whether its "
+            "regions hold any prostate"
+        )
     return float(np.mean(scores))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
+from jaxtyping import UInt8
 from torch import nn
 
 from mupkg import progress
@@ -120,9 +121,14 @@ class Regions:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read ({error}); run notebook 02 again") from error
 
-    def volumes(self, split: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Images and labels of one split."""
+    def volumes(
+        self, split: str, first: int | None = None
+    ) -> tuple[list[UInt8[np.ndarray, "z y x"]], list[UInt8[np.ndarray, "z y x"]]]:
+        """Images and labels of one split, or of its first cases; ValueError if there are not so many."""
         ids = self.ids(split)
+        if first is not None and first > len(ids):
+            raise ValueError(f"training_cases: {first} are asked for, but {self.folder} has {len(ids)} {split} cases")
+        ids = ids[:first]
         _allow_open_files(2 * len(ids))
         return [self.volume(i) for i in ids], [self.volume(i, "label") for i in ids]
 

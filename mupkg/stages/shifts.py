@@ -18,6 +18,12 @@ MIDDLE_HU = 40.0  # muscle stays where it is
 SMOOTH_MM = 6.0  # standard deviation of the Gaussian that a contour's error is smoothed with
 
 
+def check_ct(shifts: Sequence[Shift], modality: str) -> None:
+    """ValueError if scans that are no CT shall be shifted: noise and contrast are in HU."""
+    if shifts and modality != "CT":
+        raise ValueError(f"test_shifts: {', '.join(shifts)} is for CT; these scans are {modality}, so leave it out")
+
+
 def shifted(image: sitk.Image, shift: Shift, seed: int = 0) -> sitk.Image:
     """A CT with Gaussian noise ("noise"), paler tissues ("contrast"), or slices twice as thick ("thick")."""
     image = sitk.Cast(image, sitk.sitkFloat32)

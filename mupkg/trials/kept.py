@@ -18,7 +18,7 @@ import pandas as pd
 
 from mupkg import progress, repository
 from mupkg.data.cohort import Cohort, recorded
-from mupkg.parameters import Stage1Settings, Stage2Settings, Tag, tagged
+from mupkg.parameters import Stage1Settings, Stage2Settings, StudySettings, Tag, tagged
 from mupkg.scans.writing import FINGERPRINT, whole_file
 from mupkg.settings import Settings
 from mupkg.stages.regions import Regions, save_region, unmark
@@ -28,6 +28,7 @@ from mupkg.stages.runs import (
     LAST,
     METRICS,
     METRICS_LAST,
+    NNUNET_RUNS,
     REGIONS,
     RUN,
     SHIFT_FILES,
@@ -51,30 +52,42 @@ def kept_folder(study: str) -> Path:
 
 
 def parameter_fault(run: Path, parameters: Mapping[str, Any], settings: type[Settings] = Stage2Settings) -> str:
-    """How a run's record differs from what the study tells it; empty if it does not."""
+    """How a run's record differs from what the study tells it, defaults included; empty if it does not.
+
+    The folders may differ, and so may what changes no weight. Of a parameter that the suite did not have yet when the
+    run was made, its default is expected.
+    """
     made = read_run(run / RUN, cure=TRAIN_ANEW)["parameters"]
-    reach = {*parameters} - (tagged(settings, Tag.SPEED) - tagged(settings, Tag.TRAINING))
-    asked = settings.checked(parameters).model_dump(mode="json", include=reach)
-    return ", ".join(
-        f"{name} is {made.get(name)!r}, not {value!r}" for name, value in asked.items() if made.get(name) != value
-    )
+    free = tagged(StudySettings, Tag.NAME) | (tagged(settings, Tag.SPEED) - tagged(settings, Tag.TRAINING))
+    asked = settings.checked(parameters).model_dump(mode="json", exclude=free)
+    was = {name: made.get(name, None if name in parameters else value) for name, value in asked.items()}
+    return ", ".join(f"{name} is {was[name]!r}, not {value!r}" for name, value in asked.items() if was[name] != value)
 
 
-def kept_runs(study: str, runs: Mapping[str, Mapping[str, Any]], outputs: Path | None = None) -> set[str]:
-    """Which of a study's runs need not be trained, because they are kept and were told the same.
+def kept_runs(
+    study: str,
+    runs: Mapping[str, Mapping[str, Any]],
+    stages: Mapping[str, Mapping[str, Any]],
+    outputs: Path | None = None,
+) -> set[str]:
+    """Which of a study's runs need not be trained: they are kept, they and their first stage were told the same.
 
     Args:
-        runs: by folder what they are told, `Study.run_parameters`.
+        runs, stages: by folder what they are told, `Study.run_parameters` and `Study.stages`.
         outputs: the study's folder; where it has regions already, a kept run must have seen these.
     """
-    folders = {name: kept_folder(study) / name for name in runs}
-    return {
-        name
-        for name, folder in folders.items()
-        if (folder / METRICS).is_file()
-        and not parameter_fault(folder, runs[name])
-        and not (outputs and _of_other_regions(folder, outputs / runs[name].get("stage1", STAGE1)))
-    }
+    kept, other = kept_folder(study), {*()}
+    for name, told in stages.items():
+        if (kept / name / REGIONS).is_file() and parameter_fault(kept / name, told, Stage1Settings):
+            other.add(name)
+    standing = set()
+    for name, told in runs.items():
+        stage1 = told.get("stage1", STAGE1)
+        if (kept / name / METRICS).is_file() and stage1 not in other and not parameter_fault(kept / name, told):
+            places = [kept / stage1, *([outputs / stage1] if outputs else [])]
+            if not any(_of_other_regions(kept / name, place) for place in places):
+                standing.add(name)
+    return standing
 
 
 def _of_other_regions(run: Path, stage1: Path) -> bool:
@@ -101,7 +114,8 @@ def kept_stages(study: str, stages: Mapping[str, Mapping[str, Any]], outputs: Pa
 def keep(study: Path, destination: Path) -> list[str]:
     """Copy the small tables of a study's finished runs; returns the names of those that were not kept before.
 
-    A kept run that had other parameters is replaced.
+    A kept run or first stage that had other parameters or other regions is replaced. nnU-Net's runs are left out:
+    they are no arms of a trial.
 
     Numbers are rounded to six digits. The record tells the processor, and what the weights were made on. The table
     of centres and the weights of a first stage are kept as they are.
@@ -112,24 +126,28 @@ def keep(study: Path, destination: Path) -> list[str]:
     new = []
     for metrics in sorted(study.glob(f"*-seed*/{METRICS}")):
         run, target = metrics.parent, destination / metrics.parent.name
+        if run.name.rpartition("-seed")[0] in NNUNET_RUNS:
+            continue
         record = read_run(run / RUN, cure=TRAIN_ANEW)
         if (target / METRICS).is_file():
-            if read_run(target / RUN, cure=TRAIN_ANEW)["parameters"] == record["parameters"]:
+            before = read_run(target / RUN, cure=TRAIN_ANEW)
+            if all(before.get(name) == record.get(name) for name in ("parameters", "data_fingerprint")):
                 continue
             shutil.rmtree(target)  # no table of the other run may stay beside these
         record.setdefault("processor", processor_name())
         record["made_on"] = load_tensors(run / BEST)[1].get("made_on", [])
         write_json(target / RUN, record)
         for name in (name for name in TABLES if (run / name).is_file()):
-            table = pd.read_csv(run / name, dtype={"case_id": str})
+            table = pd.read_csv(run / name, dtype={"case_id": str}, keep_default_na=False, na_values=[""])
             with whole_file(target / name) as temporary:
                 table.to_csv(temporary, index=False, float_format=PRECISION)
         new.append(run.name)
     for table in sorted(study.glob(f"{STAGE1}*/{FINGERPRINT}")):
         stage1, target = table.parent, destination / table.parent.name
-        if not (target / REGIONS).is_file():
-            _copy(stage1, target)
-            new.append(stage1.name)
+        if (target / REGIONS).is_file() and recorded("regions", target, 2) == recorded("regions", stage1, 2):
+            continue
+        _copy(stage1, target)
+        new.append(stage1.name)
     return new
 
 

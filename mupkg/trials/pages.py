@@ -189,7 +189,7 @@ def reference_page() -> str:
 def runs_of(name: str) -> tuple[list[str], int]:
     """A trial's runs that are kept, and how many it plans: asked by every row of the page that it has."""
     planned = study(name).run_parameters
-    return sorted(kept_runs(study(name).study, planned)), len(planned)
+    return sorted(kept_runs(study(name).study, planned, study(name).stages)), len(planned)
 
 
 def progress_of(name: str) -> str:

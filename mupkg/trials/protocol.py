@@ -34,6 +34,7 @@ from mupkg.parameters import (
 )
 from mupkg.samplers import SAMPLERS
 from mupkg.stages.runs import STAGE1, run_name
+from mupkg.stages.shifts import check_ct
 from mupkg.trials.kept import kept_folder
 from mupkg.trials.statistics import MARGIN
 
@@ -330,7 +331,17 @@ class Study(Settings):
     @property
     def run_parameters(self) -> dict[str, dict[str, Any]]:
         """All that notebook 03 is told of each run, by the run's folder: the study's own and the run's."""
-        return {run: {"size": self.size, **self.stage2, **own} for run, own in self.runs.items()}
+        own = self.runs.items()
+        return {run: {"cohort": self.cohort, "size": self.size, **self.stage2, **told} for run, told in own}
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """All that notebook 02 is told of each first stage, by its folder: one for all runs, or in folds one a fold."""
+        shared = {"study": self.study, "cohort": self.cohort, "size": self.size}
+        folds = {told["stage1"]: {"replicate": told["replicate"]} for told in self.runs.values() if "stage1" in told}
+        return {
+            name: {**shared, "stage1": name, **own, **self.stage1} for name, own in (folds or {STAGE1: {}}).items()
+        }
 
     @model_validator(mode="after")
     def _parameters_of_the_notebooks(self) -> Self:
@@ -360,6 +371,12 @@ class Study(Settings):
             except ValueError as error:
                 which = f"trial: arm {parameters['arm']} ({run})" if self.trial else run
                 raise ValueError(f"{which}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _shifts_of_ct_alone(self) -> Self:
+        """Here, and not when the first training is done."""
+        check_ct(self.stage2.get("test_shifts", ()), self._prepared.modality)
         return self
 
     @model_validator(mode="after")

@@ -346,7 +346,7 @@ def contrasts(
         descriptive: intervals alone; the verdict is "not judged".
 
     Raises:
-        ValueError: as `differences`; a named contrast that is not compared; a metric that is not in METRICS.
+        ValueError: as `differences` and `with_means`; a named contrast that is not compared; a metric that is not in METRICS.
     """
     planned, named = [(*pair, name) for name in names for pair in pairs], [tuple(contrast) for contrast in named]
     absent = [f"{arm} against {against} on {metric}" for arm, against, metric in set(named) - set(planned)]
@@ -356,7 +356,9 @@ def contrasts(
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: is more of it better or worse? Say so in metrics.METRICS")
     if not planned:
-        return pd.DataFrame(columns=["configuration", "against", "metric"])
+        effect = ["mean_difference", "low", "high", PAPERS_T_TEST]
+        counts = ["cases", "replicates", "failed", "failed_against"]
+        return pd.DataFrame(columns=["configuration", "against", "metric", *effect, *counts, "answer"])
     counts = _collapses(metrics, means or {})
     metrics = with_means(metrics, means or {})
     table = pd.DataFrame([_contrast(metrics, *c, margins.get(c[2], np.nan), counts) for c in planned])

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from mupkg.data.cohort import Cohort
 from mupkg.metrics import metric_of, with_unit
+from mupkg.parameters import Stage1Settings
 from mupkg.report import results
 from mupkg.report.figures import BLUE
 from mupkg.stages.regions import Regions
@@ -23,11 +24,17 @@ from mupkg.trials.protocol import Study, Trial
 from mupkg.trials.statistics import Estimate, differences
 
 
-def trial_runs(study: str | Path, planned: Mapping[str, Mapping[str, Any]], kept: Path | None = None) -> pd.DataFrame:
+def trial_runs(
+    study: str | Path,
+    planned: Mapping[str, Mapping[str, Any]],
+    stages: Mapping[str, Mapping[str, Any]],
+    kept: Path | None = None,
+) -> pd.DataFrame:
     """The finished runs of a trial: `configuration` (the arm), `seed`, `replicate`, `stage1`, `folder` and `kept`.
 
     Args:
-        study: outputs/<study>. planned: by folder what the runs were told, `Study.run_parameters`.
+        study: outputs/<study>.
+        planned, stages: by folder what runs and first stages were told, `Study.run_parameters` and `Study.stages`.
         kept: where runs are kept as small tables, for those that are not in the study's folder.
 
     Raises:
@@ -43,6 +50,10 @@ def trial_runs(study: str | Path, planned: Mapping[str, Mapping[str, Any]], kept
             "start the batch again, it trains only these"
         )
     odd = {name: fault for name, folder in folders.items() if (fault := parameter_fault(folder, planned[name]))}
+    for folder in {folder.parent for folder in folders.values()}:
+        for name, told in stages.items():
+            if (folder / name / RUN).is_file() and (fault := parameter_fault(folder / name, told, Stage1Settings)):
+                odd[name] = fault
     if odd:
         raise ValueError(
             f"{study}: runs were not trained as the protocol says: "

@@ -421,6 +421,16 @@ def test_a_rejected_structure_set_alone_is_taken_but_told(patient):
         assert len(sources_from_dicom_rt(patient)) == 1
 
 
+def test_no_warning_names_a_patient_whose_id_is_hashed(patient):
+    """Regression: listing told the hash, and reading the case the patient's own ID, into an executed notebook."""
+    write_structures(patient / "a.dcm", {"Prostate": without()}, **of_set(1, "REJECTED"))
+    with pytest.warns(UserWarning) as told:
+        (source,) = sources_from_dicom_rt(patient, hash_patients=True)
+        source.read()
+    assert len(told) >= 2
+    assert not [str(warning.message) for warning in told if "P1" in str(warning.message).replace(str(patient), "")]
+
+
 def test_a_backup_copy_is_told_by_path(patient):
     write_structures(patient / "rs.dcm", {"Prostate": without()})
     shutil.copytree(patient, patient.parent / "backup" / "P1")

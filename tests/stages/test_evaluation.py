@@ -83,8 +83,16 @@ def test_the_region_of_an_unshifted_scan_is_the_region(cohort, regions, monkeypa
 def test_mr_is_not_shifted_in_hu(cohort, regions):
     (case_id,) = cohort.ids("test")
     case = replace(cohort.case(case_id), modality="MR")
-    with pytest.raises(ValueError, match=f"case {case_id}: is MR; scans are shifted in HU"):
+    with pytest.raises(ValueError, match="test_shifts: .* is for CT; these scans are MR, so leave it out"):
         evaluation._shifted_region(case, regions.image(case_id), cohort.preparation, "noise")
+
+
+def test_training_on_more_cases_than_there_are_is_refused(regions):
+    """Regression: arms "of 28" and "of 50" were the same run where there were 28 cases."""
+    count = len(regions.ids("train"))
+    assert len(regions.volumes("train", count)[0]) == count
+    with pytest.raises(ValueError, match=f"training_cases: {count + 1} are asked for, but .* has {count} train"):
+        regions.volumes("train", count + 1)
 
 
 def test_the_largest_component_is_taken_before_the_scans_grid(tmp_path, monkeypatch):

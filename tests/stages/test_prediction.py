@@ -141,6 +141,17 @@ def test_mean_dice_is_over_cases():
         mean_dice(Watching(), [], [], channels=3)
 
 
+def test_a_region_that_missed_the_prostate_is_no_perfect_validation():
+    """Regression: all background gave DSC 1 there, so that the first weights looked best and the plateau left."""
+    scans, nowhere = [volume(), volume()[::-1].copy()], np.zeros(volume().shape, np.uint8)
+    mask = predict_volume(Watching(), scans[0]) > 0.5
+    half = mask & (np.arange(18) < 9)
+    alone = mean_dice(Watching(), scans[:1], [half], channels=3)
+    assert mean_dice(Watching(), scans, [half, nowhere], channels=3) == alone < 1
+    with pytest.raises(ValueError, match=r"see in regions\.csv whether its regions hold any prostate"):
+        mean_dice(Watching(), scans, [nowhere, nowhere], channels=3)
+
+
 @pytest.mark.parametrize("shape", [(7, 13, 18), (16, 32, 16), (1, 20, 9)])
 def test_a_3d_network_sees_the_whole_volume_padded_to_multiples_of_sixteen(shape):
     network, scan = vnet(1).train(), volume(shape)

@@ -23,7 +23,7 @@ def trained(folder, told, dsc=0.123456789):
     """What a finished training leaves, weights and predictions and all."""
     folder.mkdir(parents=True)
     (folder / RUN).write_text(json.dumps({"data_fingerprint": "f", "parameters": told, "collapsed": False}))
-    pd.DataFrame({"case_id": ["007", "x"], "DSC": [dsc, 0.5]}).to_csv(folder / METRICS, index=False)
+    pd.DataFrame({"case_id": ["007", "NA"], "DSC": [dsc, 0.5]}).to_csv(folder / METRICS, index=False)
     rows = {"step": [10, 30], "learning_rate": 0.1, "cross_entropy": 0.2, "validation_dsc": [np.nan, 0.4]}
     pd.DataFrame(rows | {"active_H": [0.9, 0.25]}).to_csv(folder / HISTORY, index=False)
     save_tensors({"w": torch.zeros(3)}, folder / BEST, {"made_on": ["x86_64 CPU, 1 thread(s)"]})
@@ -44,8 +44,8 @@ def test_small_tables_are_kept_and_nothing_large(study):
     assert names == sorted(TOLD)
     folder = kept.kept_folder("s") / "A-seed1"
     assert sorted(path.name for path in folder.iterdir()) == [HISTORY, METRICS, RUN]
-    table = pd.read_csv(folder / METRICS, dtype={"case_id": str})
-    assert table.to_dict("list") == {"case_id": ["007", "x"], "DSC": [0.123457, 0.5]}
+    table = pd.read_csv(folder / METRICS, dtype={"case_id": str}, keep_default_na=False)
+    assert table.to_dict("list") == {"case_id": ["007", "NA"], "DSC": [0.123457, 0.5]}
     record = json.loads((folder / RUN).read_text())
     assert record["parameters"] == TOLD["A-seed1"] and record["data_fingerprint"] == "f"
     assert record["made_on"] == ["x86_64 CPU, 1 thread(s)"] and record["processor"]
@@ -57,20 +57,34 @@ def test_a_kept_run_that_had_other_parameters_is_replaced(study):
     (of_the_other := kept.kept_folder("s") / "A-seed0" / "metrics_noise.csv").touch()
     shutil.rmtree(study / "A-seed0")
     trained(study / "A-seed0", told["A-seed0"], dsc=0.75)
-    assert kept.kept_runs("s", told) == {*TOLD} - {"A-seed0"}
+    assert kept.kept_runs("s", told, {}) == {*TOLD} - {"A-seed0"}
     assert kept.keep(study, kept.kept_folder("s")) == ["A-seed0"]
-    assert kept.kept_runs("s", told) == {*TOLD}
+    assert kept.kept_runs("s", told, {}) == {*TOLD}
     assert pd.read_csv(kept.kept_folder("s") / "A-seed0" / METRICS)["DSC"].tolist() == [0.75, 0.5]
     assert not of_the_other.exists()
+
+
+def test_a_kept_run_of_other_regions_is_replaced(study):
+    kept.keep(study, kept.kept_folder("s"))
+    record = json.loads((study / "A-seed0" / RUN).read_text())
+    (study / "A-seed0" / RUN).write_text(json.dumps(record | {"data_fingerprint": "g"}))
+    assert kept.keep(study, kept.kept_folder("s")) == ["A-seed0"]
+    assert json.loads((kept.kept_folder("s") / "A-seed0" / RUN).read_text())["data_fingerprint"] == "g"
+
+
+def test_runs_of_nnunet_are_no_arms_and_left_out(study):
+    shutil.copytree(study / "A-seed0", study / "nnUNet-seed0")
+    (study / "nnUNet-seed0" / BEST).unlink()
+    assert kept.keep(study, kept.kept_folder("s")) == sorted(TOLD)
 
 
 def test_a_broken_record_of_a_kept_run_is_named_with_a_cure_that_works(study):
     kept.keep(study, kept.kept_folder("s"))
     (broken := kept.kept_folder("s") / "A-seed0" / RUN).write_text("{")
     with pytest.raises(ValueError, match=r"A-seed0.run\.json: .*; remove its folder, and the batch trains it anew"):
-        kept.kept_runs("s", TOLD)
+        kept.kept_runs("s", TOLD, {})
     shutil.rmtree(broken.parent)
-    assert kept.kept_runs("s", TOLD) == {*TOLD} - {"A-seed0"}
+    assert kept.kept_runs("s", TOLD, {}) == {*TOLD} - {"A-seed0"}
 
 
 def test_what_is_kept_stays_and_only_more_is_added(study):
@@ -84,21 +98,41 @@ def test_what_is_kept_stays_and_only_more_is_added(study):
 
 
 def test_only_runs_that_were_told_the_same_are_taken_for_done(study):
-    assert kept.kept_runs("s", TOLD) == set()
+    assert kept.kept_runs("s", TOLD, {}) == set()
     kept.keep(study, kept.kept_folder("s"))
-    assert kept.kept_runs("s", TOLD) == {*TOLD}
+    assert kept.kept_runs("s", TOLD, {}) == {*TOLD}
     longer = {name: told | {"steps": 31} for name, told in TOLD.items()}
-    assert kept.kept_runs("s", longer) == set()
+    assert kept.kept_runs("s", longer, {}) == set()
     filmed = {name: told | {"film": True, "test_last": True} for name, told in TOLD.items()}
-    assert kept.kept_runs("s", filmed) == {*TOLD}  # what changes no weight may differ
-    assert kept.kept_runs("another", TOLD) == set()
+    assert kept.kept_runs("s", filmed, {}) == {*TOLD}  # what changes no weight may differ
+    assert kept.kept_runs("another", TOLD, {}) == set()
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        ({}, {"cohort": "another"}),
+        ({"dice": True}, {}),  # the protocol does not name it, so its default holds
+        ({"steps": 29, "learning_rate": 0.3}, {"steps": 29}),
+        ({"weight_decay": 0.1}, {}),
+    ],
+)
+def test_a_kept_run_answers_for_no_protocol_with_other_data_or_defaults(study, made, told):
+    """Regression: only what the protocol wrote down was compared, and not the cohort."""
+    path = study / "A-seed0" / RUN
+    path.write_text(json.dumps({"data_fingerprint": "f", "parameters": TOLD["A-seed0"] | made}))
+    kept.keep(study, kept.kept_folder("s"))
+    asked = TOLD | {"A-seed0": TOLD["A-seed0"] | told}
+    assert kept.kept_runs("s", asked, {}) == {*TOLD} - {"A-seed0"}
+    with pytest.raises(ValueError, match="A-seed0: .*; remove these runs"):
+        trial_runs(study, asked, {})
 
 
 def test_a_trial_is_read_from_kept_runs_alone_as_from_the_runs(study):
-    there = trial_metrics(trial_runs(study, TOLD), None, ())
+    there = trial_metrics(trial_runs(study, TOLD, {}), None, ())
     kept.keep(study, kept.kept_folder("s"))
     shutil.rmtree(study)
-    runs = trial_runs(study, TOLD, kept.kept_folder("s"))
+    runs = trial_runs(study, TOLD, {}, kept.kept_folder("s"))
     assert runs["kept"].all()
     pd.testing.assert_frame_equal(trial_metrics(runs, None, ()), there, atol=1e-6)
     assert there["active_share"].unique().tolist() == [0.25]
@@ -107,7 +141,7 @@ def test_a_trial_is_read_from_kept_runs_alone_as_from_the_runs(study):
 def test_a_run_of_ones_own_is_taken_before_a_kept_one(study):
     kept.keep(study, kept.kept_folder("s"))
     shutil.rmtree(study / "A-seed0")
-    runs = trial_runs(study, TOLD, kept.kept_folder("s")).set_index("folder")["kept"]
+    runs = trial_runs(study, TOLD, {}, kept.kept_folder("s")).set_index("folder")["kept"]
     assert [path.name for path in runs.index[runs]] == ["A-seed0"]
 
 
@@ -117,7 +151,7 @@ def test_kept_runs_of_other_regions_are_refused(study):
     (study / "A-seed0" / RUN).write_text(json.dumps(record | {"data_fingerprint": "another"}))
     shutil.rmtree(study / "B-seed0")
     with pytest.raises(ValueError, match="not trained on the same regions"):
-        trial_metrics(trial_runs(study, TOLD, kept.kept_folder("s")), None, ())
+        trial_metrics(trial_runs(study, TOLD, {}, kept.kept_folder("s")), None, ())
 
 
 # A study's first stage
@@ -158,7 +192,7 @@ def test_a_cohort_of_other_volumes_is_refused_before_any_region_is_cut(cohort, o
 
 def test_a_first_stage_stands_if_it_was_told_the_same_and_was_not_trained_here(of_the_session, tmp_path):
     record = json.loads((of_the_session / RUN).read_text())
-    told = {"stage1": {"size": "smoke", "filters": 2}}
+    told = {"stage1": {"size": "smoke", "filters": 2, "coarse_mm": 8.0, "region_mm": [96.0, 120.0, 120.0]}}
     record["parameters"] |= {"size": "smoke", "filters": 2}
     (of_the_session / RUN).write_text(json.dumps(record))
     here = tmp_path / "outputs" / "s"
@@ -169,9 +203,28 @@ def test_a_first_stage_stands_if_it_was_told_the_same_and_was_not_trained_here(o
     assert kept.kept_stages("s", told, here) == set()
 
 
+def test_runs_stand_only_beside_a_first_stage_that_was_told_the_same(study):
+    kept.keep(study, kept.kept_folder("s"))
+    stage1 = kept.kept_folder("s") / "stage1"
+    stage1.mkdir()
+    (stage1 / "regions.csv").touch()
+    (stage1 / RUN).write_text(json.dumps({"parameters": {"size": "smoke", "region_mm": [128.0, 128.0, 128.0]}}))
+    (stage1 / "fingerprint.json").write_text(json.dumps({"cohort": "c", "regions": "f"}))
+    told = {"stage1": {"size": "smoke"}}
+    assert kept.kept_runs("s", TOLD, told) == {*TOLD}
+    trial_runs(study, TOLD, told, kept.kept_folder("s"))
+    other = {"stage1": {"size": "smoke", "region_mm": [96.0, 96.0, 96.0]}}
+    assert kept.kept_runs("s", TOLD, other) == set()
+    shutil.rmtree(study)
+    with pytest.raises(ValueError, match="stage1: region_mm is"):
+        trial_runs(study, TOLD, other, kept.kept_folder("s"))
+    (stage1 / "fingerprint.json").write_text(json.dumps({"cohort": "c", "regions": "g"}))
+    assert kept.kept_runs("s", TOLD, told) == set()
+
+
 @pytest.mark.parametrize(("regions_here", "stand"), [("f", {*TOLD}), ("g", set())])
 def test_a_kept_run_stands_for_one_on_the_regions_that_are_here(study, regions_here, stand):
     kept.keep(study, kept.kept_folder("s"))
     (study / "stage1").mkdir()
     (study / "stage1" / "fingerprint.json").write_text(json.dumps({"cohort": "c", "regions": regions_here}))
-    assert kept.kept_runs("s", TOLD, study) == stand
+    assert kept.kept_runs("s", TOLD, {}, study) == stand

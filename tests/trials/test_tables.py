@@ -48,7 +48,7 @@ def study(tmp_path):
 
 
 def test_a_replicate_is_what_arms_share_whatever_their_seeds(study):
-    metrics = trial_metrics(trial_runs(study, RUNS), None, {"margin"})
+    metrics = trial_metrics(trial_runs(study, RUNS, {}), None, {"margin"})
     assert sorted(set(metrics["seed"])) == [0, 1]
     means = metrics.groupby(["configuration", "seed"])["DSC"].mean()
     assert means["B"].sub(means["A"]).tolist() == pytest.approx([0.1, 0.3])
@@ -65,11 +65,12 @@ def test_runs_in_folds_are_told_apart_by_repeat_and_fold(study):
                 shutil.copytree(study / "A-seed0", run)
             scores = {"case_id": [f"case{replicate % 2}"], "DSC": [0.5 + replicate / 10]}
             pd.DataFrame(scores).to_csv(run / "metrics.csv", index=False)
-            told[run.name] = {"arm": arm, "seed": replicate, "replicate": replicate}
+            told[run.name] = {"arm": arm, "seed": replicate, "replicate": replicate, "steps": 8}
             told[run.name] |= {"stage1": f"stage1-replicate{replicate}"}
-            record = {"data_fingerprint": f"f{replicate}", "parameters": told[run.name] | {"steps": 8}}
+            record = {"data_fingerprint": f"f{replicate}", "parameters": {**told[run.name]}}
             (run / "run.json").write_text(json.dumps(record))
-    metrics = trial_metrics(trial_runs(study, told), None, (), folds=2)
+    runs = trial_runs(study, told, {})
+    metrics = trial_metrics(runs, None, (), folds=2)
     found = metrics.query("configuration == 'A'").set_index(["seed", "fold"])
     assert found["case_id"].to_dict() == {(0, 0): "case0", (0, 1): "case1", (1, 0): "case0", (1, 1): "case1"}
     assert found["DSC"].tolist() == pytest.approx([0.5, 0.6, 0.7, 0.8])
@@ -78,17 +79,19 @@ def test_runs_in_folds_are_told_apart_by_repeat_and_fold(study):
         record["parameters"]["arm"] = arm
         (study / f"{arm}-seed3" / "run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="not trained with the same settings"):
-        trial_metrics(trial_runs(study, told), None, (), folds=2)
+        trial_metrics(runs, None, (), folds=2)
+    with pytest.raises(ValueError, match="A-seed3: steps is 7, not 8; B-seed3: steps is 7, not 8"):
+        trial_runs(study, told, {})
 
 
 def test_the_area_under_the_validation_curve_is_a_run_s_own(study):
     """0 at step 0, .4 at 20, .5 at 40: (.2 * 20 + .45 * 20) / 40."""
-    metrics = trial_metrics(trial_runs(study, RUNS), None, {"margin"})
+    metrics = trial_metrics(trial_runs(study, RUNS, {}), None, {"margin"})
     assert metrics["validation_area"].tolist() == pytest.approx([0.325] * len(metrics))
 
 
 def test_shifted_tests_are_compared_once_every_run_has_them(study):
-    runs = trial_runs(study, RUNS)
+    runs = trial_runs(study, RUNS, {})
     for name in RUNS:
         assert shifts_tested(runs) == []
         harder = pd.read_csv(study / name / "metrics.csv", keep_default_na=False)
@@ -100,13 +103,13 @@ def test_shifted_tests_are_compared_once_every_run_has_them(study):
 
 def test_settings_that_no_arm_sets_must_be_the_same(study):
     with pytest.raises(ValueError, match=r"margin is 0\.7 in A-seed0, 1\.0 in B-seed1000"):
-        trial_metrics(trial_runs(study, RUNS), None, ())
+        trial_metrics(trial_runs(study, RUNS, {}), None, ())
 
 
 def test_every_missing_run_is_named(study):
     (study / "B-seed1001" / "metrics.csv").unlink()
     with pytest.raises(ValueError, match="1 of the protocol's 4 runs are missing: B-seed1001; start the batch again"):
-        trial_runs(study, RUNS)
+        trial_runs(study, RUNS, {})
 
 
 @pytest.mark.parametrize(
@@ -123,12 +126,12 @@ def test_a_run_that_was_told_something_else_is_named(study, recorded, fault):
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"parameters": record["parameters"] | recorded}))
     with pytest.raises(ValueError, match=f"not trained as the protocol says: {fault}; remove these runs"):
-        trial_runs(study, RUNS)
+        trial_runs(study, RUNS, {})
 
 
 @pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_text("step\n1\n")])
 def test_a_run_without_a_history_is_named(study, spoil):
-    runs = trial_runs(study, RUNS)
+    runs = trial_runs(study, RUNS, {})
     spoil(study / "A-seed1" / HISTORY)
     for ask in (histories, lambda runs: trial_metrics(runs, None, {"margin"})):
         with pytest.raises(ValueError, match=r"A-seed1.history\.csv: cannot be read .*train this run again"):
@@ -136,26 +139,26 @@ def test_a_run_without_a_history_is_named(study, spoil):
 
 
 def test_learning_rates_are_summed_over_all_steps(study):
-    history = histories(trial_runs(study, RUNS))
+    history = histories(trial_runs(study, RUNS, {}))
     first = history[(history["configuration"] == "A") & (history["replicate"] == 0)]
     assert first["step"].tolist() == [10, 20, 40]
     assert first["summed_rate"].tolist() == pytest.approx([1.0, 1.0 + 10 * 0.05, 1.0 + 10 * 0.05 + 20 * 0.01])
 
 
 def test_runs_of_no_trial_have_their_seeds_for_replicates(study):
-    runs = trial_runs(study, RUNS).drop(columns="replicate")
+    runs = trial_runs(study, RUNS, {}).drop(columns="replicate")
     assert sorted(set(histories(runs)["replicate"])) == [0, 1, 1000, 1001]
 
 
 def test_the_picture_shows_every_replicate(study):
-    runs = trial_runs(study, RUNS)
+    runs = trial_runs(study, RUNS, {})
     (ax,) = replicate_means(trial_metrics(runs, None, {"margin"}), [("B", "A")], "DSC", 0.01).axes
     dots = next(line for line in ax.lines if line.get_label() == "one replicate")
     assert dots.get_xdata() == pytest.approx([0.1, 0.3])
 
 
 def test_boxes_are_over_cases_and_dots_over_replicates(study):
-    metrics = trial_metrics(trial_runs(study, RUNS), None, {"margin"})
+    metrics = trial_metrics(trial_runs(study, RUNS, {}), None, {"margin"})
     metrics.loc[0, "DSC"] = np.inf  # of A, in replicate 0
     (ax,) = boxes(metrics, {"margin": {0.7: "A", 1.0: "B"}}, ["DSC"]).axes
     dots = [line.get_ydata().tolist() for line in ax.lines if line.get_label() == "one replicate"]
