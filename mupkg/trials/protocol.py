@@ -336,12 +336,10 @@ class Study(Settings):
 
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
-        """All that notebook 02 is told of each first stage, by its folder: one for all runs, or in folds one a fold."""
-        shared = {"study": self.study, "cohort": self.cohort, "size": self.size}
+        """All that notebook 02 is told of each first stage, by its folder: one for all runs, in folds one a fold."""
+        shared = {"study": self.study, "cohort": self.cohort, "size": self.size, **self.stage1}
         folds = {told["stage1"]: {"replicate": told["replicate"]} for told in self.runs.values() if "stage1" in told}
-        return {
-            name: {**shared, "stage1": name, **own, **self.stage1} for name, own in (folds or {STAGE1: {}}).items()
-        }
+        return {name: {**shared, "stage1": name, **own} for name, own in (folds or {STAGE1: {}}).items()}
 
     @model_validator(mode="after")
     def _parameters_of_the_notebooks(self) -> Self:

@@ -346,7 +346,7 @@ def contrasts(
         descriptive: intervals alone; the verdict is "not judged".
 
     Raises:
-        ValueError: as `differences` and `with_means`; a named contrast that is not compared; a metric that is not in METRICS.
+        ValueError: as `differences` and `with_means`; a named contrast that is not compared; an unknown metric.
     """
     planned, named = [(*pair, name) for name in names for pair in pairs], [tuple(contrast) for contrast in named]
     absent = [f"{arm} against {against} on {metric}" for arm, against, metric in set(named) - set(planned)]

@@ -83,7 +83,7 @@ def test_the_region_of_an_unshifted_scan_is_the_region(cohort, regions, monkeypa
 def test_mr_is_not_shifted_in_hu(cohort, regions):
     (case_id,) = cohort.ids("test")
     case = replace(cohort.case(case_id), modality="MR")
-    with pytest.raises(ValueError, match="test_shifts: .* is for CT; these scans are MR, so leave it out"):
+    with pytest.raises(ValueError, match=r"test_shifts: .* is for CT; these scans are MR, so leave it out"):
         evaluation._shifted_region(case, regions.image(case_id), cohort.preparation, "noise")
 
 

@@ -124,7 +124,7 @@ def test_a_kept_run_answers_for_no_protocol_with_other_data_or_defaults(study, m
     kept.keep(study, kept.kept_folder("s"))
     asked = TOLD | {"A-seed0": TOLD["A-seed0"] | told}
     assert kept.kept_runs("s", asked, {}) == {*TOLD} - {"A-seed0"}
-    with pytest.raises(ValueError, match="A-seed0: .*; remove these runs"):
+    with pytest.raises(ValueError, match=r"A-seed0: .*; remove these runs"):
         trial_runs(study, asked, {})
 
 
