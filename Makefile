@@ -121,10 +121,10 @@ reference: setup
 	mkdir -p outputs/reference/$(TRIAL)
 	cp outputs/*/report/$(TRIAL)/*.csv outputs/*/report/$(TRIAL)/*.png outputs/reference/$(TRIAL)/
 	cp $(firstword $(wildcard notebooks/studies/trials/$(TRIAL).yaml notebooks/studies/$(TRIAL).yaml)) outputs/reference/$(TRIAL)/protocol.yaml
-	$(BIN)/python -m mupkg.trials.pages
+	$(BIN)/python notebooks/studies/pages.py
 
 results: setup
-	$(BIN)/python -m mupkg.trials.pages
+	$(BIN)/python notebooks/studies/pages.py
 
 # Every finished run of a study as small tables in outputs/reference/runs, to be committed: neither a batch nor
 # notebook 10 trains it again.

@@ -11,12 +11,13 @@ from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import pages
 import pandas as pd
 import pytest
 
 from mupkg.report import results
 from mupkg.stages.runs import PLATEAU_DSC
-from mupkg.trials import pages, statistics
+from mupkg.trials import statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 TRIALS = pages.finished_trials()

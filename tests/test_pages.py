@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import pages
 import pytest
-
-from mupkg.trials import pages
 
 
 def mean_over_replicates(trial: str, arms: list[str], replicates: int) -> float:
