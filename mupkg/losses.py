@@ -21,6 +21,7 @@ IGNORED = -100  # the label of voxels that neither cross-entropy nor the sampler
 MARGIN = 0.7  # sigma
 Vectors = Float[Tensor, "t e"]  # gathered embeddings, a row a tuple
 Valid = Bool[Tensor, " t"]  # the tuples that count
+PerTuple = Float[Tensor, " t"]
 Scalar = Float[Tensor, ""]
 
 
@@ -38,7 +39,7 @@ def gather_embeddings(embeddings: Float[Tensor, "n e *spatial"], voxels: Integer
     return embeddings.flatten().index_select(0, places.flatten()).view(places.shape).float()
 
 
-def squared_distance(u: Vectors, v: Vectors) -> Float[Tensor, " t"]:
+def squared_distance(u: Vectors, v: Vectors) -> PerTuple:
     """Squared Euclidean distance over channels, row by row."""
     return (u - v).square().sum(dim=1)
 
@@ -55,6 +56,10 @@ class TupleLoss(nn.Module):
         """The same loss from gathered embeddings; tuples that are not `valid` do not count."""
         losses = self.per_tuple(anchors, positives, negatives, valid)
         return losses.where(valid, 0.0).sum() / valid.sum().clamp(min=1)
+
+    def per_tuple(self, anchors: Vectors, positives: Vectors, negatives: Vectors, valid: Valid) -> PerTuple:
+        """The loss of each tuple, of the others too, which the mean leaves out."""
+        raise NotImplementedError(f"{type(self).__name__} must implement per_tuple")
 
 
 class VoxelMetricLoss(TupleLoss):
@@ -84,7 +89,7 @@ class VoxelMetricLoss(TupleLoss):
         self.pair_distance = real_number("pair_distance", pair_distance)
         self.normalize, self.hinge = switch("normalize", normalize), switch("hinge", hinge)
 
-    def _distances(self, anchors: Vectors, positives: Vectors, negatives: Vectors) -> tuple[Tensor, Tensor]:
+    def _distances(self, anchors: Vectors, positives: Vectors, negatives: Vectors) -> tuple[PerTuple, PerTuple]:
         """d(a,p), and the triplet term d(a,p) - d(a,n) + margin before its hinge."""
         if self.normalize:
             anchors, positives, negatives = (F.normalize(x, dim=1) for x in (anchors, positives, negatives))
@@ -97,7 +102,7 @@ class VoxelMetricLoss(TupleLoss):
         active = self._distances(anchors, positives, negatives)[1] > 0
         return (active & valid).sum() / valid.sum().clamp(min=1)
 
-    def per_tuple(self, anchors, positives, negatives, _valid):
+    def per_tuple(self, anchors: Vectors, positives: Vectors, negatives: Vectors, valid: Valid) -> PerTuple:
         to_positive, losses = self._distances(anchors, positives, negatives)
         losses = F.relu(losses) if self.hinge else losses
         if self.pair_weight:
@@ -119,7 +124,7 @@ class InfoNCELoss(TupleLoss):
         if not self.temperature:
             raise ValueError("the temperature of InfoNCE must be above 0 (0.05 to 0.3 are usual)")
 
-    def per_tuple(self, anchors, positives, negatives, valid):
+    def per_tuple(self, anchors: Vectors, positives: Vectors, negatives: Vectors, valid: Valid) -> PerTuple:
         anchors, positives, negatives = (F.normalize(x, dim=1) for x in (anchors, positives, negatives))
         to_positive = (anchors * positives).sum(dim=1, keepdim=True) / self.temperature
         to_negatives = (anchors @ negatives.T / self.temperature).masked_fill(~valid, -torch.inf)
@@ -136,7 +141,7 @@ class DrawnCrossEntropy(TupleLoss):
         super().__init__()
         self.background = 2 if switch("balanced", balanced) else 1
 
-    def per_tuple(self, anchors, positives, negatives, _valid):
+    def per_tuple(self, anchors: Vectors, positives: Vectors, negatives: Vectors, valid: Valid) -> PerTuple:
         anchors, positives, negatives = (x.log_softmax(dim=1) for x in (anchors, positives, negatives))
         return -(anchors[:, 1] + positives[:, 1] + self.background * negatives[:, 0]) / (2 + self.background)
 

@@ -176,7 +176,7 @@ class RandomSampler(Sampler):
 
     letter, title = "R", "random"
 
-    def candidates(self, labels, foreground_probability=None):
+    def candidates(self, labels: Labels, foreground_probability: Probability | None) -> tuple[Mask, Mask, Mask]:
         foreground = labels == 1
         return foreground, foreground, labels == 0
 
@@ -194,7 +194,7 @@ class HardNegativeSampler(Sampler):
         super().__init__(anchors, pairs, near_negatives=near_negatives)
         self.threshold = real_number("threshold", threshold, below=1)
 
-    def candidates(self, labels, foreground_probability=None):
+    def candidates(self, labels: Labels, foreground_probability: Probability | None) -> tuple[Mask, Mask, Mask]:
         if foreground_probability is None:
             raise ValueError("focal hard negative sampling needs foreground_probability (N, *spatial)")
         foreground = labels == 1
@@ -207,7 +207,7 @@ class ContourSampler(Sampler):
 
     letter, title = "C", "contour-aware"
 
-    def candidates(self, labels, foreground_probability=None):
+    def candidates(self, labels: Labels, foreground_probability: Probability | None) -> tuple[Mask, Mask, Mask]:
         edge = contour(labels)
         return edge, edge, labels == 0
 

@@ -82,7 +82,8 @@ class Cohort:
     def case(self, case_id: str) -> Case:
         """One case with its scan and label on their own grid, as they were checked when the cohort was built."""
         if case_id not in self.table.index:
-            raise CohortError([f"case {case_id}: is not in {self.folder / TABLE}"])
+            near = get_close_matches(str(case_id), map(str, self.table.index), 3) or list(self.table.index[:3])
+            raise CohortError([f"case {case_id}: is not in {self.folder / TABLE}; there are, say, {', '.join(near)}"])
         row = self.table.loc[case_id]
         try:
             image = read_scan(self.folder / row["image"])
@@ -177,7 +178,7 @@ def of_replicate(table: pd.DataFrame, replicate: int) -> pd.DataFrame:
 
 
 def recorded(what: Literal["cohort", "regions"], folder: Path, notebook: int) -> str:
-    """The fingerprint of this, as this notebook, 0 or 2, left it in its folder; ValueError if it did not."""
+    """The fingerprint that the folder of a cohort (notebook 0) or of regions (2) holds; ValueError without one."""
     path = folder / FINGERPRINT
     try:
         return json.loads(path.read_bytes())[what]

@@ -1,4 +1,4 @@
-"""The old path of `mupkg.scans.files`, which others import."""
+"""The public path of what reads and writes scans; it lives in `mupkg.scans.files`."""
 
 from mupkg.scans.cases import one_volume
 from mupkg.scans.files import access_named, files_below, no_access, read_scan, read_series, write_image

@@ -7,7 +7,7 @@ from typing import Any
 
 import ipywidgets
 
-HEADS = 50  # pixels that a title of three lines is high
+TITLE_PX = 50  # pixels that a title of three lines is high
 
 
 def slider(name: str, value: float, low: float, high: float, step: float | None = None):
@@ -52,7 +52,7 @@ def wrapped(*parts: ipywidgets.Widget) -> ipywidgets.Widget:
 
 def table(*rows: Sequence[ipywidgets.Widget], below: int = 0) -> ipywidgets.Widget:
     """Rows of pictures, all of one width, that fit the page and the window with so many pixels `below` them."""
-    high = f"((100vh - {236 + below}px) / {len(rows)} - {HEADS}px)"  # without Lab's bars and the controls
+    high = f"((100vh - {236 + below}px) / {len(rows)} - {TITLE_PX}px)"  # without Lab's bars and the controls
     for part in (part for row in rows for part in row):
         part.layout.flex, part.layout.min_width = "1 1 0", "0"
     layout = ipywidgets.Layout(min_width="0", max_width=f"calc({len(rows[0])} * {high})")

@@ -20,7 +20,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from mupkg import in_lab
-from mupkg.explore.controls import HEADS, small, table
+from mupkg.explore.controls import TITLE_PX, small, table
 from mupkg.explore.predictions import CasePredictions
 from mupkg.report import figures
 from mupkg.report.figures import HEAT, PREDICTION, TRUTH
@@ -136,7 +136,7 @@ class SlicePanel:
 
     def _refresh(self) -> None:
         for image, words, layer, title in zip(self._images, self._titles, self._layers(), self.titles, strict=True):
-            image.value, words.value = figures.slice_png(*layer, lit=self.lit), small(title, f"{HEADS - 2}px")
+            image.value, words.value = figures.slice_png(*layer, lit=self.lit), small(title, f"{TITLE_PX - 2}px")
         bar = figures.colour_bar(self.colours, *self.meaning)
         self.legend.value = small(f"{figures.key(self.contours)} &nbsp; {bar}")
 

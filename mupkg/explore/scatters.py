@@ -19,7 +19,7 @@ from jaxtyping import Int
 from matplotlib.colors import ListedColormap, Normalize
 
 from mupkg import in_lab, repository
-from mupkg.explore.controls import HEADS, button, dropdown, small
+from mupkg.explore.controls import TITLE_PX, button, dropdown, small
 from mupkg.explore.predictions import few_threads
 from mupkg.explore.voxels import DrawnVoxels, save_voxels
 from mupkg.report import embeddings
@@ -141,7 +141,7 @@ class VoxelExplorer(ABC):
             x, y = (2 * (points - low) / np.maximum(high - low, 1e-12) - 1).T
             self.frames.append(pd.DataFrame({"x": x, "y": y, **self.values(name)}))
         for words, name in zip(self.titles, self.points, strict=True):
-            words.value = SQUARE + small(self.title(name), f"{HEADS - 2}px")
+            words.value = SQUARE + small(self.title(name), f"{TITLE_PX - 2}px")
         self._refresh()
         self.say(self.count())
 

@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Int
 from matplotlib.figure import Figure
 
-from mupkg.explore.controls import HEADS, beside, dropdown, small, table, wrapped
+from mupkg.explore.controls import TITLE_PX, beside, dropdown, small, table, wrapped
 from mupkg.explore.linked import DISTANCE_COLOURMAP, DistanceMap, EmbeddingExplorer
 from mupkg.explore.panels import DPI
 from mupkg.explore.predictions import Cases
@@ -86,7 +86,7 @@ class Neighbours:
         self.chosen.value = small("neighbours of") + patches_html([self._itself()], 2)
         for words, name in zip(self.words, bench.runs.names, strict=True):
             head = bench.shown.title(name, f"nearest of {count} drawn voxels in {len(bench.opened)} open case(s)")
-            words.value = small(head, f"{HEADS - 2}px") + patches_html(self._patches(name), NEAREST // 2)
+            words.value = small(head, f"{TITLE_PX - 2}px") + patches_html(self._patches(name), NEAREST // 2)
 
     @property
     def figure(self) -> Figure:

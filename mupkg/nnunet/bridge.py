@@ -33,7 +33,16 @@ from mupkg.scans.files import write_image
 from mupkg.scans.writing import FINGERPRINT, machine_lock, save_table, write_text
 from mupkg.stages.evaluation import mask_and_row
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import METRICS, NNUNET_RUNS, PREDICTIONS, RUN, parse_run_name, read_run, write_json, write_run
+from mupkg.stages.runs import (
+    METRICS_CSV,
+    NNUNET_RUNS,
+    PREDICTIONS,
+    RUN,
+    parse_run_name,
+    read_run,
+    write_json,
+    write_run,
+)
 
 VERSION = "2.6.0"  # a later one needs torchvision
 TRAINERS = dict(zip(NNUNET_RUNS, ("nnUNetTrainerChosen", "nnUNetTrainerMetricHCP"), strict=True))  # by the run's name
@@ -281,4 +290,4 @@ def evaluate(run_folder: Path, cohort: Cohort, regions: Regions) -> pd.DataFrame
         mask, row = mask_and_row(cohort.case(case_id), regions, probability)
         write_image(mask, run_folder / PREDICTIONS / f"{case_id}.nii.gz")
         rows.append(row)
-    return save_table(pd.DataFrame(rows), run_folder / METRICS, index=False)
+    return save_table(pd.DataFrame(rows), run_folder / METRICS_CSV, index=False)

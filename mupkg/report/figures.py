@@ -495,7 +495,7 @@ def convergence(history: pd.DataFrame, by: str = "step") -> Figure:
     A line is the median over a configuration's trainings, its band runs from the lowest to the highest.
 
     Args:
-        history: the rows of history.csv with `configuration` and `replicate`, see `trials.histories`.
+        history: the rows of history.csv with `configuration` and `replicate`, see `trials.tables.histories`.
         by: "step", or "summed_rate" to compare trainings of different learning rates.
     """
     panels = {

@@ -20,11 +20,11 @@ from mupkg.metrics import headline, with_unit
 from mupkg.scans.cases import not_in_hu, patient_key
 from mupkg.scans.writing import FINGERPRINT
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import METRICS, PLATEAU_DSC, RUN, read_run
+from mupkg.stages.runs import METRICS_CSV, PLATEAU_DSC, RUN, read_run
 
 RANGE_TOLERANCE = 0.1  # spacing and field of view may leave the range of the training scans by this share of it
 UNKNOWN = "not recorded in run.json"
-CARD = """\
+TEMPLATE = """\
 # Model card: {run}
 
 **For research only. This is no medical device: not for diagnosis, not for treatment planning.**
@@ -64,7 +64,7 @@ UNFIT = {
     PHANTOMS: "\n* It was trained and tested on made-up scans: it must not be applied to patients at all.",
     None: "\n* What it was trained on is not recorded: take it for unfit for patients.",
 }
-UNTESTED = f"**Not tested: {METRICS} is missing, so nothing is known of how well this run does.**"
+UNTESTED = f"**Not tested: {METRICS_CSV} is missing, so nothing is known of how well this run does.**"
 
 
 def trained_on(cohort: Cohort, regions: Regions, training_cases: int | None = None) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def card(run_folder: str | Path) -> str:
     facts |= {"source": SOURCES.get(source, source or UNKNOWN), "split": _split(data)}
     facts |= {"voxels": _shown(data.get("spacing_mm")), "field": _shown(data.get("extent_mm"))}
     facts |= {"commit": record.get("commit") or UNKNOWN}
-    return CARD.format_map(defaultdict(lambda: UNKNOWN, record | data | parameters | facts))
+    return TEMPLATE.format_map(defaultdict(lambda: UNKNOWN, record | data | parameters | facts))
 
 
 def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:
@@ -185,9 +185,9 @@ def _results(run_folder: Path, record: dict[str, Any]) -> str:
     said = []
     if record.get("never_left_plateau", record.get("collapsed")):  # as older runs call it
         said.append(f"**Its validation DSC never was above {PLATEAU_DSC:g}: this run never left the plateau.**")
-    if not (run_folder / METRICS).is_file():
+    if not (run_folder / METRICS_CSV).is_file():
         return "\n\n".join([*said, UNTESTED])
-    metrics = read_cases(run_folder / METRICS, "test the run again with notebook 03")
+    metrics = read_cases(run_folder / METRICS_CSV, "test the run again with notebook 03")
     seed = (record.get("parameters") or {}).get("seed", UNKNOWN)
     said.append(
         f"{len(metrics)} test case(s), one training (seed {seed}); mean ± standard deviation over cases, with the "

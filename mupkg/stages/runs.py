@@ -23,7 +23,7 @@ from mupkg.scans.writing import FINGERPRINT, whole_file, write_text
 
 # Files and folders of a run, in either stage
 BEST, LAST, CHECKPOINT = "weights.safetensors", "last.safetensors", "checkpoint.safetensors"
-HISTORY, RUN, METRICS, REGIONS, CARD = "history.csv", "run.json", "metrics.csv", "regions.csv", "card.md"
+HISTORY, RUN, METRICS_CSV, REGIONS, CARD = "history.csv", "run.json", "metrics.csv", "regions.csv", "card.md"
 FILM, PREDICTIONS = "film", "predictions"
 NnunetRun = Literal["nnUNet", "nnUNet-HCP"]  # runs of nnU-Net (notebook 11): metrics, but no weights of ours
 NNUNET_RUNS = get_args(NnunetRun)
@@ -48,12 +48,12 @@ def parse_run_name(folder: Path) -> tuple[str, int]:
 
 def metrics_name(shift: Shift | None = None) -> str:
     """The file with a run's metrics on the test scans, or on the same scans shifted."""
-    return METRICS if shift is None else f"metrics_{shift}.csv"
+    return METRICS_CSV if shift is None else f"metrics_{shift}.csv"
 
 
 METRICS_LAST = "metrics_last.csv"  # of the last weights
 SHIFT_FILES = tuple(map(metrics_name, get_args(Shift)))
-TEST_FILES = (METRICS, METRICS_LAST, *SHIFT_FILES, PREDICTIONS)
+TEST_FILES = (METRICS_CSV, METRICS_LAST, *SHIFT_FILES, PREDICTIONS)
 RUN_FILES = (BEST, LAST, HISTORY, RUN, *TEST_FILES, REGIONS, CARD, FINGERPRINT, FILM)  # of a run
 
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at

@@ -26,7 +26,7 @@ from mupkg.stages.runs import (
     BEST,
     HISTORY,
     LAST,
-    METRICS,
+    METRICS_CSV,
     METRICS_LAST,
     NNUNET_RUNS,
     REGIONS,
@@ -40,7 +40,7 @@ from mupkg.stages.runs import (
 )
 
 KEPT = Path("outputs") / "reference" / "runs"  # in the repository; below it <study>/<run>
-TABLES = (HISTORY, METRICS_LAST, *SHIFT_FILES, METRICS)  # the last one tells that a run is kept whole
+TABLES = (HISTORY, METRICS_LAST, *SHIFT_FILES, METRICS_CSV)  # the last one tells that a run is kept whole
 STAGE1_FILES = (BEST, RUN, FINGERPRINT, REGIONS)  # the last one tells that a stage 1 is kept whole
 PRECISION = "%.6g"
 TRAIN_ANEW = "remove its folder, and the batch trains it anew"
@@ -83,7 +83,7 @@ def kept_runs(
     standing = set()
     for name, told in runs.items():
         stage1 = told.get("stage1", STAGE1)
-        if (kept / name / METRICS).is_file() and stage1 not in other and not parameter_fault(kept / name, told):
+        if (kept / name / METRICS_CSV).is_file() and stage1 not in other and not parameter_fault(kept / name, told):
             places = [kept / stage1, *([outputs / stage1] if outputs else [])]
             if not any(_of_other_regions(kept / name, place) for place in places):
                 standing.add(name)
@@ -124,12 +124,12 @@ def keep(study: Path, destination: Path) -> list[str]:
         ValueError: naming the run, if its record or weights cannot be read.
     """
     new = []
-    for metrics in sorted(study.glob(f"*-seed*/{METRICS}")):
+    for metrics in sorted(study.glob(f"*-seed*/{METRICS_CSV}")):
         run, target = metrics.parent, destination / metrics.parent.name
         if run.name.rpartition("-seed")[0] in NNUNET_RUNS:
             continue
         record = read_run(run / RUN, cure=TRAIN_ANEW)
-        if (target / METRICS).is_file():
+        if (target / METRICS_CSV).is_file():
             before = read_run(target / RUN, cure=TRAIN_ANEW)
             if all(before.get(name) == record.get(name) for name in ("parameters", "data_fingerprint")):
                 continue

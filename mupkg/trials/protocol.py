@@ -36,7 +36,7 @@ from mupkg.samplers import SAMPLERS
 from mupkg.stages.runs import STAGE1, run_name
 from mupkg.stages.shifts import check_ct
 from mupkg.trials.kept import kept_folder
-from mupkg.trials.statistics import MARGIN
+from mupkg.trials.statistics import EQUIVALENT_DSC
 
 Side = str | Annotated[tuple[str, ...], Field(min_length=2)]  # of a contrast: an arm, or arms whose mean it is
 
@@ -64,7 +64,7 @@ class Trial(Settings):
     factors: tuple[str, ...] = ()
     descriptive: bool = False
     primary: Literal[*(name for name, metric in METRICS.items() if metric.of)] = "DSC"
-    margin: PositiveFloat = MARGIN
+    margin: PositiveFloat = EQUIVALENT_DSC
     varies: tuple[str, ...] = ()
     by_parameter: bool = False
 

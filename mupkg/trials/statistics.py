@@ -24,8 +24,8 @@ from mupkg.stages.runs import run_name
 LEVEL = 0.05  # of every test; intervals hold 95 %
 POWER = 0.8  # a difference that counts as found is seen four times in five
 FEW = 5  # with fewer cases or replicates Satterthwaite's approximation is too generous: up to 13 % false alarms
-MARGIN = 0.01  # of the DSC: a smaller difference does not matter
-MARGINS = {"DSC": MARGIN, "DSC_all": MARGIN}  # without a margin, no equivalence
+EQUIVALENT_DSC = 0.01  # of the DSC: a smaller difference does not matter
+MARGINS = {"DSC": EQUIVALENT_DSC, "DSC_all": EQUIVALENT_DSC}  # without a margin, no equivalence
 PILOT_SD = {"DSC": 0.010, "DSC_all": 0.010}  # of a difference over replicates: the least of a pilot, quick phantoms
 SIGN_FLIPS = 20_000
 FEWEST_SIGNS = 6  # replicates: with five, no choice of signs is rarer than 1 in 16

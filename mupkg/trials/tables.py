@@ -17,7 +17,7 @@ from mupkg.parameters import Stage1Settings
 from mupkg.report import results
 from mupkg.report.figures import BLUE
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import HISTORY, METRICS, RUN, STAGE1, Shift, metrics_name, read_run
+from mupkg.stages.runs import HISTORY, METRICS_CSV, RUN, STAGE1, Shift, metrics_name, read_run
 from mupkg.trials import statistics
 from mupkg.trials.kept import parameter_fault
 from mupkg.trials.protocol import Study, Trial
@@ -43,7 +43,7 @@ def trial_runs(
     study, folders = Path(study), {}
     for name in planned:
         places = [study, *([kept] if kept else [])]
-        folders[name] = next((place / name for place in places if (place / name / METRICS).is_file()), None)
+        folders[name] = next((place / name for place in places if (place / name / METRICS_CSV).is_file()), None)
     if missing := [name for name, folder in folders.items() if folder is None]:
         raise ValueError(
             f"{study}: {len(missing)} of the protocol's {len(planned)} runs are missing: {', '.join(missing)}; "
@@ -140,7 +140,7 @@ def histories(table: pd.DataFrame) -> pd.DataFrame:
     """history.csv of all runs: configuration, replicate, step, summed_rate, validation_dsc, cross_entropy.
 
     `replicate` is the seed where runs are of no trial. `summed_rate` is the sum of the learning rates of all steps so
-    far: how far a training can have gone.
+    far, each row's rate taken for the steps since the row before: how far a training can have gone.
     """
     parts = []
     for row in table.itertuples():

@@ -181,7 +181,7 @@ def train_and_test(machine: Machine, arm: str, seed: int, run: Path) -> None:
     from mupkg.metrics import calibration, segmentation_metrics
     from mupkg.scans.writing import save_table
     from mupkg.stages.prediction import mean_dice, predict_volume
-    from mupkg.stages.runs import BEST, CHECKPOINT, LAST, METRICS, RUN, load_tensors, load_weights, write_json
+    from mupkg.stages.runs import BEST, CHECKPOINT, LAST, METRICS_CSV, RUN, load_tensors, load_weights, write_json
     from mupkg.stages.training import train
 
     settings, cuda = machine.about["settings"], machine.device == "cuda"
@@ -208,7 +208,7 @@ def train_and_test(machine: Machine, arm: str, seed: int, run: Path) -> None:
     write_json(run / RUN, record | {"torch": torch.__version__, "cases": cases})
     for name in (BEST, LAST, CHECKPOINT):
         (run / name).unlink(missing_ok=True)
-    table = save_table(pd.DataFrame(rows).round(5), run / METRICS, index=False)
+    table = save_table(pd.DataFrame(rows).round(5), run / METRICS_CSV, index=False)
     print(f"{run.name}: {seconds:.0f} s, mean DSC {table['DSC_all'].mean():.3f}", flush=True)
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mupkg.stages.runs import BEST, HISTORY, METRICS, RUN, save_tensors
+from mupkg.stages.runs import BEST, HISTORY, METRICS_CSV, RUN, save_tensors
 from mupkg.trials import kept
 from mupkg.trials.tables import trial_metrics, trial_runs
 
@@ -23,7 +23,7 @@ def trained(folder, told, dsc=0.123456789):
     """What a finished training leaves, weights and predictions and all."""
     folder.mkdir(parents=True)
     (folder / RUN).write_text(json.dumps({"data_fingerprint": "f", "parameters": told, "collapsed": False}))
-    pd.DataFrame({"case_id": ["007", "NA"], "DSC": [dsc, 0.5]}).to_csv(folder / METRICS, index=False)
+    pd.DataFrame({"case_id": ["007", "NA"], "DSC": [dsc, 0.5]}).to_csv(folder / METRICS_CSV, index=False)
     rows = {"step": [10, 30], "learning_rate": 0.1, "cross_entropy": 0.2, "validation_dsc": [np.nan, 0.4]}
     pd.DataFrame(rows | {"active_H": [0.9, 0.25]}).to_csv(folder / HISTORY, index=False)
     save_tensors({"w": torch.zeros(3)}, folder / BEST, {"made_on": ["x86_64 CPU, 1 thread(s)"]})
@@ -43,8 +43,8 @@ def test_small_tables_are_kept_and_nothing_large(study):
     names = kept.keep(study, kept.kept_folder("s"))
     assert names == sorted(TOLD)
     folder = kept.kept_folder("s") / "A-seed1"
-    assert sorted(path.name for path in folder.iterdir()) == [HISTORY, METRICS, RUN]
-    table = pd.read_csv(folder / METRICS, dtype={"case_id": str}, keep_default_na=False)
+    assert sorted(path.name for path in folder.iterdir()) == [HISTORY, METRICS_CSV, RUN]
+    table = pd.read_csv(folder / METRICS_CSV, dtype={"case_id": str}, keep_default_na=False)
     assert table.to_dict("list") == {"case_id": ["007", "NA"], "DSC": [0.123457, 0.5]}
     record = json.loads((folder / RUN).read_text())
     assert record["parameters"] == TOLD["A-seed1"] and record["data_fingerprint"] == "f"
@@ -60,7 +60,7 @@ def test_a_kept_run_that_had_other_parameters_is_replaced(study):
     assert kept.kept_runs("s", told, {}) == {*TOLD} - {"A-seed0"}
     assert kept.keep(study, kept.kept_folder("s")) == ["A-seed0"]
     assert kept.kept_runs("s", told, {}) == {*TOLD}
-    assert pd.read_csv(kept.kept_folder("s") / "A-seed0" / METRICS)["DSC"].tolist() == [0.75, 0.5]
+    assert pd.read_csv(kept.kept_folder("s") / "A-seed0" / METRICS_CSV)["DSC"].tolist() == [0.75, 0.5]
     assert not of_the_other.exists()
 
 
@@ -91,10 +91,10 @@ def test_what_is_kept_stays_and_only_more_is_added(study):
     kept.keep(study, kept.kept_folder("s"))
     shutil.rmtree(study / "B-seed0")
     trained(study / "C-seed0", TOLD["A-seed0"] | {"arm": "C"})
-    before = (kept.kept_folder("s") / "A-seed0" / METRICS).stat().st_mtime_ns
+    before = (kept.kept_folder("s") / "A-seed0" / METRICS_CSV).stat().st_mtime_ns
     assert kept.keep(study, kept.kept_folder("s")) == ["C-seed0"]
-    assert (kept.kept_folder("s") / "A-seed0" / METRICS).stat().st_mtime_ns == before
-    assert (kept.kept_folder("s") / "B-seed0" / METRICS).is_file()
+    assert (kept.kept_folder("s") / "A-seed0" / METRICS_CSV).stat().st_mtime_ns == before
+    assert (kept.kept_folder("s") / "B-seed0" / METRICS_CSV).is_file()
 
 
 def test_only_runs_that_were_told_the_same_are_taken_for_done(study):
