@@ -183,6 +183,15 @@ def test_a_trial_without_a_prediction_is_refused_before_any_table(spoil, told, s
     assert not (trial / "report").exists()
 
 
+def test_a_study_with_one_configuration_is_evaluated(study: Path, tmp_path: Path) -> None:
+    """Regression: a KeyError where the table of tests was empty; in a batch, after the training."""
+    shutil.copytree(study / "outputs" / "smoke", tmp_path / "smoke", ignore=shutil.ignore_patterns("report", "film"))
+    told = {"study": "smoke", "cohort": "phantoms-smoke", "size": "smoke", "configurations": ["UNet"]}
+    told |= {"data_folder": str(study / "data"), "outputs_folder": str(tmp_path)}
+    run_notebook(ROOT / "notebooks/04_evaluation.ipynb", tmp_path / "04.ipynb", told)
+    assert "one configuration: there is nothing to compare it with" in (tmp_path / "04.ipynb").read_text()
+
+
 def told_by(notebook: Path) -> dict[str, Any]:
     return nbformat.read(notebook, 4).metadata.papermill.parameters
 
