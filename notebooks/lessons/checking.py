@@ -28,7 +28,11 @@ STUMBLES = {  # part of an error's message -> what it means to a student
     r"bitwise_(and|or)|for [&|]": "& and | bind tighter than > and ==: put each comparison in brackets.",
     "ambiguous": "`if`, `and`, `or` and `max` want one truth value, this has many: use &, |, clamp or np.where.",
     r"builtin_function_or_method|'method'|bound method": "Are the brackets of a call missing?",
-    r"must be Tensor|object is not callable": "PyTorch wants tensors; torch.from_numpy(...) makes one of an array.",
+    r"^(max|min)(imum)?\(\)(:| received)": "max and maximum of PyTorch take no plain number: x.clamp(min=0) does.",
+    r"must be Tensor": "PyTorch wants tensors; torch.from_numpy(...) makes one of an array.",
+    r"object is not callable": (
+        "Is a * missing before a bracket, as in 2 * (a - b)? Or did PyTorch get an array (torch.from_numpy)?"
+    ),
     r"read-only": "Work on a copy: `.copy()`.",
     r"broadcast|must match the size|sequence argument|same length|inconsistent numbers": "The shapes do not match.",
     r"scalar index|list indices": "A list cannot be indexed by an array: np.asarray(...) makes one.",
@@ -37,6 +41,7 @@ STUMBLES = {  # part of an error's message -> what it means to a student
     r"Expected 2D": "Voxels come first, then labels.",
     r"should be a 1d array": "One score for each voxel is wanted; predict_proba has two columns.",
     r"with size 0|zero-size|empty": "Nothing is selected: no value is exactly that.",
+    r"too many indices": "It has fewer axes than that: [None] in front makes one image a batch of one.",
     r"out of bounds|out of range": "An index is too large for the axis that it counts along.",
     r"'numpy.ndarray' and 'Tensor'|'Tensor' and 'numpy": "An array and a tensor do not mix: .numpy() makes arrays.",
     r"arrays used as indices": "Only whole numbers and truth values can index an array.",
@@ -46,6 +51,14 @@ STUMBLES = {  # part of an error's message -> what it means to a student
     r"is not defined": "That name does not exist here: is it misspelt, or its import missing?",
     r"referenced before|not associated": "That name is used before it has a value.",
     r"missing \d+ required|takes .*positional|unexpected keyword": "Compare the arguments of the call.",
+    r"ndarray' object has no attribute '(append|index|reverse)'": "Lists do that, arrays do not: list(x) makes one.",
+    r"'numpy.ndarray' object has no attribute": "Arrays have fewer methods than tensors: np.log(p), np.abs(d), d**2.",
+    r"'Tensor' object has no attribute": "Tensors have other methods than arrays: .float(), .clone(), .numpy().",
+    r"'VoxelTuples' object has no attribute": "The fields of tuples are anchors, positives and negatives.",
+    r"not fitted": "Fit the probe before you ask it: .fit(x_fit, y_fit).",
+    r"does not require grad": "Nothing here asks PyTorch for gradients. Write the derivative by hand.",
+    r"cannot unpack": "Several names wait for one value: `shape` gives all sizes, `len` the first alone.",
+    r"diag requires": "Of one channel np.cov makes a number, not a matrix. `var` takes one channel or many.",
 }
 
 
@@ -110,11 +123,13 @@ def same(
     """
     right = _array(right)
     try:
-        answer = _array(answer)
+        given, answer = answer, _array(answer)
     except (TypeError, ValueError):
         wanted = f"an array {right.shape}" if right.ndim else "a number"
         raise Hint(f"your code gives back {described(answer)}, but {wanted} is wanted. {otherwise}") from None
     if _equal(answer, right, tolerance):
+        alone = f"the number is right, but it stands in {described(given)}. Give it back by itself."
+        expect(right.ndim or np.ndim(given) == 0, alone)
         return
     for exactness in (min(tolerance, 1e-4), tolerance):
         for hint, wrong in mistakes.items():
@@ -180,6 +195,8 @@ def _explained(error: Exception, begin: str) -> str:
     if spot is None:
         return f": what your code gives back cannot be checked ({said}). {meaning}"
     frame, number = spot
+    if (used := _unwritten(error.__traceback__)) and used != frame.f_code.co_name:
+        return f": `{used}`, which this exercise uses, is not written yet, or still holds the line `{BLANK}`."
     line = linecache.getline(frame.f_code.co_filename, number).strip()
     if line.startswith(BLANK):
         alone = _is_blank(linecache.getlines(frame.f_code.co_filename), number)
@@ -202,6 +219,17 @@ def _in_notebook(trace: TracebackType | None) -> tuple[FrameType, int] | None:
             spots.append((trace.tb_frame, trace.tb_lineno))
         trace = trace.tb_next
     return next((s for s in reversed(spots) if s[0].f_code.co_filename == spots[0][0].f_code.co_filename), None)
+
+
+def _unwritten(trace: TracebackType | None) -> str | None:
+    """The function whose blank has stopped the code, if one has."""
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_globals.get("__name__") != "__main__":
+        return None
+    code = trace.tb_frame.f_code
+    line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
+    return code.co_name if line.startswith(BLANK) else None
 
 
 def _is_blank(cell: list[str], number: int) -> bool:

@@ -97,14 +97,16 @@ def names_before(exercise: str) -> dict:
     return names
 
 
-def said(exercise: str, cell: str) -> str:
-    """What the check says to this cell: its hint, or that it is passed. Any other error is not caught."""
-    names, file = names_before(exercise), f"<cell of {exercise}>"
-    linecache.cache[file] = (len(cell), None, cell.splitlines(keepends=True), file)
-    exec(compile(cell, file, "exec"), names)
+def said(exercise: str, *cells: str) -> str:
+    """What the check says once these cells are run: its hint, or that it is passed. Any other error is not caught."""
+    names = names_before(exercise)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for number, cell in enumerate(cells):
+                file = f"<cell {number} of {exercise}>"
+                linecache.cache[file] = (len(cell), None, cell.splitlines(keepends=True), file)
+                exec(compile(cell, file, "exec"), names)
             module("checks")
             module("checking").check(exercise, names)
     except module("checking").Hint as hint:

@@ -4,7 +4,7 @@
 # We find out what a voxel-wise loss, the cross-entropy, knows of a shape, and what that means for a network that is
 # trained by it.
 #
-# * **Time**: 40 minutes. The computer works for about 10 seconds.
+# * **Time**: 45 minutes. The computer works for about 10 seconds.
 # * **In the paper** (He et al., *MetricUNet*, Medical Image Analysis 2021,
 #   [doi:10.1016/j.media.2021.102039](https://doi.org/10.1016/j.media.2021.102039)): Abstract and Section I; Eq. (3);
 #   the metrics, Eq. (5) to (8) in Section IV-C.
@@ -52,8 +52,8 @@ for name, where in {"rim": beside, "scattered": ~truth}.items():
 middle = int(truth.sum(axis=(1, 2)).argmax())
 figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True)
 for ax, (name, mask) in zip(axes, masks.items(), strict=True):
-    outlines = {"prediction": mask[middle], "truth": truth[middle]}
-    show_slice(ax, image[middle], outlines, f"120 wrong voxels: {name} (slice {middle} of {len(image)})")
+    title = f"{name}: 120 wrong voxels,\n{(mask & ~truth)[middle].sum()} of them in slice {middle} of {len(image)}"
+    show_slice(ax, image[middle], {"prediction": mask[middle], "truth": truth[middle]}, title)
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plt.show()
 
@@ -82,7 +82,7 @@ print("your guess:", guess_masks)
 # ## Step 1: why
 #
 # Eq. (3) is a mean over voxels. With $p$ the predicted probability of prostate and $y$ the label, 0 or 1, one voxel
-# counts
+# contributes
 #
 # $$-\bigl(y \log p + (1 - y) \log (1 - p)\bigr).$$
 #
@@ -125,7 +125,7 @@ def shuffled(volume):
 losses, figure = [], plt.figure(figsize=(5, 4.3))
 for name, change in {"as it was": np.array, "shuffled": shuffled}.items():
     p, y = change(masks["rim"]), change(truth)
-    losses.append(cross_entropy(np.where(p, 0.9, 0.1), y))
+    losses.append(cross_entropy(np.where(p, 0.9, 0.1), y.astype(float)))
     dice = segmentation_metrics(p, y, spacing_mm=SPACING_MM)["DSC"]
     print(f"{name:10}: cross-entropy {losses[-1]:.12f}, DSC {dice:.12f}")
 print(f"the two losses differ by {abs(np.diff(losses)[0]):.0e}; your guess: {guess_shuffled}")
@@ -166,12 +166,12 @@ check("1.2", globals())
 
 # %%
 for name, mask in zip(("below 6 mm", "above 25 mm"), two_masks(truth, 120), strict=True):
-    loss = cross_entropy(np.where(mask, 0.9, 0.1), truth)
+    loss = cross_entropy(np.where(mask, 0.9, 0.1), truth.astype(float))
     scores = segmentation_metrics(mask, truth, spacing_mm=SPACING_MM)
     print(f"cross-entropy {loss:.4f}, DSC {scores['DSC']:.3f}, HD95 {scores['HD95']:.1f} mm, wanted {name}")
 
 # %% [markdown]
-# So **a lower loss is no better shape**. Nor is a higher DSC.
+# So **a lower loss does not mean a better shape**, and neither does a higher DSC.
 
 # %% [markdown]
 # ## Step 3: what a trained network does
@@ -224,8 +224,8 @@ print(f"where {of_all:.0%} of all voxels lie")
 
 # %% [markdown]
 # Compare the two shares: what goes wrong gathers at the contour, where grey values do not tell and labels themselves
-# are least certain. A cure for cross-entropy has to prove itself *there* (lesson 5). And the rest? We count the
-# pieces of each mask, and throw all but the largest away.
+# are least certain. A remedy for this weakness of cross-entropy has to prove itself *there* (lesson 5). And the rest?
+# We count the pieces of each mask, and throw all but the largest away.
 
 # %%
 falls = 0
@@ -247,7 +247,7 @@ print(f"HD95 falls in {falls} of {len(predicted)} masks; your guess: {guess_piec
 # %% [markdown]
 # ## Step 4: and the metric loss?
 #
-# The paper's cure compares voxels with each other: triplets of embeddings, which the next lessons take apart. It is
+# The paper's remedy compares voxels with each other: triplets of embeddings, which the next lessons take apart. It is
 # to model "inter-voxel relationships". But which? We take the trained network's embeddings, draw triplets with the
 # paper's three samplers, and shuffle all voxels once again.
 #
@@ -278,19 +278,20 @@ for sampler in (RandomSampler(500), HardNegativeSampler(500), ContourSampler(500
 
 # %% [markdown]
 # Compare each difference with what the draws alone do (±). R and H do not notice. They relate voxels by their
-# *label*, not by their place: two prostate voxels are to have like embeddings, wherever they are. Only C looks at
-# places at all, to find the contour. **The metric loss is as blind to shape as cross-entropy.** If it makes better
-# shapes, it is in some other way.
+# *label*, not by their place: two prostate voxels are to have like embeddings, wherever they are. **With R and H the
+# metric loss is as blind to shape as cross-entropy; with C it uses places, but only to find the contour.** If it
+# makes better shapes, it is in some other way.
 
 # %% [markdown]
 # ## What we have learned
 #
 # * Cross-entropy and DSC do not change when all voxels are shuffled. Surface distances do.
 # * A network trained by cross-entropy errs at the contour and makes some islands, but no confetti.
-# * The metric loss relates voxels by label, not by place.
+# * R and H relate voxels by label; C looks at places only to find the contour.
 #
 # **To think about**: in the paper's Table III the UNet has an ASD of 3.9 mm and MetricUNet-HCP 1.4 mm, but a DSC of
-# 0.84 and 0.88. Could islands explain the difference in ASD? What would you need to know?
+# 0.84 and 0.88. (HCP: samplers H and C, and P, a second term that pulls positive pairs together.) Could islands
+# explain the difference in ASD? What would you need to know?
 
 # %% [markdown] tags=["exam"]
 # **Two exam questions**
@@ -319,4 +320,5 @@ for sampler in (RandomSampler(500), HardNegativeSampler(500), ContourSampler(500
 #
 # **Exam 2.** Clean-up or its absence on one side (repeat with and without the largest component on both); the draw
 # of the seed (train several times, lesson 6); a longer or better training (compare at the same cross-entropy). For
-# the claim itself: shuffle the voxels and look whether the term changes, as in Step 4.
+# the claim itself: shuffle the voxels and look whether the term changes, as in Step 4. If it does not, it knows of no
+# neighbours. If it does, ask what it uses them for: C looks at them only to find the contour.

@@ -57,8 +57,8 @@ def rim(label, within_mm=5):
 
 
 # %% [markdown]
-# The rim first, then the voxels: their label, their grey value, and their embedding in each network, a list a
-# phantom.
+# The rim first, then the voxels: their label, their grey value, and their embedding in each network, one list for
+# each phantom.
 
 # %% tags=["setup"]
 at_rim = [rim(label) for label in unseen[1]]
@@ -145,12 +145,12 @@ for name, parts in vectors.items():
 print(f"the highest has {max(ratios, key=ratios.get)}; your guess: {guess_ratio}")
 
 # %% [markdown]
-# ## Step 2: what the head could do
+# ## Step 2: what a straight cut can do
 #
-# The head that decides does not look at means and variances. It weighs channels. So the fairer question is: how
-# well does the *best straight cut* tell the kinds apart? We fit one, a logistic regression (a *linear probe*), on
-# some voxels and judge it on **other** voxels, of other phantoms, by the area under the ROC curve (AUC): the chance
-# that it ranks a random prostate voxel above a random background voxel.
+# The head that decides does not look at means and variances. It weighs channels, in two layers. We ask a simpler
+# question: how well does the *best straight cut* tell the kinds apart? We fit one, a logistic regression (a *linear
+# probe*), on some voxels and judge it on **other** voxels, of other phantoms, by the area under the ROC curve (AUC):
+# the chance that it ranks a random prostate voxel above a random background voxel.
 #
 # **Exercise 2.2** (10 minutes). Write the probe. `LogisticRegression().fit(x, y)` has a `decision_function`, and
 # `roc_auc_score(y, score)` needs *scores*.
@@ -184,8 +184,9 @@ print("(the same order)" if by_auc == by_ratio else "(another order)")
 
 # %% [markdown]
 # The embeddings are far better than the grey value: they have seen the neighbourhood. But **a plain UNet has a good
-# embedding, too.** It must have, because its head decides from nothing else. The paper claims "more representative
-# voxel-level features" for metric learning, and shows heatmaps and segmentations for it, but measures no embedding.
+# embedding, too.** It has to separate the classes somehow, because its head decides from nothing else. The paper
+# claims "more representative voxel-level features" for metric learning, and shows heatmaps and segmentations for it,
+# but measures no embedding.
 #
 # Which of the two *networks* comes first, by either measure, means nothing here: we trained each of them once.
 # **One seed shows nothing** about a method (lesson 6). Change `seed` in `narrow` and in `train`, and look at the
@@ -231,8 +232,8 @@ axes[1].legend()
 plt.show()
 
 # %% [markdown]
-# So a scatter plot can show that classes *are* apart. It can never show that they are *not*. The reverse trap exists,
-# too: t-SNE and UMAP show gaps that are not there (Wattenberg et al., *How to use t-SNE effectively*, 2016,
+# So a PCA scatter can show that classes *are* apart. It can never show that they are *not*. t-SNE and UMAP have the
+# reverse trap: they show gaps that are not there (Wattenberg et al., *How to use t-SNE effectively*, 2016,
 # [doi:10.23915/distill.00002](https://doi.org/10.23915/distill.00002)). Measure in all channels, and use pictures to
 # ask questions.
 
@@ -241,9 +242,9 @@ plt.show()
 #
 # * An embedding is what the head decides from. At the rim it is far better than the grey value, in a plain UNet as
 #   well.
-# * "Better features" is no claim until one says measured how, on which voxels, against what. Fisher ratio and probe
-#   answer different questions.
-# * A scatter is a shadow of the space.
+# * "Better features" is no claim until one says how it was measured, on which voxels, and against what. Fisher ratio
+#   and probe answer different questions.
+# * A PCA scatter is a shadow of the space.
 #
 # **To think about**: we took voxels within 5 mm of the contour. What would all three numbers be for voxels from the
 # whole volume, and which comparison would you find in a paper?
@@ -270,9 +271,10 @@ plt.show()
 # the networks must show what they have beyond the grey value.
 
 # %% [markdown] tags=["answer", "exam"]
-# **Exam 1.** Nothing, nothing, and nothing but the numbers along the axes. With one channel alone: the ratio
-# changes, because that channel's gap and width now count a hundred times; the best straight cut does not, but a
-# penalised probe may; the scatter will show little else than channel 3.
+# **Exam 1.** The Fisher ratio: nothing. The AUC of the best straight cut: nothing; that of a penalised probe
+# (`LogisticRegression` is one) may change, because the penalty weighs less. The scatter: only the numbers along the
+# axes. With one channel alone: the ratio changes, because that channel's gap and width now count a hundred times; the
+# best straight cut does not, but a penalised probe may; the scatter will show little else than channel 3.
 #
 # **Exam 2.** For instance a linear probe's AUC on other cases, and the Fisher ratio, in all channels, for both
 # networks and several seeds, on voxels near the contour and on all voxels. t-SNE shows gaps that are not there, and

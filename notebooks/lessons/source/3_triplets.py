@@ -153,8 +153,9 @@ def anchor_gradient(anchors, positives, negatives, margin=0.7):
 check("3.2", globals())
 
 # %% [markdown]
-# The anchor itself has dropped out: the push of a triplet is $2(n - p)$, as long as the distance of negative and
-# positive. Now we draw it for a negative that moves away.
+# The anchor itself has dropped out: the gradient is $2(n - p)$, twice as long as the distance between negative and
+# positive. Descent pushes the anchor the other way, along $p - n$. Now we draw the gradient's length for a negative
+# that moves away.
 
 # %%
 away = torch.linspace(0.1, 3, 100)[:, None]
@@ -229,8 +230,8 @@ print(f"A is worse than B on {worse} of {len(images)} phantoms")
 # A's loss is by far the lower one, and its network the worse one. Its embeddings grow, and the cross-entropy has less
 # and less say. A hundredth of a term without an end is still a term without an end.
 #
-# **A lower loss is no better loss** if it has no lower end. We doubt that Eq. (2) was trained as it is printed, and
-# read it with the hinges of the losses that the paper cites (reading R6).
+# **A lower value means nothing if the loss has no lower end.** We doubt that Eq. (2) was trained as it is printed,
+# and read it with the hinges of the losses that the paper cites (reading R6).
 
 # %% [markdown]
 # ## Step 4: what is the margin measured in?
@@ -299,8 +300,9 @@ print("your guess for × 10:", guess_scale)
 # * A satisfied triplet has a gradient of exactly zero. It teaches nothing.
 # * The margin is measured in the embeddings' own units.
 #
-# **To think about**: Eq. (2) adds ε in its second term, $d(a, p) + \varepsilon$, though the text calls ε the
-# greatest distance of positive pairs. What is the gradient of an added constant? What would a hinge make of it?
+# **To think about**: Eq. (2) adds ε in its second term (the P of HCP), $d(a, p) + \varepsilon$, though the text
+# calls ε the greatest distance of positive pairs. What is the gradient of an added constant? What would a hinge make
+# of it?
 
 # %% [markdown] tags=["exam"]
 # **Two exam questions**

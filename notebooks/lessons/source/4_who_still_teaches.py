@@ -55,7 +55,7 @@ plt.show()
 # like no prostate even to a network that has learned nothing.
 #
 # The paper expects this: with random sampling, tuples that are satisfied already dominate (Section III-B.2, ii).
-# Its remedies are H and C.
+# Its remedy is H. C has another purpose, the contour; we look at it as well.
 #
 # **Write down your guess**: which share of H's and of C's triplets is active at the end? And of R's, if the network
 # is a plain UNet that has never seen a triplet?
@@ -179,9 +179,10 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 plt.show()
 
 # %% [markdown]
-# Every single negative is the same. **Hard negative sampling does not sample hard negatives**: it samples hard
-# *anchors*, prostate voxels that look too little like prostate, and sets them against any background. So do R and
-# C. The name promises something else, and Fig. 5(b) hides it, because it draws the anchors only.
+# Every negative of H is the one that R drew. **Hard negative sampling does not sample hard negatives**: it samples
+# hard *anchors*, prostate voxels that look too little like prostate, and sets them against any background. R and C
+# set theirs against any background, too. The name promises something else, and Fig. 5(b) hides it, because it draws
+# the anchors only.
 
 # %% [markdown]
 # ## Step 3: near negatives
@@ -190,9 +191,9 @@ plt.show()
 # both.
 #
 # **Exercise 4.3** (12 minutes). Write a sampler that draws anchors and positives as R does, and negatives among the
-# background voxels at most `width` voxels from the prostate (diagonals count as one). `candidates` gives three
-# masks `(N, H, W)`: who may be anchor, positive, negative. *Hint*: the largest label in a window of $2 \cdot
-# \mathrm{width} + 1$ voxels, `F.max_pool2d` with `stride=1`.
+# background voxels at most `width` voxels from the prostate (diagonal steps may count as one or as two). `candidates`
+# gives three masks `(N, H, W)` of truth values: who may be anchor, positive, negative. *Hint*: the largest label in a
+# window of $2 \cdot \mathrm{width} + 1$ voxels, `F.max_pool2d` with `stride=1`.
 
 
 # %%
@@ -214,8 +215,8 @@ class NearSampler(RandomSampler):
 check("4.3", globals())
 
 # %% [markdown]
-# **Write down your guess**: how many times as many of its triplets are active as of R's, if the negatives touch the
-# prostate?
+# **Write down your guess**: by what factor is the share of active triplets larger than R's, if the negatives touch
+# the prostate?
 
 # %%
 guess_near = "?"
@@ -240,8 +241,8 @@ print(", ".join(f"{name}: {factor:.1f} times R's share" for name, factor in time
 print(f"(your guess: {guess_near}); {max(times, key=times.get)} do more")
 
 # %% [markdown]
-# It is above all the *negative* that decides whether a triplet teaches, and it has to be near. The anchor, in which
-# the paper's three samplers differ, decides less.
+# It is above all the *negative* that decides whether a triplet teaches, and it has to be near. The prostate voxels,
+# in which the paper's three samplers differ, decide less.
 
 # %% [markdown]
 # ## Step 4: who satisfied the triplets?

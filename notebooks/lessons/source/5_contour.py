@@ -192,19 +192,22 @@ for run, maps in heatmaps.items():
     print(f"{run[0]:12} seed {run[1]}: {widths[run][0]:.1f} mm wide, {widths[run][1]:.1f} mm with no blur at all")
 before, after = np.mean(list(widths.values()), axis=0)
 print(f"on average {after:.1f} of {before:.1f} mm are left, {after / before:.0%} (your guess: {guess_sharp} mm)")
+floor = width_mm(*profile(from_truth, [(label == 1).astype(float) for label in unseen[1]]))
+print(f"the true masks themselves measure {floor:.1f} mm, which is the grid")
 
 # %% [markdown]
-# **A perfectly sharp mask still has a wide profile.** What is left cannot be blur: it is displacement. So the width
-# around the *true* contour measures both at once, and we must measure them apart:
+# **A perfectly sharp mask still has a wide profile.** A part of it is the grid: from the last voxel inside to the
+# first one outside even a faultless mask takes a step. What is left beyond the grid's part cannot be blur: it is
+# displacement. So the width around the *true* contour measures both at once, and we must measure them apart:
 #
 # * **blur**: the width of the profile around the network's **own** contour, where its probability is 0.5. Wherever
-#   that lies, a sharp edge is narrow there.
-# * **displacement**: how far the own contour lies from the true one.
+#   that lies, a sharp edge is narrow there: as narrow as the grid allows.
+# * **displacement**: how far the network's own contour lies from the true one.
 #
 # **Exercise 5.3** (8 minutes). Every voxel has two distances, one to the true contour and one to the network's own,
-# both in mm and below 0 inside. At the own contour, `from_truth - from_own` says how far it has moved: above 0
-# outwards, below 0 inwards. Write the mean of its *absolute* value over the voxels that lie at most `within_mm` from
-# the own contour. Both arrays are flat.
+# both in mm and below 0 inside. At the network's own contour, `from_truth - from_own` says how far it has moved:
+# above 0 outwards, below 0 inwards. Write the mean of its *absolute* value over the voxels that lie at most
+# `within_mm` from the network's own contour. Both arrays are flat.
 
 
 # %%
@@ -225,7 +228,7 @@ check("5.3", globals())
 
 # %% tags=["setup"]
 def both_distances(label, heat):
-    """Distance to the true contour, distance to the own one, and heat, in the slices with both; flat."""
+    """Distance to the true contour, distance to the network's own, and heat, in the slices with both; flat."""
     own = heat > 0.5
     both = (label == 1).any(axis=(1, 2)) & own.any(axis=(1, 2))
     return [values[both].ravel() for values in (signed_distance(label), signed_distance(own), heat)]
@@ -322,13 +325,14 @@ print(f"{millilitres[large]:.0f} ml: {scores[large]:.3f} (your guess: {guess_lar
 # %% [markdown]
 # The same mistake in millimetres costs a small gland far more DSC than a large one, because it has more surface for
 # its volume. So a mean DSC depends on *whose* prostates are in the test set, and a hundredth of DSC is a different
-# distance for everyone. Distances (ASD, HD95) do not have this fault, but others (lesson 1).
+# distance for everyone. Distances (ASD, HD95) do not have this fault, but have others (lesson 1).
 
 # %% [markdown]
 # ## What we have learned
 #
 # * The border of a patch is no contour.
-# * A profile around the truth mixes blur and displacement. Around the own contour it measures blur alone.
+# * A profile around the truth mixes blur and displacement. Around the network's own contour it measures blur alone,
+#   and never less than the grid's part.
 # * C asks contour voxels to be like each other. It does not ask for sharp edges.
 # * DSC is kind to large organs.
 #
@@ -360,7 +364,8 @@ print(f"{millilitres[large]:.0f} ml: {scores[large]:.3f} (your guess: {guess_lar
 
 # %% [markdown] tags=["answer", "exam"]
 # **Exam 1.** The blurred one is as wide around its own contour as around the true one; the displaced one is a step.
-# It depends: a blurred but centred heatmap cut at 0.5 gives a good mask, a displaced one does not.
+# The planner would rather have the blurred one: cut at 0.5 its contour is in the right place; the displaced one's is
+# not.
 #
 # **Exam 2.** Nobody knows: a small gland loses more DSC for the same millimetre. Ask for a distance (ASD, HD95) on
 # the same cases, case by case.

@@ -77,8 +77,8 @@ print("your guess:", guess_gain)
 #
 # The paper tests "pair-wise": the same patients, two methods. With the differences $d_i$ of $n$ patients, $t = \bar
 # d / (s / \sqrt n)$, where $s$ is the standard deviation of the differences (dividing by $n - 1$). The two-sided
-# p-value is the chance of a $|t|$ at least as large, from Student's distribution with $n - 1$ degrees of freedom:
-# `2 * stats.t.sf(abs(t), n - 1)`.
+# p-value is the chance of a $|t|$ at least as large *if the methods do not differ*, from Student's distribution with
+# $n - 1$ degrees of freedom: `2 * stats.t.sf(abs(t), n - 1)`.
 #
 # **Exercise 6.1** (8 minutes). Write t and p by hand. Do not call `stats.ttest_rel`: the check does.
 
@@ -104,21 +104,24 @@ print(f"A against B: t = {t:.2f}, p = {p:.2f}")
 # ## Step 2: which rankings of Table III are beyond chance?
 #
 # The paper prints means and standard deviations over its test patients, 20 % of 339, so $n = 68$. To compare two
-# rows we also need the correlation $r$ of their values over the patients, which it does not print: $s^2 = s_1^2 +
-# s_2^2 - 2 r s_1 s_2$. We take $r = 0.3$ and $r = 0.8$.
+# rows we also need the correlation $\rho$ of their values over the patients, which it does not print: $s^2 = s_1^2 +
+# s_2^2 - 2 \rho s_1 s_2$. We take $\rho = 0.3$ and $\rho = 0.8$.
 
 # %%
 table = results.published(3).set_index("configuration")
 best, others = table.loc["MetricUNet-HCP"], table.drop("MetricUNet-HCP")
 
 
-def p_against_best(r, n=68):
+def p_against_best(rho, n=68):
     s1, s2 = best["DSC_std"], others["DSC_std"]
-    t = (best["DSC_mean"] - others["DSC_mean"]) / np.sqrt((s1**2 + s2**2 - 2 * r * s1 * s2) / n)
+    t = (best["DSC_mean"] - others["DSC_mean"]) / np.sqrt((s1**2 + s2**2 - 2 * rho * s1 * s2) / n)
     return 2 * stats.t.sf(np.abs(t), n - 1)
 
 
 # %% [markdown]
+# HCP: samplers H and C, and P, the second term of Eq. (2), which pulls positive pairs together. The other rows are
+# named in the same way.
+#
 # **Write down your guess**: HCP has the highest mean of the table. Against how many of the other eleven rows is p
 # below 0.05?
 
@@ -149,14 +152,14 @@ check("6.2", globals())
 
 # %%
 columns = {"HCP gains": best["DSC_mean"] - others["DSC_mean"]}
-for r in (0.3, 0.8):
-    p = p_against_best(r)
-    columns |= {f"p, r = {r}": p, f"Holm, r = {r}": holm(p)}
+for rho in (0.3, 0.8):
+    p = p_against_best(rho)
+    columns |= {f"p, ρ = {rho}": p, f"Holm, ρ = {rho}": holm(p)}
 shown = pd.DataFrame(columns, index=others.index)
-for r in (0.3, 0.8):
-    behind = shown.index[shown[f"Holm, r = {r}"] < 0.05]
-    alone = np.sum(shown[f"p, r = {r}"] < 0.05)
-    print(f"r = {r}: p is below 0.05 against {alone} of {len(shown)} rows, Holm's p against {len(behind)}:", end=" ")
+for rho in (0.3, 0.8):
+    behind = shown.index[shown[f"Holm, ρ = {rho}"] < 0.05]
+    alone = np.sum(shown[f"p, ρ = {rho}"] < 0.05)
+    print(f"ρ = {rho}: p is below 0.05 against {alone} of {len(shown)} rows, Holm's against {len(behind)}:", end=" ")
     print(", ".join(behind))
 print("your guess:", guess_rows)
 shown.round(3)
@@ -172,8 +175,8 @@ shown.round(3)
 # %% [markdown]
 # ## Step 3: one training is one draw
 #
-# It is not. Every row was trained once. Another seed gives other weights, and all its patients move together. So
-# the difference in patient $c$ and training $r$ is
+# A row is not its method. As far as the paper says, every row was trained once. Another seed gives other weights, and
+# all its patients move together. So the difference in patient $c$ and training $r$ is
 #
 # $$d_{cr} = \delta + \mathrm{case}_c + \mathrm{replicate}_r + \mathrm{rest}_{cr}.$$
 #
@@ -341,4 +344,4 @@ print(f"(your guess: {guess_floor})")
 #
 # **Exam 2.** For instance 20 pairs of replicates of A and B: a narrow interval for one comparison. Or 10 pairs, and
 # 10 pairs again with new draws if the first are promising: an honest second look. Or ten folds of two methods twice.
-# Forty trainings of B and one of A let you say nothing.
+# Thirty-nine trainings of B and one of A say nothing.

@@ -19,7 +19,7 @@ from classroom import picture, printed
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1 · What does a loss know of a shape?
 #
-# 120 wrong voxels each. Which mask has the lower cross-entropy?
+# 120 wrong voxels in each volume, of which we see one slice. Which mask has the lower cross-entropy?
 
 # %% slideshow={"slide_type": "-"}
 picture("1_cross_entropy", "figure, axes = plt.subplots(1, 2, figsize=(9, 4.6)")
