@@ -311,6 +311,7 @@ def figures_in_sentences() -> dict[str, Any]:
         "noise_lowest": f"{noisy.min():.2f}",
         "noise_highest": f"{noisy.max():.2f}",
         "real_gain_excluded": f"{answers('e6').iloc[0]['high']:.4f}",
+        "pp_gain_excluded": f"{answers('table3').set_index('configuration').loc['PP-H-s1'].iloc[0]['high']:.4f}",
         "real_margin": f"{study('e6').trial.margin:g}",
         "real_still_rising": ", ".join(f"{arm} {late[arm].iloc[0]:.3f} to {late[arm].iloc[1]:.3f}" for arm in late),
         "real_never_left": NUMBERS[(best <= PLATEAU_DSC).sum()],
