@@ -501,7 +501,7 @@ TRAPS = {
         in_the_notebook('(learning, "train"', '(learning, "validation"'),
     ),
     "test cases choose the weights": (check_stage_2_splits, in_the_notebook('("validation")', '("test")')),
-    "training on test cases": (check_stage_2_splits, in_the_notebook('volumes("train")', 'volumes("test")')),
+    "training on test cases": (check_stage_2_splits, in_the_notebook('volumes("train", ', 'volumes("test", ')),
     "validation cases in training": (check_stage_2_splits, attribute(Regions, "ids", all_ids)),
     "stage 1 run again between two configurations": (
         check_shared_regions,

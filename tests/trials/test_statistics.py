@@ -614,19 +614,20 @@ def test_a_mean_of_arms_that_lacks_a_part_is_refused(spoil):
         contrasts(spoil(metrics), [("A", "both")], ["DSC"], means=pooled)
 
 
+@pytest.mark.slow
 def test_answers_of_several_tables_can_be_judged_as_one_family():
-    """Among ten contrasts without an effect, each judged alone, some verdict comes up far too often."""
-    rng, alone, together = np.random.default_rng(2), 0, 0
-    for _ in range(60):
-        parts = []
-        for _ in range(10):
-            a, b = (0.8 + 0.01 * rng.standard_normal((6, 8)) for _ in "ab")
-            parts.append(contrasts(metrics_of(A=a, B=b), [("A", "B")], ["DSC"], margins={}))
-        alone += any(part["verdict"].iloc[0] != "undecided" for part in parts)
+    """Ten contrasts without an effect: one that is judged harm alone is undecided among them."""
+    rng, surprising = np.random.default_rng(2), 0
+    for _ in range(8):
+        arms = [metrics_of(A=a, B=b) for a, b in 0.8 + 0.01 * rng.standard_normal((10, 2, 6, 8))]
+        parts = [contrasts(metrics, [("A", "B")], ["DSC"], margins={}) for metrics in arms]
+        alone = [part["verdict"].iloc[0] for part in parts if part["p"].iloc[0] > 0.006]  # 0.05 / 10, and a little
         family = judged(pd.concat(parts, ignore_index=True))
-        together += (family["verdict"] != "undecided").any()
         assert family["p_adjusted"].to_numpy() == pytest.approx(multipletests(family["p"], method="fdr_bh")[1])
-    assert together / 60 < 0.1 < alone / 60
+        if len(alone) == 10 and {*alone} != {"undecided"}:
+            surprising += 1
+            assert (family["verdict"] == "undecided").all()
+    assert surprising
 
 
 def test_without_factors_the_table_stays_as_it_is():
