@@ -6,6 +6,7 @@ it rests on, and the page is refused where the tables give another one. The refe
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -332,6 +333,12 @@ def figures_in_sentences() -> dict[str, Any]:
     }
 
 
+def _wrapped(text: str) -> str:
+    """Paragraphs in lines of their usual length, now that their numbers stand in them."""
+    options = {"width": 118, "break_on_hyphens": False, "break_long_words": False}
+    return "\n\n".join(textwrap.fill(paragraph, **options) for paragraph in text.strip().split("\n\n"))
+
+
 def results_page() -> str:
     said, figures = read_yaml(QUESTIONS), figures_in_sentences()
     parts = [f"# Results\n\n{said['about'].strip()}"]
@@ -339,7 +346,7 @@ def results_page() -> str:
     claims = []
     for question in said["questions"]:
         rows = [result_row(spec) for spec in question.get("rows", [])]
-        parts.append(f"## {question['question']}\n\n{question['answer'].strip().format(**figures)}")
+        parts.append(f"## {question['question']}\n\n{_wrapped(question['answer'].format(**figures))}")
         if rows:
             parts.append(markdown_table(columns, rows))
         if extra := question.get("table"):
