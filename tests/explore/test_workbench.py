@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mupkg.data import Cohort
 from mupkg.explore.predictions import Cases
 from mupkg.explore.workbench import Workbench
 from mupkg.models import UNet
@@ -198,6 +199,15 @@ def test_neighbours_are_shown_as_patches_that_follow_the_click(three):
     assert three._near[0].layout.display == "none" and three._places[0][0].layout.display == "flex"
     assert words[0].layout.display != "none"  # shown alone, they are to be seen all the same
     assert len(three.neighbours.figure.axes) == 22
+
+
+def test_a_cohort_s_scans_without_a_label_are_passed_over(cohort):
+    """Regression: they are in no split, and "nan is not in list" was all that was said."""
+    table = cohort.table.copy()
+    table.loc["unlabelled"] = table.iloc[0].to_dict() | {"split": np.nan, "label": np.nan}
+    cases = Cases(Cohort(cohort.folder, table), {"mine": None})
+    assert cases.worst_first(["mine"])[0] == cohort.ids("test")[0]
+    assert {case_id for _, case_id in cases.listed(["mine"])} == {*cohort.table.index}
 
 
 def test_a_whole_cohort_will_do_as_well(cohort):
