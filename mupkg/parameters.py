@@ -149,6 +149,10 @@ class CohortSettings(SizedSettings):
     seed: Seed = 0
     data_folder: AnyPath = "data"
 
+    def _is_set(self, name: str) -> bool:
+        """Whether a parameter has another value than its default."""
+        return getattr(self, name) != type(self).model_fields[name].default
+
     @model_validator(mode="after")
     def _a_folder_to_read(self) -> Self:
         if self.source != "phantoms" and self.source_folder is None:
@@ -159,14 +163,14 @@ class CohortSettings(SizedSettings):
             raise ValueError(f"replicates are made of phantoms; for source {self.source!r} set folds (and repeats)")
         if self.replicates and self.folds:
             raise ValueError("replicates and folds are two ways to make training sets; leave one of them out")
-        if self.test_phantoms != type(self).model_fields["test_phantoms"].default and not self.replicates:
+        if self._is_set("test_phantoms") and not self.replicates:
             raise ValueError("test_phantoms are those of replicates, and there are none; set replicates, too")
-        if self.modality == "MR" and self.window_hu != CT_WINDOW:
+        if self.modality == "MR" and self._is_set("window_hu"):
             raise ValueError("window_hu is for CT; an MR is scaled by its percentiles, so leave it out")
         if self.repeats > 1 and not self.folds:
             raise ValueError("repeats deals out the folds anew, and there are none; set folds, too")
         for name, sources in READ_BY.items():
-            if self.source not in sources and getattr(self, name) != type(self).model_fields[name].default:
+            if self.source not in sources and self._is_set(name):
                 theirs = " or ".join(map(repr, sources))
                 raise ValueError(f"{name} is for source {theirs}; source {self.source!r} has no use for it")
         modality = {"phantoms": "CT", "promise12": "MR", "decathlon": "MR"}.get(self.source, self.modality)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,23 +77,26 @@ def kept_runs(
         runs, stages: by folder what they are told, `Study.run_parameters` and `Study.stages`.
         outputs: the study's folder; where it has regions already, a kept run must have seen these.
     """
-    kept, other = kept_folder(study), {*()}
-    for name, told in stages.items():
-        if (kept / name / REGIONS).is_file() and parameter_fault(kept / name, told, Stage1Settings):
-            other.add(name)
-    standing = set()
-    for name, told in runs.items():
-        stage1 = told.get("stage1", STAGE1)
-        if (kept / name / METRICS_CSV).is_file() and stage1 not in other and not parameter_fault(kept / name, told):
-            places = [kept / stage1, *([outputs / stage1] if outputs else [])]
-            if not any(_of_other_regions(kept / name, place) for place in places):
-                standing.add(name)
-    return standing
+    kept = kept_folder(study)
+    other = {
+        name
+        for name, told in stages.items()
+        if (kept / name / REGIONS).is_file() and parameter_fault(kept / name, told, Stage1Settings)
+    }
 
+    @cache
+    def cut(stage1: str) -> set[str]:
+        """The fingerprints of its regions, kept and here: one, unless these are two different sets."""
+        places = (folder / stage1 for folder in (kept, outputs) if folder)
+        return {recorded("regions", place, 2) for place in places if (place / FINGERPRINT).is_file()}
 
-def _of_other_regions(run: Path, stage1: Path) -> bool:
-    seen = read_run(run / RUN, "data_fingerprint", cure=TRAIN_ANEW)["data_fingerprint"]
-    return (stage1 / FINGERPRINT).is_file() and recorded("regions", stage1, 2) != seen
+    def stands(name: str, told: Mapping[str, Any]) -> bool:
+        folder, stage1 = kept / name, told.get("stage1", STAGE1)
+        if not (folder / METRICS_CSV).is_file() or stage1 in other or parameter_fault(folder, told):
+            return False
+        return cut(stage1) <= {read_run(folder / RUN, "data_fingerprint", cure=TRAIN_ANEW)["data_fingerprint"]}
+
+    return {name for name, told in runs.items() if stands(name, told)}
 
 
 def kept_stages(study: str, stages: Mapping[str, Mapping[str, Any]], outputs: Path) -> set[str]:

@@ -369,8 +369,8 @@ def contrasts(
 def judged(table: pd.DataFrame, descriptive: bool = False) -> pd.DataFrame:
     """The rows of `contrasts` with corrected p, verdict and answer: all rows of a `correction` are one family."""
     table = table.copy()
-    fallen = (table["collapsed"] + table["collapsed_against"] > 0) & table["p"].notna()
-    decide = {"p": table["p"].mask(fallen, table["p_sign_flip"].fillna(1.0))}
+    fallen = _fallen(table)
+    decide = {"p": deciding_p(table).mask(fallen & table["p_sign_flip"].isna(), 1.0)}
     decide["p_equivalence"] = table["p_equivalence"].mask(fallen & table["p_equivalence"].notna(), 1.0)
     for p, values in decide.items():
         for correction, adjust in (("Holm", holm), ("Benjamini-Hochberg", false_discovery_control)):
@@ -379,6 +379,16 @@ def judged(table: pd.DataFrame, descriptive: bool = False) -> pd.DataFrame:
     table["verdict"] = ["not judged" if descriptive else _verdict(row) for row in table.itertuples()]
     table["answer"] = [_answer(row) for row in table.itertuples()]
     return table
+
+
+def _fallen(table: pd.DataFrame) -> pd.Series:
+    """Where a run of either side has collapsed, so that normal theory misleads."""
+    return (table["collapsed"] + table["collapsed_against"] > 0) & table["p"].notna()
+
+
+def deciding_p(table: pd.DataFrame) -> pd.Series:
+    """p of the t-test; after a collapse that of the sign-flip test, NaN where that decides nothing."""
+    return table["p"].mask(_fallen(table), table["p_sign_flip"])
 
 
 def _collapses(metrics: pd.DataFrame, means: Mapping[str, Sequence[str]]) -> pd.DataFrame:

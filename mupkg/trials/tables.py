@@ -223,8 +223,7 @@ def rankings(trial: Trial, table: pd.DataFrame) -> pd.DataFrame:
         table: `answers`.
     """
     columns = ["configuration", "against", "mean_difference", "ranking false"]
-    fallen = table["collapsed"] + table["collapsed_against"] > 0  # then the t-test misleads
-    table = table.assign(**{"ranking false": table["p"].mask(fallen, table["p_sign_flip"]) / 2})
+    table = table.assign(**{"ranking false": statistics.deciding_p(table) / 2})
     ours = table.loc[table["metric"] == trial.primary, columns]
     table3, paper = results.published(3).set_index("configuration", drop=False), []
     in_the_paper = trial.as_in_the_paper if trial.primary == "DSC" else {}

@@ -98,6 +98,13 @@ def answers(name: str, shift: str = "") -> pd.DataFrame:
     return tables.answers(trial, metrics, names, shifted=bool(shift))
 
 
+def answer_of(name: str, arm: str, against: str, outcome: str = "DSC", shift: str = "") -> pd.Series:
+    """The row of `answers` for one contrast."""
+    table = answers(name, shift)
+    is_row = (table["configuration"] == arm) & (table["against"] == against) & (table["metric"] == outcome)
+    return table[is_row].iloc[0]
+
+
 @cache
 def seeds_alone(name: str) -> pd.DataFrame:
     return tables.single_seeds(study(name).trial, cases(name))
@@ -227,24 +234,18 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
     if spec.get("post_hoc"):
         row = after_the_fact().loc[side_by_side(spec)]
     else:
-        table = answers(name, shift)
-        is_row = (table["configuration"] == spec["arm"]) & (table["against"] == spec["against"])
-        row = table[is_row & (table["metric"] == outcome)].iloc[0]
-    if spec.get("descriptive"):  # an outcome that the protocol does not judge
-        row = row.copy()
-        row["verdict"] = "not judged"
-    if row["verdict"] != spec.get("verdict"):
+        row = answer_of(name, spec["arm"], spec["against"], outcome, shift)
+    verdict = "not judged" if spec.get("descriptive") else row["verdict"]  # of an outcome that its protocol describes
+    if verdict != spec.get("verdict"):
         expected = spec.get("verdict", "an answer that the sentence knows of")
-        raise ValueError(
-            f"questions.yaml: {contrast} is {row['verdict']}, not {expected}; change sentence and verdict"
-        )
-    equal = row["verdict"] == "equivalent"
+        raise ValueError(f"questions.yaml: {contrast} is {verdict}, not {expected}; change sentence and verdict")
+    equal = verdict == "equivalent"
     low, high = row[["low_90", "high_90"] if equal else ["low", "high"]]
     metric = metric_of(outcome)
     digits, unit = (metric.digits, f" {metric.unit}") if metric.unit else (4, "")
     effect = f"{row['mean_difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{unit}"
     effect += " (90 %)" if equal else ""
-    verdict = f"equivalent within {row['margin']:g}" if equal else row["verdict"]
+    verdict += f" within {row['margin']:g}" if equal else ""
     verdict += " (sign flip)" if np.isfinite(row["p_sign_flip"]) and verdict != "not judged" else ""
     verdict += " (post hoc)" if spec.get("post_hoc") else ""
     counts = f"{row['cases']} × {row['replicates']}{f' × {row.folds} folds' if row['folds'] else ''}"
@@ -282,11 +283,9 @@ def _after_the_fact(spec: Mapping[str, Any]) -> pd.DataFrame:
 
 def figures_in_sentences() -> dict[str, Any]:
     """The numbers that the sentences of questions.yaml name, from the tables."""
-    first = answers("e1").iloc[0]
     family = pd.concat([answers("e1"), answers("e1n")]).query("metric == 'DSC' and against == 'UNet'")[
         "p_equivalence"
     ]
-    near = answers("e1n").query("against == 'HCP' and metric == 'DSC'")["mean_difference"].iloc[0]
     shuffled = {row[0]: row[1] for row in left_plateau("e4")}["shuffled"]
     seeds = {name: seeds_alone(name).iloc[0] for name in ("e0", "e1")}
     of_arms = cases("parameters").pivot_table("DSC", "seed", "configuration")
@@ -302,24 +301,23 @@ def figures_in_sentences() -> dict[str, Any]:
     significant = {name: row["says better"] + row["says worse"] for name, row in seeds.items()}
     timed = pd.read_csv(COST)
     steps = timed.query("peer == \"UNet's step\" and not what.str.contains('[+]')")["ratio"]
-    islands = answers("e1").query("metric == 'HD95_all'").iloc[0]
     chances = statistics.published_rankings(results.published(3))
     sure = {sd: chances.filter(regex=f" sd {sd}$").lt(0.025).all(axis=1).sum() for sd in ("0", "0.01")}
     return {
         "margin": f"{study('e1').trial.margin:g}",
-        "gain_excluded": f"{first['high']:.4f}",
-        "hd95_gain_excluded": f"{-islands['low']:.2f}",
+        "gain_excluded": f"{answer_of('e1', 'HCP', 'UNet')['high']:.4f}",
+        "hd95_gain_excluded": f"{-answer_of('e1', 'HCP', 'UNet', 'HD95_all')['low']:.2f}",
         "noise_lowest": f"{noisy.min():.2f}",
         "noise_highest": f"{noisy.max():.2f}",
-        "real_gain_excluded": f"{answers('e6').iloc[0]['high']:.4f}",
-        "pp_gain_excluded": f"{answers('table3').set_index('configuration').loc['PP-H-s1'].iloc[0]['high']:.4f}",
+        "real_gain_excluded": f"{answer_of('e6', 'HCP', 'UNet')['high']:.4f}",
+        "pp_gain_excluded": f"{answer_of('table3', 'PP-H-s1', 'UNetPP')['high']:.4f}",
         "real_margin": f"{study('e6').trial.margin:g}",
         "real_still_rising": ", ".join(f"{arm} {late[arm].iloc[0]:.3f} to {late[arm].iloc[1]:.3f}" for arm in late),
         "real_never_left": NUMBERS[(best <= PLATEAU_DSC).sum()],
         **of_values,
         "p_first_family": f"{statistics.holm(family)[0]:.3f}",
         "small_weight_best": f"{small_best.sum()} of {len(small_best)}",
-        "near_negatives": f"{near:.4f}",
+        "near_negatives": f"{answer_of('e1n', 'HCNP', 'HCP')['mean_difference']:.4f}",
         "shuffled_left": shuffled,
         "e1_significant": f"{significant['e1']} of {seeds['e1']['replicates']}",
         "e1_better": seeds["e1"]["says better"],
@@ -358,7 +356,7 @@ def results_page() -> str:
     parts.insert(1, f"## The paper's claims, one by one\n\n{said['claims'].strip()}\n\n{table}")
     hours = [[name, *core_hours(name)] for name in protocols()]
     table = markdown_table(["protocol", "core-hours of training", "left, at that rate"], hours)
-    parts.append(f"## Processor time\n\n{said['cost'].strip()}\n\n{table}")
+    parts.append(f"## Processor time\n\n{_wrapped(said['cost'])}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
