@@ -201,15 +201,10 @@ def read_cases(path: Path, advice: str) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            table = pd.read_csv(
-                path,
-                dtype=dict.fromkeys(TEXT, str),
-                keep_default_na=False,
-                na_values=[""],
-                index_col=False,
-                skipinitialspace=True,
-                encoding="utf-8-sig",
-            )
+            options = {"index_col": False, "skipinitialspace": True, "encoding": "utf-8-sig"}
+            names = pd.read_csv(path, nrows=0, **options).columns
+            text = {name: str for name in names if name.strip() in TEXT}
+            table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], **options)
     except FileNotFoundError:
         raise CohortError([f"{path}: there is no such table; {advice}"]) from None
     except PermissionError as error:
@@ -217,6 +212,8 @@ def read_cases(path: Path, advice: str) -> pd.DataFrame:
     except (ValueError, OSError, pd.errors.ParserWarning) as error:
         raise CohortError([f"{path}: is not a CSV table ({error}); {advice}"]) from error
     table.columns = table.columns.str.strip()
+    if twice := sorted({*table.columns[table.columns.duplicated()]}):
+        raise CohortError([f"{path}: there are two columns {name!r}; leave one out" for name in twice])
     for column in table.columns.intersection(TEXT):
         table[column] = table[column].str.strip().replace("", None)
     for column in table.columns.intersection(["image", "label"]):

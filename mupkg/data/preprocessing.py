@@ -159,16 +159,17 @@ def prepare(case: Case, preparation: Preparation) -> Prepared:
     prepared = body_crop(rescale(image, body, preparation), body)
     if case.label is None:
         return Prepared(prepared, None)
-    return Prepared(prepared, _label_on(prepared, sitk.DICOMOrient(case.label, "LPS")))
+    return Prepared(prepared, label_on(prepared, sitk.DICOMOrient(case.label, "LPS")))
 
 
 def whole_label(case: Case, preparation: Preparation) -> sitk.Image:
     """A case's label on its working grid before the body crop, to see what the crop has cost."""
     label = sitk.DICOMOrient(case.label, "LPS")
-    return _label_on(resample(label, preparation.spacing_mm, label=True), label)
+    return label_on(resample(label, preparation.spacing_mm, label=True), label)
 
 
-def _label_on(grid: sitk.Image, label: sitk.Image) -> sitk.Image:
+def label_on(grid: sitk.Image, label: sitk.Image) -> sitk.Image:
+    """A label on another image's grid: the nearest voxel's value, background outside. uint8 0/1."""
     return sitk.Resample(label, grid, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
 
 

@@ -14,8 +14,8 @@ from jaxtyping import UInt8
 from torch import nn
 
 from mupkg import progress
-from mupkg.data.cohort import SPLITS, Cohort, of_replicate, read_cases, recorded
-from mupkg.data.preprocessing import Prepared, centroid, crop_region, whole_label
+from mupkg.data.cohort import SPLITS, TABLE, Cohort, fold_columns, of_replicate, read_cases, recorded
+from mupkg.data.preprocessing import Prepared, centroid, crop_region, label_on, whole_label
 from mupkg.scans.cases import Point
 from mupkg.scans.writing import FINGERPRINT, fingerprint, save_table, whole_file, write_text
 from mupkg.stages.localization import locate
@@ -30,6 +30,7 @@ def coverage(label: sitk.Image, centre: Point, region_mm: Sequence[float], whole
 
     Args:
         label: prepared. whole: the label before the body crop, of which the region cannot hold more than is left.
+            Then the prepared one must be sampled from it, `label_on`.
 
     Returns:
         The share, rounded down to five digits, so that 1 means every voxel; NaN for an empty label.
@@ -71,7 +72,25 @@ class Regions:
                 f"{path}: its regions were not cut from {cohort.folder} as it is now (another cohort, or prepared "
                 "anew since); run notebook 02 again"
             )
+        if cohort is not None and (moved := regions._moved(cohort)):
+            raise ValueError(
+                f"{path}: {', '.join(moved[:3])} no longer in the split of {cohort.folder / TABLE}, which was "
+                "changed since; run notebook 00 again if that is meant, and then notebook 02"
+            )
         return regions
+
+    def _moved(self, cohort: Cohort) -> list[str]:
+        """The cases that the cohort's table has no longer, or has in another split or replicate."""
+        told, columns = cohort.table, [c for c in ("split", "replicate") if c in self.table]
+        if fold_columns(told) and (cut_for := self._cut_for()) is not None:
+            told = of_replicate(told, cut_for)
+        now, then = told.reindex(index=self.table.index, columns=columns), self.table[columns]
+        same = (now == then) | (now.isna() & then.isna())
+        return list(self.table.index[~same.all(axis=1)])
+
+    def _cut_for(self) -> int | None:
+        """The replicate that a stage 1 was trained for; None if for none."""
+        return read_run(self.folder / RUN)["parameters"].get("replicate")
 
     def fingerprint(self) -> str:
         """The digest of the table and of its cases' volumes."""
@@ -86,7 +105,7 @@ class Regions:
         """
         if "replicate" in self.table:
             return Regions(self.folder, of_replicate(self.table, replicate))
-        cut_for = read_run(self.folder / RUN)["parameters"].get("replicate")
+        cut_for = self._cut_for()
         if cut_for != replicate:
             which = "no replicate" if cut_for is None else f"replicate {cut_for}"
             raise ValueError(
@@ -188,7 +207,8 @@ def write_regions(
             row[f"{name}_distance_mm"] = None if point is None else round(float(np.linalg.norm(truth - point)), 3)
         whole = whole_label(case, cohort.preparation)
         row |= {name: json.dumps(getattr(region, f"Get{name.capitalize()}")()) for name in GEOMETRY}
-        row["covered"] = coverage(prepared.label, location.centre, region_mm, whole)
+        left = label_on(prepared.label, whole)  # sampled from `whole`, so that no tie between two voxels tells
+        row["covered"] = coverage(left, location.centre, region_mm, whole)
         rows.append(row)
     save_table(pd.DataFrame(rows), folder / REGIONS, index=False)
     regions = Regions.read(folder)

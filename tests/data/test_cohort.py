@@ -195,6 +195,8 @@ def test_good_replicates_and_folds_are_read(folder):
     for columns in ({"replicate": [0, 0, None]}, {"fold_0": [0, 1, 2], "fold_1": [2, 1, 0], "fold_width": "x"}):
         table_of("abc", **columns).to_csv(folder / "cohort.csv", index=False)
         Cohort.read(folder).of_replicate(0)
+    tested = [Cohort.read(folder).of_replicate(n).ids("test") for n in range(6)]
+    assert tested == [["a"], ["b"], ["c"], ["c"], ["b"], ["a"]]
 
 
 def test_several_broken_cases_are_all_told_at_once(folder):
@@ -614,7 +616,18 @@ AS_THEY_COME = {
     "all quoted": "\n".join(",".join(f'"{entry}"' for entry in row.split(",")) for row in ROWS.split()),
     "a column without a name": ROWS.replace("\n", ",\n"),
     "no line end at the end": ROWS.rstrip(),
+    "blanks after names": ROWS.replace("case_id,", "case_id ,").replace("split\n", "split \n"),
 }
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_names_of_cases_stay_text_and_no_column_is_there_twice(folder, blank):
+    """Regression: with a blank after the column's name, 007 became 7, and the table ended in an AttributeError."""
+    (folder / "cohort.csv").write_text(f"case_id{blank},image,label,split\n007,a.nii.gz,a_label.nii.gz,test\n")
+    assert [*read_cases(folder / "cohort.csv", "")["case_id"]] == ["007"]
+    (folder / "cohort.csv").write_text(f"case_id,image,label,split,split{blank}\n1,a,b,train,test\n")
+    with pytest.raises(CohortError, match=r"cohort\.csv: there are two columns 'split'; leave one out"):
+        Cohort.read(folder)
 
 
 @pytest.mark.parametrize("how", AS_THEY_COME)

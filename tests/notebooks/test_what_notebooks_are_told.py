@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK as sitk
 import torch
 from bright_study import Study
 
@@ -100,7 +101,8 @@ def test_what_notebook_3_is_told_reaches_sampler_loss_patches_and_training(study
     assert {name: arrived[name] for name in same} == {name: told[name] for name in same}
     assert arrived["power"] == 0.9
     assert arrived["folder"] == study.root / "study" / "MetricUNet-HCRP-seed3"
-    assert arrived["on_validation"] is not None and torch.are_deterministic_algorithms_enabled()
+    assert arrived["on_validation"] is not None and arrived["on_step"] is not None
+    assert torch.are_deterministic_algorithms_enabled()
     # first weights, of the widths asked for and of the seed
     torch.manual_seed(3)
     expected, _ = build(configuration("MetricUNet-HCRP"), 3, 3, 6)
@@ -165,6 +167,38 @@ def test_the_first_weights_and_patches_are_the_seeds_alone(study, monkeypatch):
     batches = [s["source"].batch(4)[0] for s in shown]
     for first, second, other in (weights, batches):
         assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_a_replicate_learns_from_its_own_cases_alone(study, monkeypatch):
+    """Two replicates: a and c, b and d; e and f are tested in both."""
+    own = {"a": ("train", 0), "b": ("train", 1), "c": ("validation", 0), "d": ("validation", 1)}
+    for path in (study.root / "cohort" / "cohort.csv", study.root / "study" / "stage1" / "regions.csv"):
+        table = pd.read_csv(path).set_index("case_id", drop=False)
+        table["replicate"] = [own.get(case_id, ("", None))[1] for case_id in table.index]
+        table["split"] = [own.get(case_id, ("test", None))[0] for case_id in table.index]
+        table.to_csv(path, index=False)
+    monkeypatch.setattr(regions_module, "write_regions", lambda *_, **__: None)
+    monkeypatch.setattr(inference, "load_localizer", lambda path: (None, {}))
+    made_by = []
+    for replicate, learns in ((None, "ab"), (0, "a"), (1, "b")):
+        told = {"replicate": replicate, "coarse_mm": 8.0, "patch_size": 8, "filters": 2}
+        names = caught(study, monkeypatch, "02", "report = regions.table", **told)
+        coarse = [localization.coarse(study.cohort.prepared(i).image, 8.0) for i in learns]
+        assert len(names["train_images"]) == len(learns)
+        for volume, image in zip(names["train_images"], coarse, strict=True):
+            np.testing.assert_array_equal(volume, sitk.GetArrayFromImage(image))
+        made_by.append(names["arrived"]["metadata"])
+    assert [made.get("replicate") for made in made_by] == [
+        None,
+        0,
+        1,
+    ]  # else a fold would go on from another's weights
+    for replicate, learns in ((0, "a"), (1, "b")):
+        told = {"configuration": "UNet", "replicate": replicate, "patch_size": 8}
+        names = caught(study, monkeypatch, "03", "inference.copy_localizer", **told)
+        (label,) = names["source"].labels
+        np.testing.assert_array_equal(label, study.regions.volume(learns, "label"))
+        assert names["arrived"]["metadata"]["cases"]["replicate"] == replicate
 
 
 def test_what_notebook_2_is_told_reaches_grid_patches_training_and_regions(study, monkeypatch):

@@ -12,11 +12,20 @@ import torch
 from torch import nn
 
 from mupkg.data.cohort import FINGERPRINT, Cohort
-from mupkg.data.preprocessing import Preparation, array_spacing, centroid, crop_region, prepare, whole_label
+from mupkg.data.preprocessing import (
+    Preparation,
+    array_spacing,
+    centroid,
+    crop_region,
+    label_on,
+    prepare,
+    whole_label,
+)
 from mupkg.models import SegmentationOutput
 from mupkg.scans.cases import Case
 from mupkg.scans.writing import write_text
 from mupkg.stages import localization
+from mupkg.stages import regions as regions_module
 from mupkg.stages.landmarks import FemoralHeads
 from mupkg.stages.localization import coarse, coarse_mask, locate
 from mupkg.stages.regions import Regions, coverage, write_regions
@@ -170,6 +179,39 @@ def test_what_the_body_crop_has_cost_is_not_covered():
     assert coverage(prepared, centre, (40, 40, 6), whole) < 0.3
 
 
+@pytest.mark.parametrize("spacing", [(2.0, 2.0, 2.0), (2.5, 1.25, 1.25)])
+def test_a_prostate_that_is_there_whole_is_covered_whole(spacing):
+    """Regression: sampled twice, ties between two voxels of an oblique grid gave shares of .990 and of 1.013."""
+    z, y, x = np.indices((90, 90, 90))
+    inside = ((z - 41) / 17) ** 2 + ((y - 44) / 21) ** 2 + ((x - 47) / 19) ** 2 < 1
+    voxels = np.full(inside.shape, 40, np.int16), inside.astype(np.uint8)
+    image, label = map(sitk.GetImageFromArray, voxels)
+    for angle in (0.13, 0.31, 0.57):
+        turned = sitk.Euler3DTransform((0, 0, 0), angle, angle / 2, -angle / 3).GetMatrix()
+        for volume in (image, label):
+            volume.SetDirection(turned)
+            volume.SetSpacing([s / 2 for s in spacing[::-1]])
+        case, preparation = Case("turned", image, label), Preparation(spacing_mm=spacing)
+        whole = whole_label(case, preparation)
+        left = label_on(prepare(case, preparation).label, whole)
+        assert coverage(left, centroid(label), (128, 128, 128), whole) == 1
+
+
+def test_what_the_body_crop_has_cost_shows_in_the_table(cohort, regions, tmp_path, monkeypatch):
+    def twice_as_much(case, preparation):
+        label = whole_label(case, preparation)
+        voxels = sitk.GetArrayFromImage(label)
+        voxels.ravel()[: voxels.sum()] = 1  # in the air before the body
+        twice = sitk.GetImageFromArray(voxels)
+        twice.CopyInformation(label)
+        return twice
+
+    monkeypatch.setattr(regions_module, "whole_label", twice_as_much)
+    network, told = localization_network(regions), {"coarse_mm": 8.0, "region_mm": (96, 120, 120)}
+    again = write_regions(cohort, network, tmp_path / "stage1", **told).table
+    np.testing.assert_allclose(again["covered"], regions.table["covered"] / 2, atol=1e-4)
+
+
 def test_a_single_voxel_that_is_missing_shows():
     label = sitk.Image((70, 60, 60), sitk.sitkUInt8) + 1
     label.SetSpacing((1.0, 1.0, 1.0))
@@ -271,6 +313,11 @@ def test_regions_of_a_cohort_that_was_prepared_anew_are_refused(cohort, regions,
         ValueError, match=r"regions\.csv: its regions were not cut from .*anew.*; run notebook 02 again"
     ):
         Regions.read(regions.folder, anew)
+    moved = dataclasses.replace(cohort, table=cohort.table.assign(split="train"))
+    with pytest.raises(ValueError, match=r"phantom-\d+, phantom-\d+ no longer in the split of .*run notebook 00"):
+        Regions.read(regions.folder, moved)
+    with pytest.raises(ValueError, match=r"phantom-\d+ no longer in the split"):
+        Regions.read(regions.folder, dataclasses.replace(cohort, table=cohort.table.iloc[:2]))
     shutil.copytree(regions.folder, tmp_path / "stage1")
     (tmp_path / "stage1" / FINGERPRINT).unlink()
     with pytest.raises(ValueError, match=r"stage1/fingerprint\.json: does not tell the cohort .*run notebook 02"):
@@ -296,3 +343,32 @@ def test_regions_of_one_fold_are_no_other_replicate_s(regions, tmp_path):
         with pytest.raises(ValueError, match=f"cut for {told}, not for replicate 0; in a trial on folds set folds"):
             Regions.read(folder).of_replicate(0)
     assert Regions.read(folder).of_replicate(1).table.equals(regions.table)
+
+
+def test_regions_of_a_fold_are_compared_with_that_fold_s_split(cohort, regions, tmp_path):
+    shutil.copytree(regions.folder, tmp_path / "stage1")
+    (tested,), (validated,) = regions.ids("test"), regions.ids("validation")
+    order = [*(i for i in cohort.ids() if i not in (tested, validated)), validated, tested]
+    folds = cohort.table.assign(fold_0=[order.index(i) for i in cohort.table.index], split=None)
+    in_folds = dataclasses.replace(cohort, table=folds)
+    now = {n: {*in_folds.of_replicate(n).ids("test")} for n in range(3)}
+    assert now == {0: {order[0]}, 1: {validated}, 2: {tested}}
+    for replicate in now:
+        write_text(tmp_path / "stage1" / "run.json", json.dumps({"parameters": {"replicate": replicate}}))
+        split = in_folds.of_replicate(replicate).table["split"]
+        regions.table.assign(split=split).to_csv(tmp_path / "stage1" / "regions.csv", index=False)
+        Regions.read(tmp_path / "stage1", in_folds)
+        other = dataclasses.replace(in_folds, table=folds.assign(fold_0=(folds["fold_0"] + 1) % 3))
+        with pytest.raises(ValueError, match="no longer in the split"):
+            Regions.read(tmp_path / "stage1", other)
+
+
+def test_a_replicate_s_regions_are_its_own_and_the_test_cases(regions):
+    table = pd.concat([regions.table] * 2).reset_index(drop=True)
+    table["case_id"] = [f"{case_id}-{n // 3}" for n, case_id in enumerate(table["case_id"])]
+    table["replicate"] = [None if split == "test" else n // 3 for n, split in enumerate(table["split"])]
+    both = dataclasses.replace(regions, table=table.set_index("case_id", drop=False))
+    for replicate in (0, 1):
+        own = both.of_replicate(replicate)
+        assert own.ids("train") == [i for i in both.ids("train") if i.endswith(f"-{replicate}")] != []
+        assert len(own.ids("validation")) == 1 and own.ids("test") == both.ids("test")
