@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import signal
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mupkg.data.patches import PatchSource
+from mupkg.stages.runs import processor_name
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what each precision multiplies in
 MOST_OF_GPU = 0.5  # of its free memory, for the cohort; network, gradients and activations need the rest
@@ -78,7 +78,7 @@ def _check_compiler() -> None:
 
 def machine_name(device: torch.device) -> str:
     """The GPU or processor, and the number of threads: rounding depends on both."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return f"{name}, {torch.get_num_threads()} thread(s)"
 
 

@@ -66,9 +66,9 @@ def region_probability(
     """The foreground probability on a prepared region's grid.
 
     Args:
-        start: corners of a box (mm). The network then begins there, and goes outward until the largest component is
-            known: until it touches nothing that was not looked at, where 0 stands for the probability. If there is
-            no foreground, the whole region is looked at. A 3D network always looks at all of it.
+        start: corners of a box (mm). The network then begins there, and goes outward until the foreground touches
+            nothing that was not looked at, where 0 stands for the probability. If there is no foreground, the whole
+            region is looked at. A 3D network always looks at all of it.
     """
     voxels = sitk.GetArrayFromImage(region)
     array, shape = np.zeros(voxels.shape, np.float32), voxels.shape
@@ -81,11 +81,10 @@ def region_probability(
         for part in _beyond(done, box):
             array[part] = predict_volume(network, voxels, channels=CHANNELS, precision=precision, box=part)
         done = box
-        seen = sitk.GetImageFromArray((array[box] > 0.5).astype(np.uint8))
-        largest = sitk.GetArrayFromImage(largest_component(seen))
-        touched = np.array([[largest.take(end, axis).any() for axis in range(3)] for end in (0, -1)])
+        seen = array[box] > 0.5
+        touched = np.array([[seen.take(end, axis).any() for axis in range(3)] for end in (0, -1)])
         low, high = np.array([[edge.start, edge.stop] for edge in box]).T + [[-1], [1]] * touched * step
-        box, step = _box(low, high, shape) if largest.any() else _box(np.zeros(3), shape, shape), 2 * step
+        box, step = _box(low, high, shape) if seen.any() else _box(np.zeros(3), shape, shape), 2 * step
     probability = sitk.GetImageFromArray(array)
     probability.CopyInformation(region)
     return probability

@@ -24,11 +24,20 @@ def check_ct(shifts: Sequence[Shift], modality: str) -> None:
         raise ValueError(f"test_shifts: {', '.join(shifts)} is for CT; these scans are {modality}, so leave it out")
 
 
-def shifted(image: sitk.Image, shift: Shift, seed: int = 0) -> sitk.Image:
-    """A CT with Gaussian noise ("noise"), paler tissues ("contrast"), or slices twice as thick ("thick")."""
+def shifted(image: sitk.Image, shift: Shift, seed: int) -> sitk.Image:
+    """A CT with Gaussian noise ("noise"), paler tissues ("contrast"), or slices twice as thick ("thick").
+
+    Args:
+        seed: of the noise, above 0: SimpleITK takes 0 for the time of day.
+    """
     image = sitk.Cast(image, sitk.sitkFloat32)
     if shift == "noise":
-        return sitk.AdditiveGaussianNoise(image, NOISE_HU, 0.0, seed)
+        noise = sitk.AdditiveGaussianNoiseImageFilter()
+        noise.SetStandardDeviation(NOISE_HU)
+        noise.SetSeed(seed)
+        noise.SetNumberOfThreads(1)  # each thread draws for a piece of the image, so that their number would tell
+        noise.SetNumberOfWorkUnits(1)
+        return noise.Execute(image)
     if shift == "contrast":
         tissue = sitk.Clamp(image, sitk.sitkFloat32, -300.0, 2000.0) - MIDDLE_HU  # air stays air
         return tissue * CONTRAST + MIDDLE_HU + sitk.Clamp(image + 300.0, sitk.sitkFloat32, -2000.0, 0.0)

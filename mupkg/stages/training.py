@@ -1,4 +1,4 @@
-"""Training: SGD with poly decay, validation DSC, best and last weights, checkpoint and resume (Section IV-C)."""
+"""Training: SGD with poly decay, validation DSC, best and last weights, checkpoint and resume (Section IV-B)."""
 
 from __future__ import annotations
 
@@ -191,10 +191,10 @@ def _loop(
         run.history.append(row)
         if validating and main:
             row["validation_dsc"] = validate(network)
-            run.keep_if_best()
             bar.set_postfix(ce=f"{row['cross_entropy']:.3f}", dsc=f"{row['validation_dsc']:.3f}", refresh=False)
             if on_validation:
                 on_validation(network, done)
+            run.keep_if_best()
             run.checkpoint()
         window, began = [], time.perf_counter()
 
@@ -317,7 +317,7 @@ class _Run:
 
 
 def _exclusive(folder: Path) -> AbstractContextManager:
-    """A lock on the folder until the `with` ends; ValueError if another training holds it."""
+    """A lock on the folder until the `with` ends; ValueError if another training on this machine holds it."""
     try:  # the workers of a training that was killed end within seconds
         return machine_lock(f"training in {folder.resolve()}", timeout_s=15).acquire()
     except Timeout:

@@ -51,12 +51,24 @@ def test_a_run_is_measured_on_the_scans_own_grid(cohort, regions, copied, bones)
 def test_harder_scans_change_the_metrics_and_nothing_else(cohort, regions, copied, bones):
     plain = evaluation.evaluate_run(copied, cohort, regions)
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    brier = {plain["Brier"].iloc[0]}
     for shift in ("noise", "contrast", "thick"):
         harder = evaluation.evaluate_run(copied, cohort, regions, shift)
         assert harder["case_id"].tolist() == plain["case_id"].tolist() and list(harder) == list(plain)
-        assert harder["Brier"].iloc[0] != plain["Brier"].iloc[0]
+        brier.add(harder["Brier"].iloc[0])
         pd.testing.assert_frame_equal(pd.read_csv(copied / f"metrics_{shift}.csv"), harder)
+    assert len(brier) == 4
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_every_scan_is_shifted_as_asked_with_noise_of_its_own(cohort, regions, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "shifted", lambda image, shift, seed: asked.append((shift, seed)) or image)
+    for case_id in cohort.ids():
+        region = regions.image(case_id)
+        evaluation._shifted_region(cohort.case(case_id), region, cohort.preparation, "contrast")
+    assert {shift for shift, _ in asked} == {"contrast"} and len({*asked}) == len(cohort.ids())
+    assert all(seed > 0 for _, seed in asked)
 
 
 def test_the_last_weights_are_measured_beside_the_best_ones(cohort, regions, copied, bones):
@@ -91,6 +103,9 @@ def test_training_on_more_cases_than_there_are_is_refused(regions):
     """Regression: arms "of 28" and "of 50" were the same run where there were 28 cases."""
     count = len(regions.ids("train"))
     assert len(regions.volumes("train", count)[0]) == count
+    more = replace(regions, table=regions.table.assign(split="train"))
+    images, labels = more.volumes("train", 2)
+    assert len(images) == len(labels) == 2 < len(more.ids("train"))
     with pytest.raises(ValueError, match=f"training_cases: {count + 1} are asked for, but .* has {count} train"):
         regions.volumes("train", count + 1)
 

@@ -26,15 +26,28 @@ def test_noise_has_its_deviation_and_its_own_seed(scan):
     assert not np.array_equal(noisy[0], noisy[2])
 
 
+def test_noise_is_the_same_on_any_number_of_threads(scan):
+    """Regression: a run that was tested on eight threads saw other scans than one that was tested on one."""
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    try:
+        noisy = []
+        for threads in (1, 3):
+            sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+            noisy.append(sitk.GetArrayFromImage(shifted(scan, "noise", 7)))
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+    np.testing.assert_array_equal(*noisy)
+
+
 def test_tissues_come_closer_and_air_stays_air(scan):
-    air, fat, muscle, prostate, bone = np.unique(sitk.GetArrayFromImage(shifted(scan, "contrast")))
+    air, fat, muscle, prostate, bone = np.unique(sitk.GetArrayFromImage(shifted(scan, "contrast", 1)))
     assert muscle == 40 and prostate - muscle == pytest.approx(20 * CONTRAST)
     assert muscle - fat == pytest.approx(140 * CONTRAST) and bone == pytest.approx(40 + 860 * CONTRAST)
     assert air < -800
 
 
 def test_thick_slices_are_means_of_two_in_the_same_place(scan):
-    thick = shifted(scan, "thick")
+    thick = shifted(scan, "thick", 1)
     assert thick.GetSize() == (20, 50, 5) and thick.GetSpacing() == (1.0, 2.0, 6.0)
     before, after = sitk.GetArrayFromImage(scan), sitk.GetArrayFromImage(thick)
     np.testing.assert_allclose(after, (before[::2] + before[1::2]) / 2, atol=0.5)

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -30,7 +29,7 @@ from mupkg.stages.film import Film, read_film
 from mupkg.stages.localization import coarse_volumes
 from mupkg.stages.prediction import predict_volume
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import BEST, CHECKPOINT, HISTORY, LAST, load_tensors
+from mupkg.stages.runs import BEST, CHECKPOINT, HISTORY, LAST, load_tensors, processor_name
 from mupkg.stages.training import never_left_plateau, poly_learning_rate, train
 
 RNG = np.random.default_rng(0)
@@ -200,7 +199,7 @@ def test_two_trainings_in_one_folder_are_refused(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_machines_and_threads_that_made_the_weights_are_told(tmp_path, capsys, whole):
     made_on = [load_tensors(whole / name)[1]["made_on"] for name in (BEST, LAST, CHECKPOINT)]
-    assert made_on == [[f"{platform.machine()} CPU, 1 thread(s)"]] * 3
+    assert made_on == [[f"{processor_name()}, 1 thread(s)"]] * 3
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, validate_every=8, validate=breaking(2))
     torch.set_num_threads(2)
@@ -208,9 +207,9 @@ def test_the_machines_and_threads_that_made_the_weights_are_told(tmp_path, capsy
         run(tmp_path, validate_every=8)  # one step more
     finally:
         torch.set_num_threads(1)
-    machine = f"{platform.machine()} CPU"
+    machine = processor_name()
     assert f"begun on {machine}, 1 thread(s) and continues on {machine}, 2 thread" in capsys.readouterr().out
-    assert load_tensors(tmp_path / LAST)[1]["made_on"] == [f"{platform.machine()} CPU, {n} thread(s)" for n in (1, 2)]
+    assert load_tensors(tmp_path / LAST)[1]["made_on"] == [f"{processor_name()}, {n} thread(s)" for n in (1, 2)]
     run(tmp_path)  # nothing is left to do
     assert "begun on" not in capsys.readouterr().out
 
