@@ -127,7 +127,7 @@ def build(
         metric_loss.pair_weight = 0.0
     if infonce_temperature is not None:
         metric_loss = InfoNCELoss(infonce_temperature)
-    _refuse_idle(configuration, control, infonce_temperature, hinge, normalize)
+    _refuse_idle(configuration, control, infonce_temperature, hinge, normalize, weight, pair_weight)
     if control in OF_VOXELS:
         metric_loss = DrawnCrossEntropy(balanced=control == "balanced")
     chosen = [samplers[letter] for letter in configuration.samplers]
@@ -151,7 +151,15 @@ def _own_loss(backbone: str, dice: bool) -> SegmentationMetricLoss | None:
     return BoundaryTaskLoss(weight=1.0, dice=dice) if backbone == "BoundaryFCN" else None
 
 
-def _refuse_idle(chosen: Configuration, control: str | None, infonce: float | None, hinge: bool, normalize: bool):
+def _refuse_idle(
+    chosen: Configuration,
+    control: str | None,
+    infonce: float | None,
+    hinge: bool,
+    normalize: bool,
+    weight: float,
+    pair_weight: float,
+) -> None:
     """ValueError for a control that does nothing, so that no run is named after what it does not do."""
     if control not in (None, *get_args(Control)):
         raise ValueError(f"control must be None or one of {', '.join(get_args(Control))}, not {control!r}")
@@ -170,3 +178,7 @@ def _refuse_idle(chosen: Configuration, control: str | None, infonce: float | No
         raise ValueError(f"{chosen.name}: {names} would do nothing, because {why}; leave it out")
     if of_voxels and chosen.separate:
         raise ValueError(f"{chosen.name}: with control {control!r} only the head would learn; leave out -Sep")
+    if chosen.separate and not weight:
+        raise ValueError(f"{chosen.name}: with a weight of 0 only the head would learn; leave out -Sep")
+    if chosen.positive_pair and not pair_weight:
+        raise ValueError(f"{chosen.name}: with a pair_weight of 0 the P would do nothing; leave it out")

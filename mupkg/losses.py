@@ -98,7 +98,7 @@ class VoxelMetricLoss(TupleLoss):
 
     @torch.no_grad()
     def active_share(self, anchors: Vectors, positives: Vectors, negatives: Vectors, valid: Valid) -> Scalar:
-        """The share of the valid tuples whose triplet term is above zero: those that still teach; 0 without any."""
+        """The share of the valid tuples whose triplet term is above zero, that of P apart; 0 without any."""
         active = self._distances(anchors, positives, negatives)[1] > 0
         return (active & valid).sum() / valid.sum().clamp(min=1)
 
@@ -184,8 +184,9 @@ class SegmentationMetricLoss(nn.Module):
         dice: add the soft Dice loss of the foreground over the batch, as nnU-Net does in 2D (not in the paper).
         dice_alone: VNet's Dice loss, with squares in its denominator, in place of the cross-entropy.
 
-    After a call, `active_shares` holds for each sampler's letter the share of its tuples that still taught
-    (`VoxelMetricLoss.active_share`); it is empty without samplers and with another loss in place of Eq. (2).
+    After a call, `active_shares` holds for each sampler's letter the share of its tuples whose triplet term
+    was above zero (`VoxelMetricLoss.active_share`); it is empty without samplers and with another loss in place of
+    Eq. (2).
     """
 
     def __init__(

@@ -114,7 +114,7 @@ def segmentation_metrics(
     spacing_mm: Sequence[float] | np.ndarray,
     tolerance_mm: float | None = None,
 ) -> dict[str, float]:
-    """All metrics of one case (Section IV-B; aRVD as in PROMISE12).
+    """All metrics of one case (Section IV-C; aRVD as in PROMISE12).
 
     DSC, SEN (sensitivity), PPV from voxel counts; ASD, HD95 and HD in mm: the mean of the two directed mean
     surface distances, and the larger of the two directed 95th percentiles (reading R11) and maxima; aRVD in %.
@@ -136,7 +136,8 @@ def segmentation_metrics(
     spacing = np.asarray(spacing_mm, dtype=float)
     if spacing.shape != (truth.ndim,) or not np.all(np.isfinite(spacing) & (spacing > 0)):
         raise ValueError(f"spacing_mm must be {truth.ndim} finite positive numbers in array order, not {spacing_mm}")
-    box = _bounding_box(prediction, truth)  # only the organ, not the whole scan
+    boxes = ndimage.find_objects((prediction | truth).astype(np.uint8))
+    box = boxes[0] if boxes else (slice(0),) * truth.ndim  # only the organ, not the whole scan
     masks = TwoMasks(prediction[box], truth[box], spacing)
     row = {name: float(metric.of(masks)) for name, metric in METRICS.items() if metric.of}
     if tolerance_mm is None:
@@ -157,16 +158,6 @@ def calibration(probability: Float[np.ndarray, "*spatial"], truth: Bool[np.ndarr
     gap = np.bincount(number, probability, BINS) - np.bincount(number, truth, BINS)
     brier = float(np.square(probability - truth).mean())
     return {"Brier": brier, "ECE": float(np.abs(gap).sum() / len(truth))}
-
-
-def _bounding_box(*masks: Bool[np.ndarray, "*spatial"]) -> tuple[slice, ...]:
-    """The smallest box around the foreground of all masks. Every axis narrows it, so that the next looks at less."""
-    box: list[slice] = []
-    for axis in range(masks[0].ndim):
-        others = tuple(other for other in range(masks[0].ndim) if other != axis)
-        hit = np.flatnonzero(np.any([mask[tuple(box)].any(axis=others) for mask in masks], axis=0))
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1) if len(hit) else slice(0, 0))
-    return tuple(box)
 
 
 def _directed(

@@ -1,7 +1,8 @@
 """The networks: the paper's UNet (Table I), the light UNet of stage 1, UNet++, two of Table IV, and a tap for others.
 
-Every network maps images (N, C, H, W) to a `SegmentationOutput`: the logits, and the voxel embeddings that
-the metric losses learn from. The metric branch has no weights of its own; at test time it is simply not used.
+Every network maps images (N, C, H, W), VNet blocks (N, 1, D, H, W), to a `SegmentationOutput`: the logits, and the
+voxel embeddings that the metric losses learn from. The metric branch has no weights of its own; at test time it is
+simply not used.
 """
 
 from __future__ import annotations

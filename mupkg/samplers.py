@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 Labels = Integer[Tensor, "n *spatial"] | Bool[Tensor, "n *spatial"]
 Mask = Bool[Tensor, "n *spatial"]
@@ -58,27 +59,18 @@ def contour(labels: Labels) -> Mask:
     foreground, background = labels == 1, labels == 0
     beside = torch.zeros_like(foreground)
     for axis in range(1, labels.ndim):
-        _mark(beside, background, axis, 1)
+        length = max(labels.shape[axis] - 1, 0)
+        beside.narrow(axis, 0, length).logical_or_(background.narrow(axis, 1, length))
+        beside.narrow(axis, 1, length).logical_or_(background.narrow(axis, 0, length))
     return beside & foreground
 
 
 def near_contour(labels: Labels) -> Mask:
     """Voxels no farther than 2 voxels (Euclidean) from a contour voxel: for N, near negatives; not in the paper."""
-    edge = contour(labels)
-    near, block = torch.zeros_like(edge), edge
-    for axis in range(1, labels.ndim):  # 2 voxels away: two steps along an axis, or in the block of 3 x 3 (x 3)
-        _mark(near, edge, axis, 2)
-        _mark(wider := block.clone(), block, axis, 1)
-        block = wider
-    return near | block
-
-
-def _mark(marked: Mask, mask: Mask, axis: int, steps: int) -> None:
-    """Add to `marked` the voxels that lie `steps` voxels before or behind one of `mask` along an axis."""
-    length = mask.shape[axis] - steps
-    if length > 0:
-        marked.narrow(axis, 0, length).logical_or_(mask.narrow(axis, steps, length))
-        marked.narrow(axis, steps, length).logical_or_(mask.narrow(axis, 0, length))
+    steps, dimensions = torch.arange(-2, 3, device=labels.device), labels.ndim - 1
+    offsets = torch.cartesian_prod(*[steps] * dimensions).square().sum(dim=1).reshape(1, 1, *[5] * dimensions)
+    convolve = F.conv2d if dimensions == 2 else F.conv3d
+    return convolve(contour(labels)[:, None].float(), (offsets <= 4).float(), padding=2)[:, 0] > 0.5
 
 
 def draw_with_replacement(candidates: Candidates, count: int, generator: Generator | None) -> Int[Tensor, "n count"]:
@@ -183,6 +175,8 @@ class RandomSampler(Sampler):
 
 class HardNegativeSampler(Sampler):
     """H: anchors in the foreground where the head errs by more than tau, abs(p - y) > tau (Eq. 1).
+
+    The paper's "negative" means wrongly predicted: these anchors are prostate. Negatives are drawn as R draws them.
 
     Args:
         threshold: tau (0.1 in the paper), in [0, 1).

@@ -143,4 +143,4 @@ def _explained(fault: Mapping[str, Any], names: Sequence[str], hint: str) -> str
         message += f"; papermill's -r {fault['loc'][0]} takes a number for text, and so do quotes in -y and in files"
     elif fault["type"] == "tuple_type" and isinstance(value, str):
         message += f"; {_as_a_list(name, value)}"
-    return f"parameter {name or 'combination'}: {message} (given: {shown})"
+    return f"parameter {name}: {message} (given: {shown})" if name else f"parameter combination: {message}"

@@ -251,6 +251,8 @@ def test_build_passes_the_controls_on():
         ("MetricUNet-H", {"control": "voxels", "normalize": True}, "normalize True would do nothing"),
         ("MetricUNet-H", {"control": "voxels", "infonce_temperature": 0.1}, "infonce_temperature would do nothing"),
         ("MetricUNet-R-Sep", {"control": "voxels"}, "only the head would learn; leave out -Sep"),
+        ("MetricUNet-R-Sep", {"weight": 0}, "MetricUNet-R-Sep: with a weight of 0 only the head would learn"),
+        ("MetricUNet-HCP", {"pair_weight": 0}, "MetricUNet-HCP: with a pair_weight of 0 the P would do nothing"),
         ("MetricUNet-HCP", {"infonce_temperature": 0.1}, "the P in the name would do nothing, because another"),
         ("MetricUNet-HC", {"infonce_temperature": 0.1, "hinge": False}, "hinge False would do nothing"),
         ("MetricUNet-HC", {"infonce_temperature": 0.1, "normalize": True}, "normalize True would do nothing"),

@@ -114,7 +114,7 @@ def _made_aside(folder: Path) -> Iterator[Path]:
     """A folder in the cohort's for what is being made; it goes when the block ends, and so do those of killed builds.
 
     Raises:
-        CohortError: if another process is making this cohort.
+        CohortError: if another process on this machine is making this cohort.
     """
     lock = machine_lock(f"cohort {folder.resolve()}")
     try:

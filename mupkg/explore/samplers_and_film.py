@@ -69,12 +69,13 @@ def read_films(study: str | Path, configurations: Sequence[str] | None = None, s
 
 
 class SamplersAtWork:
-    """What R, H and C draw on a patch, and which of their tuples still teach.
+    """What R, H and C draw on a patch, and which of their tuples the triplet term still moves.
 
     Above, the patch with each anchor joined to its positive and its negative; below, each tuple's d(a, p) and
-    d(a, n). The hinge is zero above the line d(a, n) = d(a, p) + margin: tuples below it are active, the others teach
-    nothing any more. With near negatives (N), negatives are drawn within 2 voxels of the contour only. The patch is
-    the film's, at any step that was filmed, or any patch as the trained network sees it (step "trained").
+    d(a, n). The hinge is zero above the line d(a, n) = d(a, p) + margin: tuples below it are active; the others teach
+    nothing more by it (P's own term apart). With near negatives (N), negatives are drawn within 2 voxels of the
+    contour only. The patch is the film's, at any step that was filmed, or any patch as the trained network sees it
+    (step "trained").
     """
 
     def __init__(

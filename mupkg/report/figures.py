@@ -518,7 +518,7 @@ def convergence(history: pd.DataFrame, by: str = "step") -> Figure:
 
 
 def active_shares(shares: pd.DataFrame) -> Figure:
-    """The share of tuples that still teach against the training's steps: a line a column; those near are dashed."""
+    """The share of active tuples against the training's steps: a line a column; those near are dashed."""
     figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     colours, steps = dict(zip("RHC", LINES, strict=False)), pd.to_numeric(shares.index, errors="coerce")
     places = range(len(shares)) if steps.isna().any() else steps.to_numpy()  # without a film there is one: "trained"

@@ -164,15 +164,8 @@ def summary(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.Dat
     for name in headline() if names is None else names:
         cases = per_case(metrics, name)
         with np.errstate(invalid="ignore"):  # inf - inf in a std is NaN, and shown as such
-            rows[name] = pd.DataFrame(
-                {
-                    "mean": cases.mean(),
-                    "std": cases.std(ddof=1),
-                    "median": cases.median(),
-                    "n": cases.notna().sum(),
-                    "undefined": cases.isna().sum(),
-                }
-            )
+            rows[name] = cases.agg(["mean", "std", "median"]).T
+        rows[name] = rows[name].assign(n=cases.notna().sum(), undefined=cases.isna().sum())
     table = pd.concat(rows, axis=1)
     table.insert(0, ("", "seeds"), metrics.groupby("configuration")["seed"].nunique().reindex(table.index))
     fallen = mostly_empty_on_test(metrics)["configuration"].value_counts()

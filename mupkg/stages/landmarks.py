@@ -1,7 +1,7 @@
 """The centres of the femoral heads in a CT: stage 1's second opinion on where the prostate is.
 
 The paper (section III-A) takes the heads' centre for granted. Reading R3: find the heads without any label, as the
-most sphere-like solid bones in the left and the right half at about equal height.
+best pair of balls in their sockets, one for each side, of like size and at about equal height.
 
 At a coarse resolution a head is no free ball: it melts into its socket and its neck, and metal or contrast medium
 may be rounder. So the search is for a ball *in a socket*, four parts around an axis that points down the femoral

@@ -23,7 +23,7 @@ def kinds(label: UInt8[np.ndarray, "z y x"] | Bool[np.ndarray, "z y x"]) -> UInt
     """What every voxel is: its number in KINDS, or ELSEWHERE in slices that hold no prostate.
 
     Contour voxels are those of `mupkg.samplers.contour` in each slice; near background lies within `NEAR_VOXELS`
-    steps of the prostate in plane, which may go diagonally.
+    steps of the prostate in plane, which may go diagonally. (The samplers' near negatives, N, lie nearer.)
     """
     prostate = label == 1
     near = ndimage.binary_dilation(prostate, np.ones((1, 3, 3)), iterations=NEAR_VOXELS)

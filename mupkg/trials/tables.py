@@ -81,7 +81,7 @@ def trial_metrics(
         cohort: as it is now; every run must have been trained and tested on the regions that its stage 1 cut from it.
         may_differ: the parameters in which the arms differ on purpose, `Trial.set_by_arms`.
         shift: on shifted test scans instead. Else `validation_area` is there as well, the mean validation DSC over
-            the whole training, and `active_share`, the mean share of the samplers' tuples that still taught in its
+            the whole training, and `active_share`, the mean share of the samplers' tuples that were active in its
             last tenth (NaN without samplers): a run's own, so the same for all its cases.
         folds: of a repeated k-fold. `seed` is then the repeat, and there is a column `fold`.
 
