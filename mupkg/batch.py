@@ -100,6 +100,7 @@ def _execute(notebook: str | Path, running: Path, parameters: Mapping[str, Any],
             cwd=repository(),
             kernel_name="python3",
             store_widget_state=False,  # megabytes that nothing shows: pictures stand for widgets
+            shutdown_kernel="immediate",  # all files are written: no kernel need take PyTorch apart first
             extra_arguments=["--log-level=40"],  # errors only: a kernel warns of unencrypted loopback otherwise
         )
     except RuntimeError as error:

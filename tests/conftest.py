@@ -47,10 +47,15 @@ def unchecked() -> Iterator[None]:
 SLOW = {"benchmarks", "lab", "lessons", "notebooks", "soak"}
 SLOW |= {f"test_{name}.py" for name in ("batch", "batch_from_kept", "claims", "demo_pair", "distributed")}
 SLOW |= {f"test_{name}.py" for name in ("field_cases", "kept_tables", "landmarks")}
+# The longest first, so that no worker is left alone with one of them at the end.
+LONGEST = ("test_notebooks", "test_kill", "test_lessons", "test_batch_from_kept", "test_distributed")
+LONGEST += ("test_gpu_minutes", "test_bench", "test_batch", "test_field_cases")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`-m "not slow"` leaves out what takes long, `-m real_scans` runs what wants real scans, and nothing else."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # else as they were
     for item in items:
         if SLOW & {*item.path.relative_to(Path(__file__).parent).parts}:
             item.add_marker("slow")
