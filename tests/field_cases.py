@@ -875,19 +875,25 @@ def S09_notebook_09_without_study(folder):
 
 # ------------------------------------------------------------------ privacy, locks, folders
 @case(
-    "KitwareMedical/dicom-anonymizer#41, Slicer/Slicer#8798 (names in folders), hash_patients with source dicom",
-    "either",
+    "KitwareMedical/dicom-anonymizer#41, Slicer/Slicer#8798 (names in folders), hash_patients with source dicom_rt",
+    "ok",
 )
 def N05_hash_patients_of_a_named_folder(folder):
-    """The archive calls the folder by patient: 'SURNAME^GIVEN_19500101'. hash_patients must keep that out of the cohort."""
-    c = phantom()
-    series(folder / "SURNAME^GIVEN_19500101", sitk.Cast(c.image, sitk.sitkInt16), patient="4711")
+    """The archive calls folders by patient: 'SURNAME^GIVEN_19500101'. hash_patients must keep that out of the cohort."""
+    img, _ = pelvis()
+    for n in range(3):
+        place, who = folder / "archive" / f"SURNAME^GIVEN_1950010{n}", {"patient": f"MRN-{n}", "uid": f"{ROOT}.{n}.7"}
+        series(place / "CT", img + n, **who)
+        ds = structures(
+            {"Prostate": closed(outlines(img, PROSTATE))}, sop=f"{ROOT}.{n}.8", own=f"{ROOT}.{n}.9", **who
+        )
+        save(ds, place / "RS.dcm", ExplicitVRLittleEndian)
     code, text = notebook(
         "00_prepare_cohort.ipynb",
         folder / "o.ipynb",
         cohort="one",
-        source="dicom",
-        source_folder=str(folder / "SURNAME^GIVEN_19500101"),
+        source="dicom_rt",
+        source_folder=str(folder / "archive"),
         hash_patients=True,
         data_folder=str(folder / "data"),
         size="smoke",
@@ -898,7 +904,7 @@ def N05_hash_patients_of_a_named_folder(folder):
         {
             p.relative_to(folder / "data").as_posix()
             for p in (folder / "data").rglob("*")
-            if "SURNAME" in p.name or (p.suffix == ".csv" and b"SURNAME" in p.read_bytes())
+            if "SURNAME" in p.name or (p.suffix in (".csv", ".json") and re.search(b"SURNAME|MRN-", p.read_bytes()))
         }
     )
     return f"WRONG: hash_patients, but the name is in {leaks[:3]}" if leaks else "ok"

@@ -14,6 +14,8 @@ from bad_runs import RUNS
 from bad_scans import CORPUS
 from spoiling import ROOT, mask, scan, stored, tree
 
+from mupkg.batch import THREAD_VARIABLES, run_notebook
+
 # The exit code of a batch
 
 
@@ -30,6 +32,17 @@ def test_a_failing_notebook_ends_with_exit_code_1_and_a_message(tmp_path):
     assert "bad.ipynb failed: ValueError: case P7: mend it" in done.stderr and "kept for reading" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bad.failed.ipynb"]
+
+
+def test_a_kernel_has_as_many_threads_as_its_notebook_is_given(tmp_path, monkeypatch):
+    for name in THREAD_VARIABLES:
+        monkeypatch.setenv(name, "7")
+    code = "import torch\nfrom SimpleITK import ProcessObject\n"
+    code += "print(torch.get_num_threads(), ProcessObject.GetGlobalDefaultNumberOfThreads())"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), tmp_path / "threads.ipynb")
+    run_notebook(tmp_path / "threads.ipynb", tmp_path / "out.ipynb", {}, threads=2)
+    (output,) = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs
+    assert output.text.split() == ["2", "2"]
 
 
 def test_a_notebook_that_is_none_ends_with_exit_code_1_and_a_message(tmp_path):

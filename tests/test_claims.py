@@ -140,9 +140,14 @@ def mutations(text: str, number: int, rng: np.random.Generator, figure: str = FI
     return changed
 
 
-def test_mutations_of_the_results_are_caught():
-    truth = pages.results_page()
-    assert all(text != truth for text in mutations(pages.RESULTS.read_text(encoding="utf-8"), 20, rng()))
+def test_mutations_of_the_results_are_caught(tmp_path):
+    truth, page = pages.results_page(), tmp_path / "RESULTS.md"
+    page.write_text(truth, encoding="utf-8")
+    test_the_page_is_what_the_tables_say(page, lambda: truth)
+    for text in mutations(truth, 20, rng()):
+        page.write_text(text, encoding="utf-8")
+        with pytest.raises(AssertionError, match="run `make results`"):
+            test_the_page_is_what_the_tables_say(page, lambda: truth)
 
 
 def rng() -> np.random.Generator:

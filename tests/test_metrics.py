@@ -370,3 +370,10 @@ def test_calibration_is_the_naive_one():
         inside = (probability >= low) & (probability < high)
         naive += inside.mean() * abs(probability[inside].mean() - truth[inside].mean())
     assert calibration(probability, truth)["ECE"] == pytest.approx(naive, abs=1e-5)
+
+
+def test_which_metrics_are_better_when_they_are_larger():
+    more = {name for name, metric in METRICS.items() if metric.better == 1}
+    less = {name for name, metric in METRICS.items() if metric.better == -1}
+    assert more == {"DSC", "SEN", "PPV", "surface_DSC_2mm", "validation_area"}
+    assert less == {"ASD", "HD95", "HD", "aRVD", "Brier", "ECE", "log_sd"}

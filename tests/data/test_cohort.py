@@ -16,6 +16,7 @@ from mupkg.data.build import (
     _drawn_folds,
     sources_from_phantoms,
     sources_from_table,
+    sources_of_replicates,
     split_cases,
     write_cohort,
 )
@@ -496,6 +497,26 @@ def test_a_table_s_own_folds_are_kept_and_no_others_are_drawn(tmp_path):
     assert cohort.table["fold_0"].to_dict() == own
     with pytest.raises(CohortError, match=r"has 3 folds in 1 repeat\(s\) of its own; set folds and repeats to these"):
         write_cohort(tmp_path / "other", sources, PREPARATION, split_seed=0, folds=3, repeats=2)
+
+
+def test_as_many_folds_are_drawn_as_asked_for_and_by_the_seed(tmp_path):
+    sources = [source(case_id) for case_id in "abcdef"]
+    drawn = [
+        write_cohort(tmp_path / str(seed), sources, PREPARATION, split_seed=seed, folds=3, repeats=2).table
+        for seed in (1, 2)
+    ]
+    for table in drawn:
+        assert [sorted(table[f"fold_{repeat}"]) for repeat in range(2)] == [[0, 0, 1, 1, 2, 2]] * 2
+        assert "fold_2" not in table and not table["fold_0"].equals(table["fold_1"])
+    assert not drawn[0]["fold_0"].equals(drawn[1]["fold_0"])
+
+
+def test_a_replicate_validates_on_an_eighth_of_its_phantoms():
+    columns = pd.DataFrame([s.columns for s in sources_of_replicates(5, 2, 64, 10, None)])
+    counts = columns.groupby(["split", "replicate"], dropna=False).size().to_dict()
+    own = {(split, n): count for n in (0, 1) for split, count in (("train", 56), ("validation", 8))}
+    assert {key: count for key, count in counts.items() if key[0] != "test"} == own
+    assert columns["seed"].tolist() == [*range(5, 143)] and (columns["split"] == "test").sum() == 10
 
 
 def test_folds_test_every_patient_once_a_repeat_and_never_share_one():

@@ -13,11 +13,11 @@ import torch
 from matplotlib.colors import to_hex
 from torch import nn
 
-from mupkg.explore import scatters
+from mupkg.explore import predictions, scatters
 from mupkg.explore.case import CaseViewer
 from mupkg.explore.linked import DistanceMap, EmbeddingExplorer
 from mupkg.explore.predictions import CasePredictions, Cases
-from mupkg.models import EmbeddingTap, SegmentationOutput
+from mupkg.models import EmbeddingTap, SegmentationOutput, UNet
 from mupkg.report.figures import CHOSEN, KIND_COLOURS, png
 from mupkg.stages import voxels
 from mupkg.stages.inference import load_network
@@ -51,6 +51,15 @@ def seen() -> CasePredictions:
     shifted[3] *= 0.5
     heat = {"UNet": sure.astype(np.float32), "MetricUNet-H": shifted.astype(np.float32)}
     return CasePredictions("made up", region, TRUTH, SPACING, {"UNet": Places(), "MetricUNet-H": Places(3.0)}, heat)
+
+
+def test_embeddings_are_shown_at_unit_length_if_the_loss_took_them_so():
+    images = torch.rand(2, 3, 8, 8)
+    for told, unit in (({"loss": {"normalize": True}}, True), ({"loss": {"normalize": False}}, False), ({}, False)):
+        torch.manual_seed(0)
+        network = predictions._as_the_loss_sees_it(UNet(3, 2, 4).eval(), told)
+        lengths = network(images).embeddings.norm(dim=1)
+        assert torch.allclose(lengths, torch.ones(()), atol=1e-5) == unit
 
 
 @pytest.mark.slow

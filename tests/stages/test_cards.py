@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,19 @@ def test_a_run_records_what_it_learns_from(cohort, regions, run):
     write_json(run / "run.json", {"data": data})
     assert unlike(run, scan) == []
     assert "patients" not in data and data["source"] == "phantoms"
+
+
+def test_patients_are_counted_once_and_scans_measured_over_those_that_are_learnt_from(cohort, regions):
+    spacing, size = ([[3.0, 1.0, 1.0], [5.0, 0.5, 1.0], [9.0, 9.0, 9.0]], [[10, 20, 30], [6, 50, 20], [1, 1, 1]])
+    columns = {"spacing_zyx_mm": map(json.dumps, spacing), "size_zyx": map(json.dumps, size)}
+    table = cohort.table.loc[regions.table.index].assign(patient=["A", "a ", "B"])
+    table = table.assign(**{name: [*values] for name, values in columns.items()})
+    own = replace(regions, table=regions.table.assign(split="train"))
+    data = trained_on(replace(cohort, table=table), own, training_cases=2)
+    assert data["patients"] == {"train": 1, "validation": 0, "test": 0} and data["cases"]["train"] == 2
+    assert data["spacing_mm"] == [[3.0, 0.5, 1.0], [5.0, 1.0, 1.0]]
+    assert data["extent_mm"] == [[30.0, 20.0, 20.0], [30.0, 25.0, 30.0]]
+    assert trained_on(replace(cohort, table=table), own)["patients"]["train"] == 2
 
 
 @pytest.mark.parametrize(

@@ -718,6 +718,24 @@ def test_the_optimizer_is_plain_sgd(tmp_path):
         torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_momentum_and_weight_decay_by_hand(tmp_path):
+    """v = momentum v + gradient + decay w; w = w - rate v: no dampening, no Nesterov."""
+    network, loss = parts("UNet")
+    source, velocity = PatchSource([IMAGE], [LABEL], patch_size=(16, 16), batch_size=3, seed=5), {}
+    for step, rate in enumerate((0.1, 0.1 * 0.5**0.9)):
+        images, labels = source.batch(step)
+        network.zero_grad()
+        loss(network(images), labels).total.backward()
+        with torch.no_grad():
+            for name, weights in network.named_parameters():
+                velocity[name] = 0.8 * velocity.get(name, 0) + weights.grad + 0.05 * weights
+                weights -= rate * velocity[name]
+    run(tmp_path, name="UNet", steps=2, momentum=0.8, weight_decay=0.05)
+    found = load_file(tmp_path / LAST)
+    for name, wanted in network.named_parameters():
+        torch.testing.assert_close(found[name], wanted.detach(), rtol=1e-4, atol=1e-5)
+
+
 # What cannot go on
 
 
