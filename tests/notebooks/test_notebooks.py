@@ -127,7 +127,9 @@ def test_a_run_folder_holds_everything(study: Path) -> None:
 
 def test_predictions_lie_on_the_scans_own_grids_and_segment_repeats_them(study: Path) -> None:
     for run in RUNS:
-        for path in (study / "outputs/smoke" / run / "predictions").glob("*.nii.gz"):
+        paths = [*(study / "outputs/smoke" / run / "predictions").glob("*.nii.gz")]
+        assert len(paths) == len(pd.read_csv(study / "outputs/smoke" / run / "metrics.csv"))
+        for path in paths:
             scan = sitk.ReadImage(str(study / "data/phantoms-smoke/images" / path.name))
             prediction = sitk.ReadImage(str(path))
             assert grid_difference(scan, prediction) is None

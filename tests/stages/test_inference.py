@@ -320,12 +320,18 @@ def test_both_ways_to_a_region_are_one(cohort, regions, run_folder, monkeypatch)
     """A new scan goes the way a test case went: same preparation, same region."""
     (case_id,) = cohort.ids("test")
     case, centre = cohort.case(case_id), regions.centre(case_id)
-    monkeypatch.setattr(inference, "locate", lambda *_, **__: Location(centre, None, None, ""))
-    fed = []
+    fed, coarse_mm = [], []
+
+    def locate(*_, **told):
+        coarse_mm.append(told["coarse_mm"])
+        return Location(centre, None, None, "")
+
+    monkeypatch.setattr(inference, "locate", locate)
     monkeypatch.setattr(
         inference, "predict_volume", lambda _, volume, box, **__: fed.append(volume) or volume[box] / np.float32(255)
     )
     Pipeline.load(run_folder)(case.image)
+    assert coarse_mm == [8.0]
     np.testing.assert_array_equal(fed[0], regions.volume(case_id))
 
 

@@ -93,6 +93,23 @@ def test_the_coarse_mask_is_the_largest_component():
     assert centroid(coarse_mask(NOTHING, image)) is None
 
 
+def test_stage_1_sees_the_scan_as_coarse_as_it_was_told(cohort, regions, tmp_path, monkeypatch):
+    (case_id,) = cohort.ids("test")
+    case, prepared, seen = cohort.case(case_id), cohort.prepared(case_id), []
+
+    def look(network, volume, **_):
+        seen.append(volume.shape)
+        return np.ones(volume.shape, np.float32)
+
+    monkeypatch.setattr(localization, "predict_volume", look)
+    heads_at(monkeypatch)
+    locate(case, prepared.image, NOTHING, coarse_mm=9.0)
+    only_one = dataclasses.replace(cohort, table=cohort.table.loc[[case_id]])
+    write_regions(only_one, NOTHING, tmp_path / "stage1", coarse_mm=11.0, region_mm=(96, 120, 120))
+    assert seen == [coarse(prepared.image, mm).GetSize()[::-1] for mm in (9.0, 11.0)]
+    assert len({*seen}) == 2
+
+
 # The two parts of the centre
 
 
