@@ -238,6 +238,7 @@ def rankings(trial: Trial, table: pd.DataFrame) -> pd.DataFrame:
     ours["the paper's ranking"] = np.where(
         sure & alike, "supported", np.where(sure, "contradicted", "cannot be told")
     )
+    ours.loc[ours["paper: difference"] == 0, "the paper's ranking"] = "a tie"
     ours.loc[ours["paper: difference"].isna(), "the paper's ranking"] = ""
     return ours
 

@@ -20,7 +20,7 @@ from mupkg.metrics import METRICS, metric_of
 from mupkg.report import results
 from mupkg.scans.writing import write_text
 from mupkg.stages.cards import markdown_table
-from mupkg.stages.runs import PLATEAU_DSC, RUN, read_run
+from mupkg.stages.runs import HISTORY, PLATEAU_DSC, RUN, read_run
 from mupkg.trials import statistics, tables
 from mupkg.trials.kept import kept_folder, kept_runs
 from mupkg.trials.protocol import Study, read_yaml
@@ -298,6 +298,10 @@ def figures_in_sentences() -> dict[str, Any]:
     late = learned.pivot_table("validation_dsc", "step", "configuration")[["UNet", "HCP"]].iloc[-2:].round(3)
     best = learned.groupby(["configuration", "replicate"])["validation_dsc"].max()
     small_best = of_arms[["R-lambda-0.001", "R", "R-lambda-0.1"]].idxmax(axis=1) == "R-lambda-0.001"
+    ranked = tables.rankings(study("table3_rows").trial, answers("table3_rows"))["the paper's ranking"].value_counts()
+    rows = cases("table3_rows").pivot_table("DSC", "seed", "configuration")
+    separate = pd.read_csv(REFERENCE / "table3_rows" / "validations.csv").query("configuration == 'R-Sep-s1'")
+    separate = separate.groupby("step")["validation_dsc"].mean()
     significant = {name: row["says better"] + row["says worse"] for name, row in seeds.items()}
     timed = pd.read_csv(COST)
     steps = timed.query("peer == \"UNet's step\" and not what.str.contains('[+]')")["ratio"]
@@ -319,6 +323,12 @@ def figures_in_sentences() -> dict[str, Any]:
         "small_weight_best": f"{small_best.sum()} of {len(small_best)}",
         "near_negatives": f"{answer_of('e1n', 'HCNP', 'HCP')['mean_difference']:.4f}",
         "shuffled_left": shuffled,
+        "rankings_supported": NUMBERS[ranked.get("supported", 0)],
+        "rankings_contradicted": NUMBERS[ranked["contradicted"]],
+        "rankings_open": NUMBERS[ranked["cannot be told"]],
+        "h_leaves_r": "{} to {}".format(*h_leaves_r()),
+        "h_from_r": f"{(rows['H-s1'] - rows['R-s1']).abs().max():.4f}",
+        "separate_rising": f"{separate.iloc[-3]:.2f} to {separate.iloc[-1]:.2f}",
         "e1_significant": f"{significant['e1']} of {seeds['e1']['replicates']}",
         "e1_better": seeds["e1"]["says better"],
         "e1_worse": seeds["e1"]["says worse"],
@@ -329,6 +339,15 @@ def figures_in_sentences() -> dict[str, Any]:
         "rankings_without_seed": f"{NUMBERS[sure['0']].capitalize()} of {NUMBERS[len(chances)]}",
         "rankings_with_seed": f"only {NUMBERS[sure['0.01']]}",
     }
+
+
+def h_leaves_r() -> tuple[int, int]:
+    """The first and the last step, among the replicates of Table III, at which H's loss was no longer R's."""
+    runs, steps = kept_folder(study("table3_rows").study), []
+    for seed in range(study("table3_rows").trial.replicates):
+        r, h = (pd.read_csv(runs / f"{name}-s1-seed{seed}" / HISTORY) for name in "RH")
+        steps.append(int(r["step"][r["metric_R"] != h["metric_H"]].min()))
+    return min(steps), max(steps)
 
 
 def _wrapped(text: str) -> str:
@@ -374,7 +393,37 @@ def plateau_table() -> str:
     return markdown_table(["arm", "left the plateau", "their test DSC"], rows)
 
 
-EXTRA = {"single_seeds": single_seeds_table, "plateau": plateau_table, "nnunet": nnunet_table}
+def table3_table() -> str:
+    """The paper's Table III beside ours: the DSC of every row, and its difference from the row above it."""
+    trial, of_pairs = study("table3_rows").trial, answers("table3_rows")
+    ranked = tables.rankings(trial, of_pairs).set_index("configuration")
+    of_pairs = of_pairs[of_pairs["metric"] == "DSC"].set_index("configuration")
+    published = results.published(3).set_index("configuration")["DSC_mean"]
+    rows = []
+    ours_of = {row[0]: row[1] for row in arm_rows("table3_rows", ["DSC"])}
+    in_order = [trial.pairs[0][1], *(arm for arm, _ in trial.pairs)]  # as in the paper's table
+    for arm in in_order:
+        dsc, in_the_paper = ours_of[arm], trial.as_in_the_paper[arm]
+        paper = f"{published[in_the_paper]:.3f}" if in_the_paper in published else ""
+        if arm not in ranked.index:  # the first row has none above it
+            rows.append([arm, paper, dsc, "", "", ""])
+            continue
+        ours, ranking = of_pairs.loc[arm], ranked.loc[arm]
+        difference = f"{ranking['paper: difference']:+.4f}" if paper else ""
+        interval = f"{ours['mean_difference']:+.4f} [{ours['low']:+.4f}, {ours['high']:+.4f}]"
+        rows.append([arm, paper, dsc, difference, interval, ranking["the paper's ranking"]])
+    against = "against the row above"
+    return markdown_table(
+        ["arm", "DSC, paper", "DSC, ours", f"{against}, paper", f"{against}, ours", "the paper's ranking"], rows
+    )
+
+
+EXTRA = {
+    "single_seeds": single_seeds_table,
+    "plateau": plateau_table,
+    "nnunet": nnunet_table,
+    "table3": table3_table,
+}
 
 
 def derived_tables(name: str) -> dict[str, pd.DataFrame]:

@@ -186,3 +186,24 @@ def test_of_a_distance_more_is_worse_and_the_papers_dsc_says_nothing():
     ranked = rankings(study.trial, table)
     assert ranked["paper: difference"].isna().all() and ranked["the paper's ranking"].tolist() == [""]
     assert promised(study).empty  # E1's variances are those of DSC
+
+
+@pytest.mark.parametrize(
+    ("arm", "against", "said"),
+    [
+        ("MetricUNet-HR", "MetricUNet-C", "a tie"),
+        ("MetricUNet-R", "UNet", "supported"),
+        ("UNet", "MetricUNet-R", "contradicted"),
+    ],
+)
+def test_the_paper_s_ranking_is_supported_contradicted_or_none(arm, against, said):
+    """Ours is sure; the paper prints one DSC for HR and C, and puts R above UNet."""
+    arms = {"A": {"configuration": arm}, "B": {"configuration": against}}
+    trial = {"name": "t", "replicates": 6, "arms": arms, "contrasts": [["A", "B"]]}
+    study = Study.checked({"study": "s", "cohort": "c", "prepare": {"replicates": 6, "phantoms": 8}, "trial": trial})
+    rng = np.random.default_rng(0)
+    places = [(name, r, c) for name in "AB" for r in range(6) for c in range(8)]
+    metrics = pd.DataFrame(places, columns=["configuration", "seed", "case_id"]).astype({"case_id": str})
+    metrics["DSC"] = 0.8 + 0.05 * (metrics["configuration"] == "A") + rng.normal(0, 0.005, len(metrics))
+    (ranking,) = rankings(study.trial, answers(study.trial, metrics, ["DSC"]))["the paper's ranking"]
+    assert ranking == said
