@@ -3,7 +3,7 @@
 # make keep    keeps the finished runs of a study as small tables: make keep STUDY=trials
 # make results writes RESULTS.md and outputs/reference/README.md from the kept tables
 # make claims  whether README, RESULTS and METHOD say what the kept tables say
-# make check   lints and runs the tests that are not slow: a minute and a half; what one runs before every commit
+# make check   lints and runs the tests that are not slow; what one runs before every commit
 # make test    lints and runs all tests, every notebook among them
 # make test-environment  environment.yml, resolved for its Python and read by Binder's builder; needs the internet
 # make test-real         the tests that want real scans, with those in MUPKG_REALDATA
