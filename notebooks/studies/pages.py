@@ -315,6 +315,7 @@ def figures_in_sentences() -> dict[str, Any]:
         "noise_highest": f"{noisy.max():.2f}",
         "real_gain_excluded": f"{answer_of('e6', 'HCP', 'UNet')['high']:.4f}",
         "pp_gain_excluded": f"{answer_of('table3', 'PP-H-s1', 'UNetPP')['high']:.4f}",
+        "few_margin": f"{study('e2').trial.margin:g}",
         "real_margin": f"{study('e6').trial.margin:g}",
         "real_still_rising": ", ".join(f"{arm} {late[arm].iloc[0]:.3f} to {late[arm].iloc[1]:.3f}" for arm in late),
         "real_never_left": NUMBERS[(best <= PLATEAU_DSC).sum()],
