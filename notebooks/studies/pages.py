@@ -300,6 +300,7 @@ def figures_in_sentences() -> dict[str, Any]:
     small_best = of_arms[["R-lambda-0.001", "R", "R-lambda-0.1"]].idxmax(axis=1) == "R-lambda-0.001"
     ranked = tables.rankings(study("table3_rows").trial, answers("table3_rows"))["the paper's ranking"].value_counts()
     rows = cases("table3_rows").pivot_table("DSC", "seed", "configuration")
+    off = cases("e5n").groupby("configuration")["DSC"].mean()
     unit = cases("e3").groupby("configuration")["DSC"].mean()
     arms = study("e3").trial.arms
     by_unit = {}
@@ -324,6 +325,10 @@ def figures_in_sentences() -> dict[str, Any]:
         "noise_highest": f"{noisy.max():.2f}",
         "real_gain_excluded": f"{answer_of('e6', 'HCP', 'UNet')['high']:.4f}",
         "pp_gain_excluded": f"{answer_of('table3', 'PP-H-s1', 'UNetPP')['high']:.4f}",
+        "off_gains_excluded": " and ".join(
+            f"{answer_of('e5n', f'HCP-noise-{mm}', f'UNet-noise-{mm}')['high']:.4f}" for mm in (2, 4)
+        ),
+        "off_dsc": " and ".join(f"{off[f'UNet-noise-{mm}']:.3f}" for mm in (2, 4)),
         "few_margin": f"{study('e2').trial.margin:g}",
         "real_margin": f"{study('e6').trial.margin:g}",
         "real_still_rising": ", ".join(f"{arm} {late[arm].iloc[0]:.3f} to {late[arm].iloc[1]:.3f}" for arm in late),
