@@ -295,7 +295,8 @@ def figures_in_sentences() -> dict[str, Any]:
     }
     noisy = pd.concat([cases("e1", "noise"), cases("e1n", "noise")]).groupby(["configuration", "seed"])["DSC"].mean()
     learned = pd.read_csv(REFERENCE / "e6" / "validations.csv")
-    late = learned.pivot_table("validation_dsc", "step", "configuration")[["UNet", "HCP"]].iloc[-2:].round(3)
+    both = pd.concat([learned, pd.read_csv(REFERENCE / "e6n" / "validations.csv").query("configuration == 'HCNP'")])
+    late = both.pivot_table("validation_dsc", "step", "configuration")[["UNet", "HCP", "HCNP"]].iloc[-2:].round(3)
     best = learned.groupby(["configuration", "replicate"])["validation_dsc"].max()
     small_best = of_arms[["R-lambda-0.001", "R", "R-lambda-0.1"]].idxmax(axis=1) == "R-lambda-0.001"
     ranked = tables.rankings(study("table3_rows").trial, answers("table3_rows"))["the paper's ranking"].value_counts()
@@ -330,6 +331,7 @@ def figures_in_sentences() -> dict[str, Any]:
         ),
         "off_dsc": " and ".join(f"{off[f'UNet-noise-{mm}']:.3f}" for mm in (2, 4)),
         "few_margin": f"{study('e2').trial.margin:g}",
+        "real_near_gain_excluded": f"{answer_of('e6n', 'HCNP', 'UNet')['high']:.4f}",
         "real_margin": f"{study('e6').trial.margin:g}",
         "real_still_rising": ", ".join(f"{arm} {late[arm].iloc[0]:.3f} to {late[arm].iloc[1]:.3f}" for arm in late),
         "real_never_left": NUMBERS[(best <= PLATEAU_DSC).sum()],
