@@ -16,10 +16,7 @@ import pandas as pd
 import pytest
 
 from mupkg.report import results
-from mupkg.stages.inference import load_network
-from mupkg.stages.prediction import predict_volume
-from mupkg.stages.regions import Regions
-from mupkg.stages.runs import BEST, PLATEAU_DSC
+from mupkg.stages.runs import PLATEAU_DSC
 from mupkg.trials import statistics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,16 +169,3 @@ def test_a_sentence_with_another_verdict_is_refused():
     spec = {"trial": "e1", "arm": "HCP", "against": "UNet", "verdict": "benefit"}
     with pytest.raises(ValueError, match="is equivalent, not benefit"):
         pages.result_row(spec)
-
-
-def test_most_of_the_prostate_gets_the_probability_of_the_head_s_bias_alone():
-    """What RESULTS.md (Table III, H) and notebook 08 say of the shipped pair."""
-    demo = ROOT / "data" / "demo"
-    regions = Regions.read(demo / "stage1")
-    (case_id, *_) = regions.ids("test")
-    truth = regions.volume(case_id, "label") == 1
-    for run in ("UNet-seed0", "MetricUNet-HCP-seed0"):
-        network, _ = load_network(demo / run / BEST)
-        heat = predict_volume(network, regions.volume(case_id))
-        of_bias = network.head[-1].bias.detach().softmax(dim=0)[1].item()
-        assert (np.abs(heat[truth] - of_bias) < 1e-4).mean() > 0.5 and heat.max() < of_bias + 1e-4

@@ -68,6 +68,16 @@ def test_the_shipped_pair_can_be_explored():
     assert all({0, 5, 10, 20, 40, 80} < set(film.frames.steps) for film in films.values())
 
 
+def test_most_of_the_prostate_gets_the_probability_of_the_head_s_bias_alone():
+    """What RESULTS.md (Table III, H) and notebook 08 say of the shipped pair."""
+    cases = Cases.read(DEMO)
+    seen = cases.open(cases.table.index[cases.table["split"] == "test"][0])
+    for name, network in seen.networks.items():
+        of_bias = network.head[-1].bias.detach().softmax(dim=0)[1].item()
+        assert (np.abs(seen.heat[name][seen.truth] - of_bias) < 1e-4).mean() > 0.5
+        assert seen.heat[name].max() < of_bias + 1e-4
+
+
 def test_the_shipped_pair_is_sure_enough_for_h_to_differ_from_r():
     """Where nothing exceeds 1 - tau every prostate voxel is hard, and H draws as R does."""
     seen = Cases.read(DEMO).open("phantom-0005")

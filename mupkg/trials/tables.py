@@ -235,11 +235,9 @@ def rankings(trial: Trial, table: pd.DataFrame) -> pd.DataFrame:
     chances = {c: f"paper: {c}" for c in paper if c.startswith("r = ")}
     ours = ours.join(paper.rename(columns=chances).set_index(ours.index))
     sure, alike = ours["ranking false"] < 0.025, ours["mean_difference"] * ours["paper: difference"] > 0
-    ours["the paper's ranking"] = np.where(
-        sure & alike, "supported", np.where(sure, "contradicted", "cannot be told")
-    )
-    ours.loc[ours["paper: difference"] == 0, "the paper's ranking"] = "a tie"
-    ours.loc[ours["paper: difference"].isna(), "the paper's ranking"] = ""
+    none, tie = ours["paper: difference"].isna(), ours["paper: difference"] == 0
+    words = ["", "a tie", "supported", "contradicted"]
+    ours["the paper's ranking"] = np.select([none, tie, sure & alike, sure], words, "cannot be told")
     return ours
 
 

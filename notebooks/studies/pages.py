@@ -106,6 +106,11 @@ def answer_of(name: str, arm: str, against: str, outcome: str = "DSC", shift: st
 
 
 @cache
+def rankings(name: str) -> pd.DataFrame:
+    return tables.rankings(study(name).trial, answers(name))
+
+
+@cache
 def seeds_alone(name: str) -> pd.DataFrame:
     return tables.single_seeds(study(name).trial, cases(name))
 
@@ -299,19 +304,19 @@ def figures_in_sentences() -> dict[str, Any]:
     late = both.pivot_table("validation_dsc", "step", "configuration")[["UNet", "HCP", "HCNP"]].iloc[-2:].round(3)
     best = learned.groupby(["configuration", "replicate"])["validation_dsc"].max()
     small_best = of_arms[["R-lambda-0.001", "R", "R-lambda-0.1"]].idxmax(axis=1) == "R-lambda-0.001"
-    ranked = tables.rankings(study("table3_rows").trial, answers("table3_rows"))["the paper's ranking"].value_counts()
+    ranked = rankings("table3_rows")["the paper's ranking"].value_counts()
     rows = cases("table3_rows").pivot_table("DSC", "seed", "configuration")
     off = cases("e5n").groupby("configuration")["DSC"].mean()
-    unit = cases("e3").groupby("configuration")["DSC"].mean()
-    arms = study("e3").trial.arms
-    by_unit = {}
-    for weight in (0.01, 0.1):
-        of_weight = [arm for arm in unit.index if arms[arm].get("metric_weight", 0.01) == weight]
-        means = [
-            unit[[a for a in of_weight if arms[a].get("normalize", False) == is_unit]].mean()
-            for is_unit in (True, False)
-        ]
-        by_unit[weight] = " and ".join(f"{mean:.3f}" for mean in means)
+    of_cell, levels = cases("e3").groupby("configuration")["DSC"].mean(), study("e3").trial.means
+    by_unit = {
+        weight: " and ".join(
+            f"{of_cell[[arm for arm in levels[unit] if arm in levels[f'metric_weight {weight}']]].mean():.3f}"
+            for unit in ("with normalize", "without normalize")
+        )
+        for weight in (0.01, 0.1)
+    }
+    again = {"trial": "hcp_again", "post_hoc": "hcp_again", "arm": "HCP", "against": "UNet"}
+    again |= {"outcome": "HD95_all", "verdict": "undecided"}
     separate = pd.read_csv(REFERENCE / "table3_rows" / "validations.csv").query("configuration == 'R-Sep-s1'")
     separate = separate.groupby("step")["validation_dsc"].mean()
     significant = {name: row["says better"] + row["says worse"] for name, row in seeds.items()}
@@ -343,10 +348,7 @@ def figures_in_sentences() -> dict[str, Any]:
         "rankings_supported": NUMBERS[ranked.get("supported", 0)],
         "rankings_contradicted": NUMBERS[ranked["contradicted"]],
         "rankings_open": NUMBERS[ranked["cannot be told"]],
-        "hd95_again": result_row(
-            {"trial": "hcp_again", "post_hoc": "hcp_again", "arm": "HCP", "against": "UNet"}
-            | {"outcome": "HD95_all", "verdict": "undecided"}
-        )[1],
+        "hd95_again": result_row(again)[1],
         "unit_at_small": by_unit[0.01],
         "unit_at_large": by_unit[0.1],
         "h_leaves_r": "{} to {}".format(*h_leaves_r()),
@@ -418,23 +420,17 @@ def plateau_table() -> str:
 
 def table3_table() -> str:
     """The paper's Table III beside ours: the DSC of every row, and its difference from the row above it."""
-    trial, of_pairs = study("table3_rows").trial, answers("table3_rows")
-    ranked = tables.rankings(trial, of_pairs).set_index("configuration")
-    of_pairs = of_pairs[of_pairs["metric"] == "DSC"].set_index("configuration")
-    published = results.published(3).set_index("configuration")["DSC_mean"]
-    rows = []
-    ours_of = {row[0]: row[1] for row in arm_rows("table3_rows", ["DSC"])}
-    in_order = [trial.pairs[0][1], *(arm for arm, _ in trial.pairs)]  # as in the paper's table
-    for arm in in_order:
-        dsc, in_the_paper = ours_of[arm], trial.as_in_the_paper[arm]
-        paper = f"{published[in_the_paper]:.3f}" if in_the_paper in published else ""
-        if arm not in ranked.index:  # the first row has none above it
-            rows.append([arm, paper, dsc, "", "", ""])
-            continue
-        ours, ranking = of_pairs.loc[arm], ranked.loc[arm]
-        difference = f"{ranking['paper: difference']:+.4f}" if paper else ""
-        interval = f"{ours['mean_difference']:+.4f} [{ours['low']:+.4f}, {ours['high']:+.4f}]"
-        rows.append([arm, paper, dsc, difference, interval, ranking["the paper's ranking"]])
+    trial, ranked = study("table3_rows").trial, rankings("table3_rows").set_index("configuration")
+    paper = results.published(3).set_index("configuration")["DSC_mean"].map("{:.3f}".format)
+    ours = {arm: dsc for arm, dsc, _ in arm_rows("table3_rows", ["DSC"])}
+    first, in_the_paper = trial.pairs[0][1], trial.as_in_the_paper
+    rows = [[first, paper[in_the_paper[first]], ours[first], "", "", ""]]  # no row stands above it
+    for arm, above in trial.pairs:
+        published = paper.get(in_the_paper[arm], "")
+        difference = f"{ranked['paper: difference'][arm]:+.4f}" if published else ""
+        spec = {"trial": "table3_rows", "arm": arm, "against": above, "verdict": "not judged"}
+        ranking = ranked["the paper's ranking"][arm]
+        rows.append([arm, published, ours[arm], difference, result_row(spec)[1], ranking])
     against = "against the row above"
     return markdown_table(
         ["arm", "DSC, paper", "DSC, ours", f"{against}, paper", f"{against}, ours", "the paper's ranking"], rows
@@ -454,7 +450,7 @@ def derived_tables(name: str) -> dict[str, pd.DataFrame]:
     trial, metrics = study(name).trial, cases(name)
     derived = {"answers": answers(name), "single_seeds": seeds_alone(name)}
     derived["arms"] = tables.arms(trial, metrics).reset_index()
-    derived["rankings"] = tables.rankings(trial, derived["answers"])
+    derived["rankings"] = rankings(name)
     if study(name).folds is None:
         derived["power"] = tables.power(trial, metrics).reset_index(names="contrast")
     for path in (REFERENCE / name).glob("cases_*.csv"):
