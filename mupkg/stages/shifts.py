@@ -35,8 +35,7 @@ def shifted(image: sitk.Image, shift: Shift, seed: int) -> sitk.Image:
         noise = sitk.AdditiveGaussianNoiseImageFilter()
         noise.SetStandardDeviation(NOISE_HU)
         noise.SetSeed(seed)
-        noise.SetNumberOfThreads(1)  # each thread draws for a piece of the image, so that their number would tell
-        noise.SetNumberOfWorkUnits(1)
+        noise.SetNumberOfWorkUnits(1)  # each piece of the image has draws of its own, so that their number would tell
         return noise.Execute(image)
     if shift == "contrast":
         tissue = sitk.Clamp(image, sitk.sitkFloat32, -300.0, 2000.0) - MIDDLE_HU  # air stays air
