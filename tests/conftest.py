@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from real_scans import real_scans
+from warm_python import warm_python
 
 torch.set_num_threads(1)  # results do not depend on the machine's cores, and parallel test runs do not fight
 
@@ -74,6 +75,22 @@ def real_scan() -> Callable[[str], Path]:
         return folder / name
 
     return path_of
+
+
+@pytest.fixture(scope="session")
+def _warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[str], dict[str, str]]]:
+    with warm_python(tmp_path_factory.mktemp("warm")) as command_and_environment:
+        yield command_and_environment
+
+
+@pytest.fixture(scope="module")
+def warm(_warm_python: tuple[list[str], dict[str, str]]) -> Iterator[list[str]]:
+    """What `python -m` is in a command that starts warm; the kernels of this module's tests do, too."""
+    command, environment = _warm_python
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield command
 
 
 # A chain at smoke size for the tests that only look at it: what one of them changes, it copies first.

@@ -732,11 +732,11 @@ def test_threads_of_one_stage_leave_the_others_as_they_are():
         ),
     ],
 )
-def test_a_slip_in_a_study_file_is_explained_by_the_batch(more, told, tmp_path):
+def test_a_slip_in_a_study_file_is_explained_by_the_batch(more, told, tmp_path, warm):
     """Regression: what pydantic says of it, with a link to its own pages."""
     file = tmp_path / "study.yaml"
     file.write_text(f"study: s\ncohort: c\n{more}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "snakemake", "--configfile", str(file), "--dry-run", "--nolock"]
+    command = [*warm, "snakemake", "--configfile", str(file), "--dry-run", "--nolock"]
     done = subprocess.run(command, cwd=repository(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 1
     assert told in done.stdout

@@ -170,6 +170,7 @@ classroom.train, classroom.phantoms = train_once, make_once
 ONE_THREAD = "import torch\nassert torch.get_num_threads() == 1"
 
 
+@pytest.mark.usefixtures("warm")
 @each_lesson
 def test_the_solution_runs_to_its_end_and_every_cell_once_more_after_all_that_follow(
     source: Path, tmp_path: Path

@@ -40,7 +40,7 @@ def patients_into(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory) -> Path:
+def chain(warm, tmp_path_factory) -> Path:
     """Notebooks 00, 02, 03 and 09 at smoke size, one after the other, from DICOM to DICOM."""
     folder = tmp_path_factory.mktemp("planning")
     patients_into(folder / "scans")

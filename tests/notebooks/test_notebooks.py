@@ -6,7 +6,7 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mupkg.scans.cases import grid_difference
 from mupkg.stages import card, segment
 from mupkg.trials.protocol import Study, TrialSettings
 
+pytestmark = pytest.mark.usefixtures("warm")
 ROOT = Path(__file__).parents[2]
 RUNS = ("UNet-seed0", "VNet-seed0", "BoundaryFCN-seed0", "MetricUNet-HCP-seed0")
 OF_EXTRAS = {"11_nnunet.ipynb"}  # see test_notebook_11.py
@@ -33,24 +34,22 @@ def executed_notebooks(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("[0-9][0-9]_*.ipynb") if path.suffixes == [".ipynb"])
 
 
-def snakemake(
-    folder: Path, *options: str, file: str = "smoke", more: tuple = (), **config: object
-) -> subprocess.CompletedProcess:
-    folders = {"data_folder": str(folder / "data"), "outputs_folder": str(folder / "outputs"), **config}
-    command = [sys.executable, "-m", "snakemake", "--configfile", f"notebooks/studies/{file}.yaml", *map(str, more)]
-    command += [
-        "--cores",
-        "2",
-        "--nolock",
-        *options,
-        "--config",
-        *(f"{name}={value}" for name, value in folders.items()),
-    ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+@pytest.fixture(scope="module")
+def snakemake(warm: list[str]) -> Callable[..., subprocess.CompletedProcess]:
+    """Snakemake on a study file, with data and outputs in this folder."""
+
+    def run(folder: Path, *options: str, file: str = "smoke", more: tuple = (), **config: object):
+        folders = {"data_folder": str(folder / "data"), "outputs_folder": str(folder / "outputs"), **config}
+        command = [*warm, "snakemake", "--configfile", f"notebooks/studies/{file}.yaml", *map(str, more)]
+        command += ["--cores", "2", "--nolock", *options]
+        command += ["--config", *(f"{name}={value}" for name, value in folders.items())]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study(snakemake, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke study and the smoke trials, run from scans to tables and figures in a folder of their own."""
     folder = tmp_path_factory.mktemp("smoke")
     for name in ("smoke", "trials/smoke", "trials/smoke_parameters"):
@@ -198,7 +197,7 @@ def told_by(notebook: Path) -> dict[str, Any]:
     return nbformat.read(notebook, 4).metadata.papermill.parameters
 
 
-def test_what_overrides_a_protocol_reaches_its_notebook(study: Path, tmp_path: Path) -> None:
+def test_what_overrides_a_protocol_reaches_its_notebook(study: Path, tmp_path: Path, snakemake) -> None:
     """Regression: notebook 10 read the first file, answered by it, and wrote over its tables."""
     before = {path: path.read_bytes() for path in (study / "outputs/smoke-trials/report/smoke").iterdir()}
     (tmp_path / "more.yaml").write_text("trial: {name: again, margin: 0.3, primary: ASD}\n", encoding="utf-8")
@@ -213,7 +212,7 @@ def test_what_overrides_a_protocol_reaches_its_notebook(study: Path, tmp_path: P
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_study_and_a_cohort_by_another_name_are_those_of_the_protocol(tmp_path: Path) -> None:
+def test_a_study_and_a_cohort_by_another_name_are_those_of_the_protocol(tmp_path: Path, snakemake) -> None:
     """And a change of either makes the protocol anew."""
     target = tmp_path / "outputs/other/report/smoke/protocol.yaml"
     for cohort in ("mine", "yours"):
@@ -226,12 +225,12 @@ def test_a_study_and_a_cohort_by_another_name_are_those_of_the_protocol(tmp_path
         assert settings.report_path == target.parent and settings.cohort_path.name == cohort
 
 
-def test_what_is_done_is_skipped(study: Path) -> None:
+def test_what_is_done_is_skipped(study: Path, snakemake) -> None:
     again = snakemake(study, "--dry-run")
     assert "Nothing to be done" in again.stdout + again.stderr
 
 
-def test_a_cohort_prepared_anew_is_seen_by_all_that_follow(study: Path) -> None:
+def test_a_cohort_prepared_anew_is_seen_by_all_that_follow(study: Path, snakemake) -> None:
     """Though its table says the same as before; and prepared as before, all is up to date again."""
     parameters = {"cohort": "phantoms-smoke", "size": "smoke", "data_folder": str(study / "data")}
     target = study / "data/phantoms-smoke/00_prepare_cohort.ipynb"
@@ -351,13 +350,13 @@ def test_a_parameters_cell_with_more_than_literals_is_followed(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "notebooks/studies").glob("*.yaml")))
-def test_every_study_can_be_planned(name: str, tmp_path: Path) -> None:
+def test_every_study_can_be_planned(name: str, tmp_path: Path, snakemake) -> None:
     planned = snakemake(tmp_path, "--dry-run", file=name)
     assert planned.returncode == 0, planned.stderr[-2000:]
     assert "03_stage2_training.ipynb" in planned.stdout + planned.stderr
 
 
-def test_a_study_file_with_a_misspelt_key_is_refused(tmp_path: Path) -> None:
+def test_a_study_file_with_a_misspelt_key_is_refused(tmp_path: Path, snakemake) -> None:
     planned = snakemake(tmp_path, "--dry-run", seedz=1)
     assert planned.returncode != 0
     assert "seedz" in planned.stdout + planned.stderr

@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def plan(folder, profile, *options):
+def plan(warm, folder, profile, *options):
     """Snakemake's plan of the smoke study under a profile, told in full."""
-    command = [sys.executable, "-m", "snakemake", "--workflow-profile", f"notebooks/studies/profiles/{profile}"]
+    command = [*warm, "snakemake", "--workflow-profile", f"notebooks/studies/profiles/{profile}"]
     command += ["--configfile", "notebooks/studies/smoke.yaml", "--nolock", "--quiet", "host", *options]
     command += ["--config", f"data_folder={folder / 'data'}", f"outputs_folder={folder / 'outputs'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -30,14 +30,14 @@ def resources_of(text, rule):
 
 
 @pytest.mark.parametrize("profile", ["laptop", "workstation", "slurm"])
-def test_every_profile_plans_a_study(tmp_path, profile):
+def test_every_profile_plans_a_study(tmp_path, profile, warm):
     # --executor dryrun stands in for Slurm's, which need not be installed
     options = {
         "laptop": ["--dry-run", "--cores", "2"],
         "workstation": ["--dry-run"],
         "slurm": ["--executor", "dryrun"],
     }
-    text = plan(tmp_path, profile, *options[profile], "--printshellcmds")
+    text = plan(warm, tmp_path, profile, *options[profile], "--printshellcmds")
     asking = [line.split("notebooks/")[1].split()[0] for line in text.splitlines() if "--one-gpu" in line]
     assert {*asking} == {"02_stage1_localization.ipynb", "03_stage2_training.ipynb"}
     for rule in ("stage1", "stage2"):
@@ -55,8 +55,8 @@ def test_every_profile_is_tried():
 
 
 @pytest.mark.skipif(not find_spec("snakemake_executor_plugin_slurm"), reason="the extra `slurm` is not installed")
-def test_the_slurm_plugin_takes_its_profile(tmp_path):
-    assert "stage2" in plan(tmp_path, "slurm", "--dry-run")
+def test_the_slurm_plugin_takes_its_profile(tmp_path, warm):
+    assert "stage2" in plan(warm, tmp_path, "slurm", "--dry-run")
 
 
 # One GPU for every notebook
@@ -123,10 +123,10 @@ def test_a_notebook_that_does_not_train_takes_no_gpu_from_those_that_do(tmp_path
     assert got == ["0,1"] and not list(tmp_path.glob("*.lock"))
 
 
-def test_several_gpus_must_be_named(tmp_path, monkeypatch):
+def test_several_gpus_must_be_named(tmp_path, monkeypatch, warm):
     options = ("--dry-run", "--resources", "gpu=2")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(AssertionError, match=r"gpu=2: which\? set CUDA_VISIBLE_DEVICES"):
-        plan(tmp_path, "workstation", *options)
+        plan(warm, tmp_path, "workstation", *options)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert "rule stage2" in plan(tmp_path, "workstation", *options)
+    assert "rule stage2" in plan(warm, tmp_path, "workstation", *options)

@@ -61,6 +61,7 @@ class Clone:
         return table.sort_values(["configuration", "seed", "case_id"], ignore_index=True)
 
 
+@pytest.mark.usefixtures("warm")
 @pytest.mark.timeout(900)
 def test_a_trial_goes_on_from_kept_runs_alone(tmp_path):
     clone = Clone(tmp_path / "clone")
