@@ -7,12 +7,15 @@ from lab import Lab, find_chromium
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def lab(_warm_python, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """JupyterLab in a browser, offline; opening a notebook in it takes seconds.
 
     Playwright keeps an event loop running while it is open: `asyncio.run` cannot be used beside it, papermill can.
     """
     if not find_chromium():
         pytest.skip("no Chromium: apt-get install chromium, or name one in MUPKG_CHROMIUM")
-    with Lab(tmp_path_factory.mktemp("lab")) as lab:
-        yield lab
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _warm_python[1].items():
+            patch.setenv(name, value)  # its kernels start warm
+        with Lab(tmp_path_factory.mktemp("lab")) as lab:
+            yield lab

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -21,8 +20,8 @@ FIRST, SECOND = ("UNet-seed0", "HCNP-seed1000"), ("UNet-seed1", "HCNP-seed1001")
 class Clone:
     """The repository without data and outputs."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, python: list[str]) -> None:
+        self.folder, self.begins = folder, python
         folder.mkdir()
         shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
         for name in ("notebooks", "mupkg"):
@@ -32,9 +31,8 @@ class Clone:
     def python(self, *arguments: str) -> str:
         """What a command of this clone says."""
         environment = os.environ | {"PYTHONPATH": str(self.folder)}
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=self.folder, env=environment, capture_output=True, text=True
-        )
+        command = [*self.begins, *arguments]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout + done.stderr
 
@@ -61,10 +59,9 @@ class Clone:
         return table.sort_values(["configuration", "seed", "case_id"], ignore_index=True)
 
 
-@pytest.mark.usefixtures("warm")
 @pytest.mark.timeout(900)
-def test_a_trial_goes_on_from_kept_runs_alone(tmp_path):
-    clone = Clone(tmp_path / "clone")
+def test_a_trial_goes_on_from_kept_runs_alone(tmp_path, warm):
+    clone = Clone(tmp_path / "clone", warm)
     clone.trial("--until", *(f"{STUDY}/{run}/metrics.csv" for run in FIRST))
     assert clone.trained() == sorted(FIRST)
     clone.keep_and_lose_the_rest()
