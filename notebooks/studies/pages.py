@@ -341,7 +341,7 @@ def figures_in_sentences() -> dict[str, Any]:
         "real_still_rising": ", ".join(f"{arm} {late[arm].iloc[0]:.3f} to {late[arm].iloc[1]:.3f}" for arm in late),
         "real_never_left": NUMBERS[(best <= PLATEAU_DSC).sum()],
         **of_values,
-        "p_first_family": f"{statistics.holm(family)[0]:.3f}",
+        "first_family": "reached" if statistics.holm(family)[0] < statistics.LEVEL else "missed by a little",
         "small_weight_best": f"{small_best.sum()} of {len(small_best)}",
         "near_negatives": f"{answer_of('e1n', 'HCNP', 'HCP')['mean_difference']:.4f}",
         "shuffled_left": shuffled,
@@ -393,6 +393,9 @@ def results_page() -> str:
             parts.append(markdown_table(columns, rows))
         if extra := question.get("table"):
             parts.append(EXTRA[extra]())
+        if notes := question.get("notes"):
+            notes = _wrapped(notes.format(**figures))
+            parts.append(f"<details><summary>More on this</summary>\n\n{notes}\n\n</details>")
         if claim := question.get("claim"):
             effect, follows = rows[0][1:3] if rows else ("", question["short"].format(**figures))
             claims.append([claim, effect, f"{follows} {question.get('but', '').format(**figures)}".strip()])
