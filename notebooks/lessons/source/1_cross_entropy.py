@@ -9,8 +9,8 @@
 #   [doi:10.1016/j.media.2021.102039](https://doi.org/10.1016/j.media.2021.102039)): Abstract and Section I; Eq. (3);
 #   the metrics, Eq. (5) to (8) in Section IV-C.
 # * **We need**: NumPy, and to have seen a UNet. It is the first lesson.
-# * **Afterwards you can** write the cross-entropy; construct masks that it cannot tell apart; say which metric can;
-#   and tell what a voxel-wise loss leaves to the network.
+# * **Afterwards you can** write the cross-entropy; say what it, the DSC and HD95 each see of a mask; and tell what a
+#   voxel-wise loss leaves to the network.
 #
 # **Work cell by cell** (Shift and Enter), not with *Run All*: a guess comes before its answer, and an exercise that
 # is not solved yet stops the run. You can go back and run an earlier cell at any time.

@@ -1,16 +1,16 @@
 # %% [markdown]
 # # Lesson 5 · The contour
 #
-# "Contour-aware" sounds like sharper contours. We measure how sharp they are, find out that we have measured
-# something else, measure again, and see why a millimetre is not the same to every prostate.
+# "Contour-aware" sounds like sharper contours. We measure how sharp they are, ask what we have measured, measure
+# again, and see what a millimetre is to a prostate.
 #
 # * **Time**: 55 minutes. The computer works for about 20 seconds.
 # * **In the paper** (He et al., *MetricUNet*, Medical Image Analysis 2021,
 #   [doi:10.1016/j.media.2021.102039](https://doi.org/10.1016/j.media.2021.102039)): Section III-B.2, iii); Fig. 1 and
 #   5(c); DSC and ASD, Eq. (5) and (6).
 # * **We need**: lesson 3 and a little of lesson 4.
-# * **Afterwards you can** find a contour in a label; tell a blurred edge from a displaced one; and say what a mean
-#   DSC hides about small organs.
+# * **Afterwards you can** find a contour in a label; say what a measure of its sharpness measures; and say what a mean
+#   DSC hides.
 #
 # **Work cell by cell** (Shift and Enter), not with *Run All*: a guess comes before its answer, and an exercise that
 # is not solved yet stops the run. You can go back and run an earlier cell at any time.

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Lesson 6 · Is the gain real?
 #
-# A new method has a higher mean than the old one. We learn what can produce such a difference: one odd case, many
-# tests, the draw of a seed, an easy task. And the method.
+# A new method has a higher mean than the old one. We learn what can produce such a difference, beside the method.
 #
 # * **Time**: 50 minutes. The computer works for about 10 seconds.
 # * **In the paper** (He et al., *MetricUNet*, Medical Image Analysis 2021,
@@ -10,7 +9,7 @@
 #   IV-E, "pair-wise t-test". How we judge a difference: `METHOD.md`, "How a difference is judged".
 # * **We need**: mean, standard deviation, and the idea of a p-value. Lesson 1 for the DSC.
 # * **Afterwards you can** test a difference over patients, correct for many tests, and judge it over patients *and*
-#   trainings; and say which floor a DSC is measured from.
+#   trainings; and say what a high DSC is worth.
 #
 # **Work cell by cell** (Shift and Enter), not with *Run All*: a guess comes before its answer, and an exercise that
 # is not solved yet stops the run. You can go back and run an earlier cell at any time.
@@ -37,12 +36,9 @@ from mupkg.trials import statistics
 # %% tags=["setup"]
 sys.path.append(str(repository() / "notebooks/lessons"))
 from checks import check
-from classroom import BLUE, SPACING_MM, VERMILION, phantoms
+from classroom import BLUE, SPACING_MM, VERMILION, eight_patients, phantoms
 
-rng = np.random.default_rng(3)
-a = rng.normal(0.86, 0.03, 8)
-b = a + rng.normal(0, 0.006, 8)
-a[5] -= 0.10  # the truth, which the lesson tells after the guess
+a, b = eight_patients()
 
 # %% [markdown]
 # Look at the lines, and at the mean.
