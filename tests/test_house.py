@@ -365,7 +365,7 @@ def readings(text: str) -> dict[str, str]:
     return dict(re.findall(r"^\| (R\d+) \| (.+) \|$", text, flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", [f"R{number}" for number in range(1, 16)])
+@pytest.mark.parametrize("name", [f"R{number}" for number in range(1, 17)])
 def test_every_reading_is_told_and_its_code_is_where_it_says(name):
     row = readings((ROOT / "METHOD.md").read_text(encoding="utf-8"))[name]
     paper, unclear, here, why, where = row.split(" | ")
@@ -383,10 +383,17 @@ def test_the_readme_begins_with_the_two_commands():
     assert commands == ["make demo", "make test"]
 
 
+def text_of(page: Path) -> str:
+    if page.suffix != ".ipynb":
+        return page.read_text(encoding="utf-8")
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    return "\n".join(source(cell) for cell in cells if cell["cell_type"] == "markdown")
+
+
 def test_links_in_the_pages_lead_somewhere():
-    pages = [path for path in files_of_the_repository() if path.suffix == ".md"]
-    links = [(page, link) for page in pages for link in LINK.findall((ROOT / page).read_text(encoding="utf-8"))]
-    assert links
+    pages = [path for path in files_of_the_repository() if path.suffix in (".md", ".ipynb")]
+    links = [(page, link) for page in pages for link in LINK.findall(text_of(ROOT / page))]
+    assert {page.suffix for page, _ in links} == {".md", ".ipynb"}
     assert not [f"{page}: {link}" for page, link in links if not (ROOT / page.parent / link).exists()]
 
 

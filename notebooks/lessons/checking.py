@@ -46,7 +46,7 @@ STUMBLES = {  # part of an error's message -> what it means to a student
     r"'numpy.ndarray' and 'Tensor'|'Tensor' and 'numpy": "An array and a tensor do not mix: .numpy() makes arrays.",
     r"arrays used as indices": "Only whole numbers and truth values can index an array.",
     r"\.view|view size": "`reshape` or `flatten` copies where `view` cannot.",
-    r"subtract|negative, the `-`|Negation|negative operator": "Of truth values, ~ is the opposite; & ~ takes away.",
+    r"subtract|negative, the `-`|Negation|negative operator": "~ is the opposite of a truth value; & ~ takes away.",
     r"Got: Bool|for 'Bool'": "Truth values need `.float()` before a mean or a pooling.",
     r"is not defined": "That name does not exist here: is it misspelt, or its import missing?",
     r"referenced before|not associated": "That name is used before it has a value.",
@@ -58,7 +58,7 @@ STUMBLES = {  # part of an error's message -> what it means to a student
     r"not fitted": "Fit the probe before you ask it: .fit(x_fit, y_fit).",
     r"does not require grad": "Nothing here asks PyTorch for gradients. Write the derivative by hand.",
     r"cannot unpack": "Several names wait for one value: `shape` gives all sizes, `len` the first alone.",
-    r"diag requires": "Of one channel np.cov makes a number, not a matrix. `var` takes one channel or many.",
+    r"diag requires": "np.cov makes a number of one channel, not a matrix. `var` takes one channel or many.",
 }
 
 

@@ -830,7 +830,7 @@ def _(paired_t) -> None:
             "you divide by the variance; t has the standard deviation.": both(d.mean() / (d.var(ddof=1) / n**0.5)),
             "a two-sided p has two sides.": right * [1, 0.5],
             turned: right * [-1, 1],
-            "p is not a probability: sf needs |t|, for t may be below 0.": both(
+            "p is not a probability: sf needs |t|, because t may be below 0.": both(
                 t, lambda t, n=n: 2 * stats.t.sf(t, n - 1)
             ),
             "the degrees of freedom are n - 1, not n.": both(t, lambda t, n=n: 2 * stats.t.sf(abs(t), n)),
