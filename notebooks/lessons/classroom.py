@@ -126,7 +126,7 @@ def activity(*samplers: Sampler) -> Callable[[SegmentationOutput, torch.Tensor],
 
 
 def eight_patients() -> tuple[np.ndarray, np.ndarray]:
-    """The DSC of eight simulated patients by the methods A and B of lesson 6, which tells the truth after its guess."""
+    """DSC of eight simulated patients by methods A and B. Lesson 6 tells the truth of them after its guess."""
     rng = np.random.default_rng(3)
     a = rng.normal(0.86, 0.03, 8)
     b = a + rng.normal(0, 0.006, 8)

@@ -9,8 +9,8 @@
 #   [doi:10.1016/j.media.2021.102039](https://doi.org/10.1016/j.media.2021.102039)): Section III-B.3, Eq. (2). How we
 #   read it: `METHOD.md`, readings R6 and R7.
 # * **We need**: gradients by hand, a little PyTorch, and lesson 2.
-# * **Afterwards you can** write a triplet loss and its gradient; say what each part of it does to a training; and tell
-#   in which unit a margin is given.
+# * **Afterwards you can** write a triplet loss and its gradient; say what each part of it does to a training; and
+#   tell in which unit a margin is given.
 #
 # **Work cell by cell** (Shift and Enter), not with *Run All*: a guess comes before its answer, and an exercise that
 # is not solved yet stops the run. You can go back and run an earlier cell at any time.

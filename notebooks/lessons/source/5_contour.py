@@ -9,8 +9,8 @@
 #   [doi:10.1016/j.media.2021.102039](https://doi.org/10.1016/j.media.2021.102039)): Section III-B.2, iii); Fig. 1 and
 #   5(c); DSC and ASD, Eq. (5) and (6).
 # * **We need**: lesson 3 and a little of lesson 4.
-# * **Afterwards you can** find a contour in a label; say what a measure of its sharpness measures; and say what a mean
-#   DSC hides.
+# * **Afterwards you can** find a contour in a label; say what a measure of its sharpness measures; and say what a
+#   mean DSC hides.
 #
 # **Work cell by cell** (Shift and Enter), not with *Run All*: a guess comes before its answer, and an exercise that
 # is not solved yet stops the run. You can go back and run an earlier cell at any time.
