@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -19,7 +18,7 @@ from mupkg.losses import (
     VoxelMetricLoss,
 )
 from mupkg.models import BACKBONES
-from mupkg.samplers import SAMPLERS, Sampler, whole_number
+from mupkg.samplers import SAMPLERS, whole_number
 
 Control = Literal["voxels", "balanced", "shuffled"]  # of what the metric loss does; METHOD.md, "Beyond the paper"
 OF_VOXELS = ("voxels", "balanced")  # the controls that put `DrawnCrossEntropy` in place of the metric loss
@@ -33,11 +32,11 @@ TABLE_II = (
 
 def grammar() -> str:
     """What a valid name looks like, in words."""
-    plain = [repr(name) + (f" ({backbone.about})" if backbone.about else "") for name, backbone in BACKBONES.items()]
+    plain = ", ".join(map(repr, BACKBONES))
     metric = " / ".join(repr(f"Metric{name}") for name, backbone in BACKBONES.items() if backbone.metric)
     letters = ", ".join(f"{letter} ({sampler.title})" for letter, sampler in SAMPLERS.items())
     return (
-        f"{', '.join(plain)}, or {metric} + '-' + different letters of {letters} + 'N' (near negatives, not in the "
+        f"{plain}, or {metric} + '-' + different letters of {letters} + 'N' (near negatives, not in the "
         "paper) or not + 'P' (positive pairs) or not + '-Sep' or not; for example MetricUNet-HCP, MetricUNet-R-Sep, "
         "MetricUNet++-H"
     )
@@ -83,7 +82,6 @@ def build(
     in_channels: int = 3,
     base_filters: int = 32,
     embedding_dim: int = 256,
-    num_classes: int = 2,
     *,
     anchors: int = 20,
     pairs: int = 1,
@@ -113,42 +111,32 @@ def build(
 
     Raises:
         ValueError: for an unknown name, an option that makes no sense, whether or not this configuration uses it,
-            and a control that would do nothing.
+            and one that would do nothing.
     """
-    if not isinstance(configuration, Configuration):
-        configuration = Configuration.of_name(configuration)
+    chosen = configuration if isinstance(configuration, Configuration) else Configuration.of_name(configuration)
     sizes = {"in_channels": in_channels, "base_filters": base_filters, "embedding_dim": embedding_dim}
-    sizes = {name: whole_number(name, value) for name, value in (sizes | {"num_classes": num_classes}).items()}
-    # All samplers and losses are built for every configuration, because they check the options.
-    options = {"anchors": anchors, "pairs": pairs, "threshold": threshold}
-    samplers = _samplers(options | {"near_negatives": configuration.near_negatives})
+    sizes = {name: whole_number(name, value) for name, value in sizes.items()}
+    # All samplers and Eq. (2) are built for every configuration, because they check the options.
+    options = {"anchors": anchors, "pairs": pairs, "threshold": threshold, "near_negatives": chosen.near_negatives}
+    samplers = {}
+    for letter, sampler in SAMPLERS.items():
+        own = options.keys() & signature(sampler).parameters.keys()
+        samplers[letter] = sampler(**{name: options[name] for name in own})
     metric_loss = VoxelMetricLoss(margin, pair_weight, pair_distance, normalize, hinge)
-    if not configuration.positive_pair:
+    if not chosen.positive_pair:
         metric_loss.pair_weight = 0.0
     if infonce_temperature is not None:
         metric_loss = InfoNCELoss(infonce_temperature)
-    _refuse_idle(configuration, control, infonce_temperature, hinge, normalize, weight, pair_weight)
+    _refuse_idle(chosen, control, infonce_temperature, hinge, normalize, dice, weight, pair_weight)
     if control in OF_VOXELS:
         metric_loss = DrawnCrossEntropy(balanced=control == "balanced")
-    chosen = [samplers[letter] for letter in configuration.samplers]
-    loss = SegmentationMetricLoss(chosen, metric_loss, weight, shuffled=control == "shuffled", dice=dice)
-    sizes |= {"separate": True} if configuration.separate else {}
-    return BACKBONES[configuration.backbone].network(**sizes), _own_loss(configuration.backbone, dice) or loss
-
-
-def _samplers(options: Mapping[str, Any]) -> dict[str, Sampler]:
-    """Every sampler with those of the options that it has."""
-    own = {letter: options.keys() & signature(sampler).parameters.keys() for letter, sampler in SAMPLERS.items()}
-    return {letter: SAMPLERS[letter](**{name: options[name] for name in names}) for letter, names in own.items()}
-
-
-def _own_loss(backbone: str, dice: bool) -> SegmentationMetricLoss | None:
-    """The loss of a backbone that has one of its own."""
-    if backbone == "VNet":
-        if dice:
-            raise ValueError("VNet: dice would do nothing, because the Dice loss is its only loss; leave it out")
-        return SegmentationMetricLoss(dice_alone=True)
-    return BoundaryTaskLoss(weight=1.0, dice=dice) if backbone == "BoundaryFCN" else None
+    drawing = [samplers[letter] for letter in chosen.samplers]
+    loss = SegmentationMetricLoss(drawing, metric_loss, weight, shuffled=control == "shuffled", dice=dice)
+    if chosen.backbone == "VNet":
+        loss = SegmentationMetricLoss(dice_alone=True)
+    elif chosen.backbone == "BoundaryFCN":
+        loss = BoundaryTaskLoss(weight=1.0, dice=dice)
+    return BACKBONES[chosen.backbone].network(**sizes, separate=chosen.separate), loss
 
 
 def _refuse_idle(
@@ -157,28 +145,26 @@ def _refuse_idle(
     infonce: float | None,
     hinge: bool,
     normalize: bool,
+    dice: bool,
     weight: float,
     pair_weight: float,
 ) -> None:
-    """ValueError for a control that does nothing, so that no run is named after what it does not do."""
+    """ValueError for what is asked for in vain, so that no run is named after what it does not do."""
     if control not in (None, *get_args(Control)):
         raise ValueError(f"control must be None or one of {', '.join(get_args(Control))}, not {control!r}")
     of_voxels = control in OF_VOXELS
-    plain, replaced = not chosen.samplers, of_voxels or infonce is not None
-    idle = {
-        "control": plain and control is not None,
-        "infonce_temperature": infonce is not None and (plain or of_voxels),
+    plain = "" if chosen.samplers else "it draws no voxels"
+    replaced = "another loss takes the place of Eq. (2)" if of_voxels or infonce is not None else ""
+    reasons = {
+        "control": control is not None and plain,
+        "infonce_temperature": infonce is not None and (plain or (of_voxels and replaced)),
         "hinge False": not hinge and (plain or replaced),
         "normalize True": normalize and replaced,
-        "the P in the name": chosen.positive_pair and replaced,
+        "dice": dice and chosen.backbone == "VNet" and "the Dice loss is its only loss",
+        "the P in the name": chosen.positive_pair and (replaced or (not pair_weight and "pair_weight is 0")),
     }
-    if any(idle.values()):
-        names = ", ".join(name for name, is_idle in idle.items() if is_idle)
-        why = "it draws no voxels" if plain else "another loss takes the place of Eq. (2)"
-        raise ValueError(f"{chosen.name}: {names} would do nothing, because {why}; leave it out")
-    if of_voxels and chosen.separate:
-        raise ValueError(f"{chosen.name}: with control {control!r} only the head would learn; leave out -Sep")
-    if chosen.separate and not weight:
-        raise ValueError(f"{chosen.name}: with a weight of 0 only the head would learn; leave out -Sep")
-    if chosen.positive_pair and not pair_weight:
-        raise ValueError(f"{chosen.name}: with a pair_weight of 0 the P would do nothing; leave it out")
+    if idle := [f"{what} would do nothing, because {why}" for what, why in reasons.items() if why]:
+        raise ValueError(f"{chosen.name}: {'; '.join(idle)}; leave it out")
+    if chosen.separate and (of_voxels or not weight):
+        what = f"control {control!r}" if of_voxels else "a weight of 0"
+        raise ValueError(f"{chosen.name}: with {what} only the head would learn; leave out -Sep")

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from mupkg.models import SegmentationOutput
-from mupkg.samplers import Labels, Sampler, VoxelTuples, contour, real_number, shuffle_roles, switch
+from mupkg.samplers import Labels, Sampler, VoxelTuples, distance_to_contour, real_number, shuffle_roles, switch
 
 IGNORED = -100  # the label of voxels that neither cross-entropy nor the samplers look at
 MARGIN = 0.7  # sigma
@@ -232,12 +232,12 @@ class SegmentationMetricLoss(nn.Module):
         draws = [sampler.draw(labels, probability, generator) for sampler in self.samplers]
         if self.shuffled:
             draws = [(shuffle_roles(tuples, len(labels), generator), valid) for tuples, valid in draws]
-        roles = [indices for tuples, _ in draws for indices in tuples]  # three per sampler
+        voxels = [torch.cat(tuples) for tuples, _ in draws]
         vectors = output.logits if isinstance(self.metric_loss, DrawnCrossEntropy) else output.embeddings
-        parts = iter(gather_embeddings(vectors, torch.cat(roles)).split([len(indices) for indices in roles]))
+        gathered = gather_embeddings(vectors, torch.cat(voxels)).split([len(indices) for indices in voxels])
         metric: dict[str, Scalar] = {}
-        for sampler, (_, valid) in zip(self.samplers, draws, strict=True):
-            tuples = next(parts), next(parts), next(parts), valid
+        for sampler, (_, valid), rows in zip(self.samplers, draws, gathered, strict=True):
+            tuples = *rows.chunk(3), valid
             metric[sampler.letter] = self.metric_loss.of_vectors(*tuples)
             if isinstance(self.metric_loss, VoxelMetricLoss):
                 self.active_shares[sampler.letter] = self.metric_loss.active_share(*tuples)
@@ -248,17 +248,13 @@ class SegmentationMetricLoss(nn.Module):
         if labels.is_floating_point():
             raise ValueError(f"labels must be whole numbers or boolean, not {labels.dtype}: labels.long()")
         logits, embeddings, grid = (tuple(tensor.shape) for tensor in (*output, labels))
-        if grid == (*logits[:1], 1, *logits[2:]):
-            cure = "squeeze the labels' channel axis, labels[:, 0]"
-        elif grid != logits[:1] + logits[2:]:
-            cure = "labels must be (N, *spatial), on the grid of the logits (N, classes, *spatial)"
-        elif logits[1] < 2:
-            cure = "let the network give a logit for background and one for foreground"
-        elif self.samplers and embeddings[:1] + embeddings[2:] != grid:  # they would be of other voxels
-            cure = "embeddings must lie on the labels' grid; EmbeddingTap brings smaller ones to it"
-        else:
-            return
-        raise ValueError(f"logits {logits}, embeddings {embeddings} and labels {grid} do not fit: {cure}")
+        grids = [logits[:1] + logits[2:]] + ([embeddings[:1] + embeddings[2:]] if self.samplers else [])
+        if logits[1] < 2 or any(other != grid for other in grids):  # embeddings would be of other voxels
+            raise ValueError(
+                f"logits {logits}, embeddings {embeddings} and labels {grid} do not fit: they must be (N, 2 or more "
+                "classes, *spatial), (N, E, *spatial), and (N, *spatial) without a channel axis, on one grid; "
+                "EmbeddingTap brings smaller embeddings to it"
+            )
 
 
 def contour_distance(labels: Labels, reach: int) -> tuple[Float[Tensor, "n *spatial"], Bool[Tensor, "n *spatial"]]:
@@ -267,16 +263,10 @@ def contour_distance(labels: Labels, reach: int) -> tuple[Float[Tensor, "n *spat
     The contour is that of the samplers, in plane for labels (N, H, W). What lies beyond the patch is not seen: a
     distance counts as known only if it is no larger than the distance to the patch's border.
     """
-    border = torch.full(labels.shape, torch.inf, device=labels.device)
-    squared = border.masked_fill(contour(labels), 0.0)
-    offsets = torch.arange(-reach, reach + 1, device=labels.device).square()
-    for axis in range(1, labels.ndim):  # squares add up: the least is found along one axis after the other
-        windows = F.pad(squared.movedim(axis, -1), (reach, reach), value=torch.inf).unfold(-1, 2 * reach + 1, 1)
-        squared = (windows + offsets).amin(dim=-1).movedim(-1, axis)
-        place = torch.arange(labels.shape[axis], device=labels.device)
-        border = torch.minimum(border.movedim(axis, -1), torch.minimum(place, place.flip(0))).movedim(-1, axis)
-    distance = squared.sqrt().clamp(max=reach)
-    return distance, distance <= border
+    distance = distance_to_contour(labels, reach).clamp(max=reach)
+    places = [torch.arange(length, device=labels.device) for length in labels.shape[1:]]
+    to_ends = torch.meshgrid(*(torch.minimum(place, place.flip(0)) for place in places), indexing="ij")
+    return distance, distance <= torch.stack(to_ends).amin(dim=0)
 
 
 class BoundaryTaskLoss(SegmentationMetricLoss):

@@ -55,10 +55,7 @@ def merged(
     """
     if window is None:
         return merge(torch.cat([up(below), *skips], dim=1))
-    reach, sizes = LAST_BLOCK_REACH, skips[0].shape[-2:]
-    rows, columns = (
-        slice(max(0, w.start - reach), min(n, w.stop + reach)) for w, n in zip(window, sizes, strict=True)
-    )
+    rows, columns = (slice(max(0, w.start - LAST_BLOCK_REACH), w.stop + LAST_BLOCK_REACH) for w in window)
     below = below[..., rows.start // 2 : rows.stop // 2, columns.start // 2 : columns.stop // 2]
     wide = merged(up, merge, below, [skip[..., rows, columns] for skip in skips])
     inside = (slice(w.start - a.start, w.stop - a.start) for w, a in zip(window, (rows, columns), strict=True))
@@ -109,6 +106,13 @@ class SegmentationNetwork(nn.Module):
         # "-Sep": cross-entropy teaches the head alone, the metric loss everything before it (Section IV-D).
         return SegmentationOutput(self.head(embeddings.detach() if self.separate else embeddings), embeddings)
 
+    def encode(self, images: Float[Tensor, "n c h w"]) -> list[Tensor]:
+        """The outputs of the encoder's blocks, from the finest grid to the coarsest."""
+        features = [self.down[0](images)]
+        for block in self.down[1:]:
+            features.append(block(F.max_pool2d(features[-1], 2)))
+        return features
+
 
 class UNet(SegmentationNetwork):
     """The UNet of Table I; with the default arguments 3 279 842 parameters, the paper's 3.28 M."""
@@ -119,13 +123,6 @@ class UNet(SegmentationNetwork):
     def embed(self, images: Float[Tensor, "n c h w"], window: Crop | None) -> Float[Tensor, "n e *window"]:
         """Voxel embeddings: the output of the last up-sampling block, after its last ReLU."""
         return _decoded(self.up, self.merge, self.encode(images), window)
-
-    def encode(self, images: Float[Tensor, "n c h w"]) -> list[Tensor]:
-        """The outputs of the encoder's blocks, from the finest grid to the coarsest."""
-        features = [self.down[0](images)]
-        for block in self.down[1:]:
-            features.append(block(F.max_pool2d(features[-1], 2)))
-        return features
 
 
 def _decoder(widths: list[int], embedding_dim: int) -> tuple[nn.ModuleList, nn.ModuleList]:
@@ -190,9 +187,7 @@ class UNetPlusPlus(SegmentationNetwork):
 
     def embed(self, images: Float[Tensor, "n c h w"], window: Crop | None) -> Float[Tensor, "n e *window"]:
         """Voxel embeddings: the last node of the full-resolution level."""
-        rows = [[self.down[0](images)]]  # rows[level] holds the nodes of a level, column by column
-        for block in self.down[1:]:
-            rows.append([block(F.max_pool2d(rows[-1][0], 2))])
+        rows = [[features] for features in self.encode(images)]  # the nodes of each level, column by column
         for column in range(1, POOLINGS + 1):
             for level in range(POOLINGS + 1 - column):
                 node = f"{level}_{column}"
@@ -224,8 +219,7 @@ class EmbeddingTap(nn.Module):
         super().__init__()
         layers = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
         if layer not in layers:
-            near = [name for name in layers if layer and layer in name]
-            near = (near or difflib.get_close_matches(layer, layers, n=5, cutoff=0.3) or layers[-5:])[:5]
+            near = difflib.get_close_matches(layer, layers, n=5, cutoff=0)
             raise ValueError(f"{type(network).__name__} has no layer named {layer!r}; near are: {', '.join(near)}")
         self.network, self.layer = network, layer
 
@@ -247,7 +241,7 @@ class EmbeddingTap(nn.Module):
         return SegmentationOutput(logits, embeddings)
 
 
-def vnet(filters: int = 16, num_classes: int = 2) -> EmbeddingTap:
+def vnet(filters: int = 16) -> EmbeddingTap:
     """MONAI's VNet (3D, Table IV), tapped at its last up-sampling block: embeddings of 2 * `filters` channels.
 
     It takes blocks (N, 1, D, H, W) whose edges are multiples of `VNET_MULTIPLE`. MONAI's own has 16 filters in its
@@ -257,7 +251,7 @@ def vnet(filters: int = 16, num_classes: int = 2) -> EmbeddingTap:
 
     f, act, dropout = filters, ("elu", {"inplace": True}), (None, 0.0)
     with torch.device("meta"):  # 45 million weights, all replaced by those of the width that is wanted
-        network = blocks.VNet(3, 1, num_classes)
+        network = blocks.VNet(3, 1, 2)
     parts = {
         "in_tr": blocks.InputTransition(3, 1, f, act),
         "down_tr32": blocks.DownTransition(3, f, 1, act),
@@ -268,7 +262,7 @@ def vnet(filters: int = 16, num_classes: int = 2) -> EmbeddingTap:
         "up_tr128": blocks.UpTransition(3, 16 * f, 8 * f, 2, act, dropout),
         "up_tr64": blocks.UpTransition(3, 8 * f, 4 * f, 1, act, dropout),
         "up_tr32": blocks.UpTransition(3, 4 * f, 2 * f, 1, act, dropout),
-        "out_tr": blocks.OutputTransition(3, 2 * f, num_classes, act),
+        "out_tr": blocks.OutputTransition(3, 2 * f, 2, act),
     }
     for name, part in parts.items():
         setattr(network, name, part)
@@ -278,23 +272,17 @@ def vnet(filters: int = 16, num_classes: int = 2) -> EmbeddingTap:
 class Backbone(NamedTuple):
     """A network that configurations name. To add one: an entry of BACKBONES, its test, METHOD.md."""
 
-    network: Callable[..., nn.Module]  # of in_channels, base_filters, embedding_dim, num_classes (and separate)
+    network: Callable[..., nn.Module]  # of in_channels, base_filters, embedding_dim and separate
     multiple: int = MULTIPLE  # of which the edges of images (blocks) must be
     dimensions: int = 2
     metric: bool = False  # whether samplers may be put on it, as Metric<name>-...
-    about: str = ""
 
 
 BACKBONES: dict[str, Backbone] = {
     "UNet": Backbone(UNet, metric=True),
     "UNet++": Backbone(UNetPlusPlus, metric=True),
-    "VNet": Backbone(
-        lambda base_filters, num_classes, **_: vnet(max(1, base_filters // 2), num_classes),
-        VNET_MULTIPLE,
-        dimensions=3,
-        about="3D, Dice loss",
-    ),
-    "BoundaryFCN": Backbone(BoundaryFCN, about="a second decoder learns the distance to the contour"),
+    "VNet": Backbone(lambda base_filters, **_: vnet(max(1, base_filters // 2)), VNET_MULTIPLE, dimensions=3),
+    "BoundaryFCN": Backbone(BoundaryFCN),
 }
 
 
@@ -310,15 +298,12 @@ def layout_of(network: nn.Module) -> torch.memory_format:
 
 def _logits(output: Any, ndim: int) -> Tensor:
     """The logits in what a network returned: the tensor itself, the first of a list, or a dict's "out"."""
-    if isinstance(output, Mapping):
-        if "out" not in output:
-            raise ValueError(f'the network returned a dict without "out": {", ".join(map(str, output))}')
-        output = output["out"]
-    first = output[0] if isinstance(output, list | tuple) and output else output
-    if isinstance(first, Tensor) and first.ndim == ndim:
-        return first
-    found = f"a tensor {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+    logits = output.get("out") if isinstance(output, Mapping) else output
+    logits = logits[0] if isinstance(logits, list | tuple) and logits else logits
+    if isinstance(logits, Tensor) and logits.ndim == ndim:
+        return logits
+    found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
     raise ValueError(
-        f"the network returned {found}, not logits (N, classes, *spatial) of {ndim} axes; if it stacks the heads of "
-        "a deep supervision (MONAI's DynUNet does so in training), switch that off"
+        f"the network returned {found}, not logits (N, classes, *spatial) of {ndim} axes, alone, first in a list "
+        'or a dict\'s "out"; if it stacks the heads of a deep supervision (as DynUNet in training), switch that off'
     )

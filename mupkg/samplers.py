@@ -65,12 +65,14 @@ def contour(labels: Labels) -> Mask:
     return beside & foreground
 
 
-def near_contour(labels: Labels) -> Mask:
-    """Voxels no farther than 2 voxels (Euclidean) from a contour voxel: for N, near negatives; not in the paper."""
-    steps, dimensions = torch.arange(-2, 3, device=labels.device), labels.ndim - 1
-    offsets = torch.cartesian_prod(*[steps] * dimensions).square().sum(dim=1).reshape(1, 1, *[5] * dimensions)
-    convolve = F.conv2d if dimensions == 2 else F.conv3d
-    return convolve(contour(labels)[:, None].float(), (offsets <= 4).float(), padding=2)[:, 0] > 0.5
+def distance_to_contour(labels: Labels, reach: int) -> Float[Tensor, "n *spatial"]:
+    """Each voxel's distance to the nearest contour voxel, in voxels; where it is above `reach`, a number above it."""
+    squared = torch.full(labels.shape, torch.inf, device=labels.device).masked_fill(contour(labels), 0.0)
+    steps = torch.arange(-reach, reach + 1, device=labels.device).square()
+    for axis in range(1, labels.ndim):  # squares add up: the least is found along one axis after the other
+        windows = F.pad(squared.movedim(axis, -1), (reach, reach), value=torch.inf).unfold(-1, 2 * reach + 1, 1)
+        squared = (windows + steps).amin(dim=-1).movedim(-1, axis)
+    return squared.sqrt()
 
 
 def draw_with_replacement(candidates: Candidates, count: int, generator: Generator | None) -> Int[Tensor, "n count"]:
@@ -133,7 +135,7 @@ class Sampler:
             raise ValueError("labels are {} but the probabilities {}".format(*shapes))
         anchor, positive, negative = self.candidates(labels, foreground_probability)
         if self.near_negatives:
-            negative = negative & near_contour(labels)
+            negative = negative & (distance_to_contour(labels, 2) <= 2)
         sets = [mask.flatten(1) for mask in (anchor, positive, negative)]
         valid = torch.stack([mask.any(dim=1) for mask in sets]).all(dim=0)
         anchors = draw_without_replacement(sets[0], self.anchors, generator).repeat_interleave(self.pairs, dim=1)
@@ -192,7 +194,7 @@ class HardNegativeSampler(Sampler):
         if foreground_probability is None:
             raise ValueError("focal hard negative sampling needs foreground_probability (N, *spatial)")
         foreground = labels == 1
-        hard = (foreground_probability.detach() - 1).abs() > self.threshold  # y is 1 in the foreground
+        hard = (foreground_probability - 1).abs() > self.threshold  # y is 1 in the foreground
         return foreground & hard, foreground, labels == 0
 
 

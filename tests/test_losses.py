@@ -533,14 +533,14 @@ def test_half_precision_outputs_give_a_float32_loss(dtype):
 @pytest.mark.parametrize(
     ("spoil", "cure"),
     [
-        (lambda logits, embeddings, labels: (logits, embeddings, labels[:, None]), r"squeeze .*, labels\[:, 0\]"),
-        (lambda logits, embeddings, labels: (logits, embeddings, labels[1]), "on the grid of the logits"),
-        (lambda logits, embeddings, labels: (logits, embeddings, labels[:2]), "on the grid of the logits"),
-        (lambda logits, embeddings, labels: (logits[..., 1:], embeddings, labels), "on the grid of the logits"),
-        (lambda logits, embeddings, labels: (logits[:, :1], embeddings, labels), "a logit for background and one"),
+        (lambda logits, embeddings, labels: (logits, embeddings, labels[:, None]), "without a channel axis"),
+        (lambda logits, embeddings, labels: (logits, embeddings, labels[1]), "on one grid"),
+        (lambda logits, embeddings, labels: (logits, embeddings, labels[:2]), "on one grid"),
+        (lambda logits, embeddings, labels: (logits[..., 1:], embeddings, labels), "on one grid"),
+        (lambda logits, embeddings, labels: (logits[:, :1], embeddings, labels), "2 or more classes"),
         (lambda logits, embeddings, labels: (logits, embeddings[..., ::2], labels), "EmbeddingTap brings"),
         (lambda logits, embeddings, labels: (logits, embeddings.repeat_interleave(2, -1), labels), "EmbeddingTap"),
-        (lambda logits, embeddings, labels: (logits, embeddings[:2], labels), "on the labels' grid"),
+        (lambda logits, embeddings, labels: (logits, embeddings[:2], labels), "on one grid"),
     ],
 )
 def test_shapes_that_do_not_fit_are_told_with_the_way_out(spatial, spoil, cure, unchecked):

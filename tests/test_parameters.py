@@ -398,7 +398,7 @@ def test_what_made_the_shipped_runs_is_told_by_their_parameters():
 def test_the_options_of_the_loss_are_those_of_build():
     options = Stage2Settings(metric_weight=0.3, hinge=False).loss_options
     assert (options["weight"], options["hinge"]) == (0.3, False)
-    network_and_sizes = {"configuration", "in_channels", "base_filters", "embedding_dim", "num_classes"}
+    network_and_sizes = {"configuration", "in_channels", "base_filters", "embedding_dim"}
     assert {*options} | network_and_sizes == {*signature(build).parameters}
     for name, value in MetricOptions().loss_options.items():
         assert signature(build).parameters[name].default == value

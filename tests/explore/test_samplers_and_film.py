@@ -11,7 +11,7 @@ from mupkg.explore.samplers_and_film import CaseFilm, FilmPlayer, SamplersAtWork
 from mupkg.losses import VoxelMetricLoss
 from mupkg.models import UNet
 from mupkg.report.figures import mix, png
-from mupkg.samplers import VoxelTuples, contour, near_contour
+from mupkg.samplers import VoxelTuples, contour, distance_to_contour
 from mupkg.stages.film import Film, read_film
 from mupkg.stages.voxels import embed_slice
 
@@ -187,7 +187,7 @@ def test_near_negatives_lie_at_the_contour_and_teach_more(seen):
     far = work.tuples()
     work.near.value = True
     near, label = work.tuples(), work.patch[1]
-    allowed = near_contour(torch.from_numpy(label.copy())[None])[0].numpy() & ~label
+    allowed = (distance_to_contour(torch.from_numpy(label.copy())[None], 2)[0].numpy() <= 2) & ~label
     assert allowed.ravel()[near["negatives"]].all() and not allowed.ravel()[far["negatives"]].all()
     assert "CN: 100 tuples" in work._patches[2][0].get_title()
 
