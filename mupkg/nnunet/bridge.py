@@ -64,13 +64,7 @@ def embedding_layer(network: nn.Module) -> nn.Module:
     """
     for wrapper in ("module", "_orig_mod"):  # DistributedDataParallel's, torch.compile's
         network = getattr(network, wrapper, network)
-    try:
-        return network.decoder.stages[-1]
-    except AttributeError:
-        raise ValueError(
-            f"{type(network).__name__}: has no decoder.stages to take embeddings from; choose plans of "
-            "PlainConvUNet or ResidualEncoderUNet"
-        ) from None
+    return network.decoder.stages[-1]
 
 
 class MetricBranch(nn.Module):
@@ -123,7 +117,6 @@ def install_trainers() -> Path:
 
     nnU-Net looks nowhere else. Returns the module's path; it may be deleted at any time.
     """
-    require_nnunet()
     package = Path(importlib.util.find_spec("nnunetv2").origin).parent
     path = package / "training/nnUNetTrainer/variants/mupkg_trainers.py"
     write_text(path, f"from mupkg.nnunet.trainers import {', '.join(TRAINERS.values())}\n")
@@ -138,16 +131,16 @@ def export(regions: Regions, cohort: Cohort, folder: Path) -> None:
 
     `raw/` holds training and validation cases (imagesTr, labelsTr) and test cases (imagesTs, without labels).
     """
-    raw, preprocessed = (folder / name for name in ("raw", "preprocessed"))
+    raw, preprocessed = (folder / name / DATASET for name in ("raw", "preprocessed"))
     for place in (raw, preprocessed):
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(place.parent, ignore_errors=True)
     ids = {split: regions.ids(split) for split in SPLITS}
     learnt = ids["train"] + ids["validation"]
     for case_id in progress(learnt + ids["test"], desc="writing", unit="case"):
         images = "imagesTr" if case_id in learnt else "imagesTs"
-        write_image(regions.image(case_id), raw / DATASET / images / f"{case_id}_0000.nii.gz")
+        write_image(regions.image(case_id), raw / images / f"{case_id}_0000.nii.gz")
         if case_id in learnt:
-            write_image(regions.image(case_id, "label"), raw / DATASET / "labelsTr" / f"{case_id}.nii.gz")
+            write_image(regions.image(case_id, "label"), raw / "labelsTr" / f"{case_id}.nii.gz")
     dataset = {
         "channel_names": {"0": cohort.preparation.modality},  # by which nnU-Net chooses how to normalise
         "labels": {"background": 0, "prostate": 1},
@@ -155,9 +148,9 @@ def export(regions: Regions, cohort: Cohort, folder: Path) -> None:
         "file_ending": ".nii.gz",
         "overwrite_image_reader_writer": "SimpleITKIO",
     }
-    write_json(raw / DATASET / "dataset.json", dataset)
+    write_json(raw / "dataset.json", dataset)
     splits = [{"train": ids["train"], "val": ids["validation"]}]
-    write_text(preprocessed / DATASET / "splits_final.json", json.dumps(splits, indent=1))
+    write_text(preprocessed / "splits_final.json", json.dumps(splits, indent=1))
 
 
 def reduce_plans(folder: Path, batch_size: int | None, width: int | None) -> dict[str, Any]:
@@ -176,7 +169,7 @@ def reduce_plans(folder: Path, batch_size: int | None, width: int | None) -> dic
     own = {"batch_size": chosen["batch_size"], "features_per_stage": network["features_per_stage"]}
     chosen["batch_size"] = batch_size or own["batch_size"]
     first = own["features_per_stage"][0]
-    network["features_per_stage"] = [max(1, n * (width or first) // first) for n in own["features_per_stage"]]
+    network["features_per_stage"] = [n * (width or first) // first for n in own["features_per_stage"]]
     write_json(path.with_name(f"{REDUCED}.json"), plans | {"plans_name": REDUCED})
     used = {"batch_size": chosen["batch_size"], "features_per_stage": network["features_per_stage"]}
     return {"patch_size": chosen["patch_size"], "planned": own, "used": used}
@@ -194,7 +187,6 @@ def run(command: str, *arguments: str, folder: Path, results: Path, log: Path, *
     Raises:
         RuntimeError: with the end of its output, if it fails.
     """
-    require_nnunet()
     places = {f"nnUNet_{name}": folder.resolve() / name for name in ("raw", "preprocessed")}
     places["nnUNet_results"] = results.resolve()
     usual = {} if DEVICE == "cuda" else {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
@@ -236,8 +228,8 @@ def begin(run_folder: Path, parameters: Mapping[str, Any], **record: Any) -> Non
     """
     if (run_folder / RUN).exists():
         before = read_run(run_folder / RUN)
-        was = {**before.get("parameters", {}), "data_fingerprint": before.get("data_fingerprint")}
-        now = json.loads(json.dumps({**parameters, "data_fingerprint": record["data_fingerprint"]}))
+        was = {**before["parameters"], "data_fingerprint": before.get("data_fingerprint")}
+        now = {**parameters, "data_fingerprint": record["data_fingerprint"]}
         if differ := [f"{k} {was.get(k)} and not {now.get(k)}" for k in was | now if was.get(k) != now.get(k)]:
             raise ValueError(f"{run_folder}: holds a run with {', '.join(differ)}; delete it, or choose another seed")
     write_run(run_folder, parameters, **record)
@@ -251,24 +243,22 @@ def train(run_folder: Path, folder: Path, *, epochs: int, iterations: int, seed:
     variables = {EPOCHS: epochs, ITERATIONS: iterations, SEED: seed}
     if DEVICE == "cpu":  # so augmentation can be repeated, and takes no second core
         variables["nnUNet_n_proc_DA"] = 0
-    model = ("1", "2d", "0", "-tr", _trainer(run_folder), "-p", REDUCED, "-device", DEVICE)
-    run("nnUNetv2_train", *model, "--c", **_places(run_folder, folder), **variables)
+    _run_for("nnUNetv2_train", run_folder, folder, "1", "2d", "0", "--c", **variables)
 
 
 def predict(run_folder: Path, folder: Path) -> None:
     """Predict the test cases with the last weights, by nnU-Net's own command (mirrored and averaged, as it does)."""
     images, predicted = (str(path) for path in (folder / "raw" / DATASET / "imagesTs", run_folder / MODEL / TEST))
-    model = ("-d", "1", "-c", "2d", "-f", "0", "-tr", _trainer(run_folder), "-p", REDUCED, "-device", DEVICE)
+    cases = ("-i", images, "-o", predicted, "-d", "1", "-c", "2d", "-f", "0")
     options = ("--save_probabilities", "-npp", "1", "-nps", "1", "--disable_progress_bar")
-    run("nnUNetv2_predict", "-i", images, "-o", predicted, *model, *options, **_places(run_folder, folder))
+    _run_for("nnUNetv2_predict", run_folder, folder, *cases, *options)
 
 
-def _trainer(run_folder: Path) -> str:
-    return TRAINERS[parse_run_name(run_folder)[0]]
-
-
-def _places(run_folder: Path, folder: Path) -> dict[str, Path]:
-    return {"folder": folder, "results": run_folder / MODEL, "log": run_folder / "nnunet.log"}
+def _run_for(command: str, run_folder: Path, folder: Path, *arguments: str, **environment: Any) -> None:
+    """A command for a run: with the trainer of its name, on the reduced plans, into its folder."""
+    chosen = ("-tr", TRAINERS[parse_run_name(run_folder)[0]], "-p", REDUCED, "-device", DEVICE)
+    places = {"folder": folder, "results": run_folder / MODEL, "log": run_folder / "nnunet.log"}
+    run(command, *arguments, *chosen, **places, **environment)
 
 
 def evaluate(run_folder: Path, cohort: Cohort, regions: Regions) -> pd.DataFrame:
