@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -27,31 +25,21 @@ def dice(prediction: Shaped[np.ndarray, "..."], truth: Shaped[np.ndarray, "..."]
     return float(2 * np.count_nonzero(prediction & truth) / size) if size else 1.0
 
 
-@dataclass(frozen=True)
-class TwoMasks:
+class TwoMasks(NamedTuple):
     """A prediction and the truth, cut to the organ, and what metrics are worked out from."""
 
     prediction: Bool[np.ndarray, "*spatial"]
     truth: Bool[np.ndarray, "*spatial"]
     spacing_mm: Float[np.ndarray, " d"]
-
-    @cached_property
-    def voxels(self) -> tuple[int, int, int]:
-        """How many are predicted, true, and both."""
-        return tuple(int(np.count_nonzero(m)) for m in (self.prediction, self.truth, self.prediction & self.truth))
-
-    @cached_property
-    def surface_distances(self) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " t"]]:
-        """Millimetres from every surface voxel to the other surface: of the prediction, and of the truth."""
-        a, b = surface(self.prediction), surface(self.truth)
-        return _directed(a, b, self.spacing_mm), _directed(b, a, self.spacing_mm)
+    voxels: tuple[int, int, int]  # how many are predicted, true, and both
+    # Millimetres from every surface voxel to the other surface: of the prediction, and of the truth.
+    surface_distances: tuple[Float[np.ndarray, " s"], Float[np.ndarray, " t"]] | None  # None if a mask is empty
 
     def by_distance(self, of: Callable[..., float], same: float = 0.0, apart: float = float("inf")) -> float:
         """`of` the surface distances; without a surface `same` if both masks are empty, `apart` if one is."""
-        predicted, true, _ = self.voxels
-        if predicted and true:
+        if self.surface_distances is not None:
             return of(*self.surface_distances)
-        return same if predicted == true else apart
+        return same if not any(self.voxels) else apart
 
 
 class Metric(NamedTuple):
@@ -138,7 +126,11 @@ def segmentation_metrics(
         raise ValueError(f"spacing_mm must be {truth.ndim} finite positive numbers in array order, not {spacing_mm}")
     boxes = ndimage.find_objects((prediction | truth).astype(np.uint8))
     box = boxes[0] if boxes else (slice(0),) * truth.ndim  # only the organ, not the whole scan
-    masks = TwoMasks(prediction[box], truth[box], spacing)
+    prediction, truth = prediction[box], truth[box]
+    voxels = tuple(int(np.count_nonzero(mask)) for mask in (prediction, truth, prediction & truth))
+    a, b = surface(prediction), surface(truth)
+    distances = (_directed(a, b, spacing), _directed(b, a, spacing)) if voxels[0] and voxels[1] else None
+    masks = TwoMasks(prediction, truth, spacing, voxels, distances)
     row = {name: float(metric.of(masks)) for name, metric in METRICS.items() if metric.of}
     if tolerance_mm is None:
         return row
