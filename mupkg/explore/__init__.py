@@ -5,14 +5,12 @@ from mupkg import lazily
 __getattr__ = lazily(
     __name__,
     {
-        "case": ["CaseViewer"],
-        "cohort": ["CohortExplorer"],
-        "linked": ["DistanceMap", "EmbeddingExplorer"],
-        "panels": ["show"],
+        "panels": ["CaseViewer", "DistanceMap", "show"],
         "predictions": ["CasePredictions", "Cases"],
         "samplers_and_film": ["FilmPlayer", "SamplersAtWork", "read_films"],
+        "scatters": ["CohortExplorer"],
         "volumes": ["show_itkwidgets"],
         "voxels": ["save_voxels", "voxels_table"],
-        "workbench": ["Neighbours", "Workbench"],
+        "workbench": ["EmbeddingExplorer", "Workbench"],
     },
 )

@@ -64,3 +64,25 @@ def beside(pictures: ipywidgets.Widget, *texts: ipywidgets.Widget) -> ipywidgets
     pictures.layout.flex = "1 1 0"  # of the width: where pictures lie above each other it would take all their height
     column = ipywidgets.VBox(texts, layout=ipywidgets.Layout(flex="0 0 215px", padding="0 0 0 8px"))
     return ipywidgets.HBox([pictures, column])
+
+
+class RunLists:
+    """Two lists, A and B, from which two different runs are chosen; a single run needs no B."""
+
+    def __init__(self, names: Sequence[str], changed: Callable[[], None]):
+        width = min(330, 60 + 9 * max(map(len, names)))
+        picked = dict(zip("AB", (names[0], names[-1])[: len(names)], strict=False))
+        self.lists, self._changed = [dropdown(letter, names, name, width) for letter, name in picked.items()], changed
+        for run_list in self.lists:
+            run_list.observe(self._change, "value")
+
+    @property
+    def names(self) -> list[str]:
+        return [run_list.value for run_list in self.lists]
+
+    def _change(self, change: dict) -> None:
+        for other in self.lists:
+            if other is not change["owner"] and other.value == change["new"]:
+                other.value = change["old"]  # they change places; that calls this again, with two different runs
+                return
+        self._changed()

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import ipywidgets
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
-import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from numpy.typing import ArrayLike
 from scipy import ndimage
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from mupkg.data.cohort import Cohort
@@ -33,19 +31,8 @@ from mupkg.stages.runs import BEST, STAGE1
 from mupkg.stages.voxels import ELSEWHERE, KINDS, embed_slice, embed_voxels, kinds, predict_and_embed
 
 SLICES_KEPT = 16  # of embeddings that are not kept whole; a slice of 128 x 128 with 256 channels takes 17 MB
-SMALL_WORK = 2e11  # voxels times weights: below, a second thread costs more than it brings
+SMALL_WORK = 2e11  # voxels times weights: below, threads that wait for each other cost more than they bring
 EMBEDDED_KEPT = 4  # predictions (a case and a run) whose embeddings are kept
-
-
-@contextmanager
-def few_threads(work: float = 0):
-    """One thread while the work is small: threads that wait for each other keep a busy machine waiting, too."""
-    with ExitStack() as stack:
-        if work < SMALL_WORK:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(1)
-            stack.enter_context(threadpool_limits(1))
-        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +74,12 @@ class CasePredictions:
         return f"{self.letters[name]} · {name}\n{numbers}\n{', '.join(filter(None, [self.mark, note]))}"
 
     @cached_property
-    def embedding(self) -> Callable[[str, int], Float[Tensor, "y x e"]]:
+    def embedding(self) -> Callable[[str, int], Float[np.ndarray, "y x e"]]:
         """`embedding(name, z)`: the embeddings of a slice; where not all are kept, those of the last few slices."""
 
-        def embedded(name: str, z: int) -> Tensor:
+        def embedded(name: str, z: int) -> np.ndarray:
             stored = self.kept.get(name)
-            return torch.from_numpy(embed_slice(self.networks[name], self.region, z) if stored is None else stored[z])
+            return embed_slice(self.networks[name], self.region, z) if stored is None else stored[z]
 
         return lru_cache(SLICES_KEPT)(embedded)
 
@@ -107,10 +94,6 @@ class CasePredictions:
         number = kinds(self.truth)
         number[number == ELSEWHERE] = KINDS.index("far background")
         return number
-
-    def kind_of(self, voxel: Sequence[int]) -> str:
-        """What a voxel (z, y, x) is, by name."""
-        return KINDS[self.kind[tuple(voxel)]]
 
     @cached_property
     def distance_mm(self) -> Float[np.ndarray, "z y x"]:
@@ -134,7 +117,7 @@ class CasePredictions:
         """A voxel in four short lines: where it lies, what it is, and how probable the runs call prostate there."""
         across, back, up = self.world_mm((z, y, x))
         said = ", ".join(f"{self.letters[name]} {heat[z, y, x]:.2f}" for name, heat in self.heat.items())
-        what = f"{self.kind_of((z, y, x))}, {self.distance_mm[z, y, x]:+.2f} mm"
+        what = f"{KINDS[self.kind[z, y, x]]}, {self.distance_mm[z, y, x]:+.2f} mm"
         place = f"x {across:.2f}, y {back:.2f}, z {up:.2f} mm"
         mark = f", {self.mark}" if self.mark else ""
         return f"voxel (z, y, x) {z}, {y}, {x}{mark}\n{place}\n{what}\nprobability: {said}"
@@ -173,29 +156,24 @@ class Cases:
         networks: Mapping[str, nn.Module],
         tested: pd.DataFrame | None = None,
     ):
-        self.volumes, self.names, self._network = volumes, list(networks), networks.__getitem__
+        self.volumes, self.networks, self.names = volumes, networks, list(networks)
         labelled = volumes.table[["split"]].dropna()  # a cohort's scan without a label is in no split
         self.table = labelled.join(pd.DataFrame(tested, columns=self.names, dtype=float))
         self.measured_here = self.table[self.names].isna()
         self._predicted: dict[tuple[str, str], tuple] = {}  # heat and embeddings of a case by a network
 
     @classmethod
-    def of(cls, study: str | Path | Cases, configurations: Sequence[str] | None = None, seed: int = 0) -> Cases:
-        """`Cases` of your own as they are, or those of a study folder."""
-        return study if isinstance(study, Cases) else cls.read(study, configurations, seed)
-
-    @classmethod
-    def read(cls, study: str | Path, configurations: Sequence[str] | None = None, seed: int = 0) -> Cases:
-        """Those of a study folder, `outputs/<study>` say.
+    def read(cls, study: str | Path | Cases, configurations: Sequence[str] | None = None, seed: int = 0) -> Cases:
+        """Those of a study folder, `outputs/<study>` say; `Cases` of your own stay as they are.
 
         ValueError naming what is missing: the runs, or a file of a run.
         """
+        if isinstance(study, Cases):
+            return study
         runs = results.finished_runs(study, configurations, seed)
-        folders = runs.set_index("configuration")["folder"].to_dict()
-        regions = Regions.read(Path(study) / STAGE1)
-        cases = cls(regions, folders, results.per_case(results.case_metrics(runs), "DSC"))
-        cases._network = cache(lambda name: _as_the_loss_sees_it(*load_network(folders[name] / BEST)))
-        return cases
+        folders = runs.set_index("configuration")["folder"]
+        networks = {name: _as_the_loss_sees_it(*load_network(folder / BEST)) for name, folder in folders.items()}
+        return cls(Regions.read(Path(study) / STAGE1), networks, results.per_case(results.case_metrics(runs), "DSC"))
 
     def worst_first(self, names: Sequence[str]) -> list[str]:
         """Cases by the mean DSC of these networks, the worst first; then those that nobody has measured."""
@@ -226,16 +204,15 @@ class Cases:
             image, label = self.volumes.prepared(case_id)
         else:
             image, label = (self.volumes.image(case_id, part) for part in ("image", "label"))
-        if label is None:
-            raise ValueError(f"case {case_id}: has no label, so there is nothing to compare with")
         region, truth = sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(label) == 1
-        networks = {name: self._network(name) for name in names}
-        for name, network in networks.items():
+        for name in names:
             if (case_id, name) not in self._predicted:
-                with few_threads(region.size * sum(weight.numel() for weight in network.parameters())):
-                    self._predicted[case_id, name] = predict_and_embed(network, region)
+                work = region.size * sum(weight.numel() for weight in self.networks[name].parameters())
+                with threadpool_limits(1 if work < SMALL_WORK else None):
+                    self._predicted[case_id, name] = predict_and_embed(self.networks[name], region)
         for key in list(self._predicted)[:-EMBEDDED_KEPT]:
             self._predicted[key] = self._predicted[key][0], None
+        networks = {name: self.networks[name] for name in names}
         heat, embeddings = ({name: self._predicted[case_id, name][part] for name in names} for part in (0, 1))
         split, spacing = self.table.loc[case_id, "split"], array_spacing(image)
         case = CasePredictions(case_id, region, truth, spacing, networks, heat, split, image, embeddings)

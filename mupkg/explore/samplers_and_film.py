@@ -11,7 +11,7 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
@@ -24,7 +24,6 @@ from mupkg.losses import gather_embeddings, squared_distance
 from mupkg.report import results
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, principal_axes, separation
 from mupkg.report.figures import (
-    FIXED,
     HEAT,
     TEACHES,
     TRUTH,
@@ -68,6 +67,17 @@ def read_films(study: str | Path, configurations: Sequence[str] | None = None, s
     return films
 
 
+class Patch(NamedTuple):
+    """A patch of a slice as a network sees it."""
+
+    grey: UInt8[np.ndarray, "h w"]
+    truth: Bool[np.ndarray, "h w"]
+    heat: Float[np.ndarray, "h w"]  # foreground probability
+    embedding: Float[np.ndarray, "h w e"]
+    name: str  # of the case and the slice
+    spacing_mm: tuple[float, float, float]
+
+
 class SamplersAtWork:
     """What R, H and C draw on a patch, and which of their tuples the triplet term still moves.
 
@@ -104,72 +114,53 @@ class SamplersAtWork:
         self.tau = slider("τ of H", tau, 0, 0.95, 0.05)
         self.near = ipywidgets.Checkbox(description="near negatives (N)", indent=False)
         self.draw_number = slider("draw", 0, 0, 99)
-        self._lay_out()
         self._of_run()
         self.run.observe(lambda _: self._of_run(), "value")
-        self.step.observe(lambda _: self._of_patch(), "value")
-        for control in (self.slice, self.top, self.left):  # a film has its own slice and patch
-            control.observe(lambda _: self._of_patch() if self.step.value == TRAINED else None, "value")
-        for control in (self.anchors, self.pairs, self.tau, self.near, self.draw_number):
+        self.where = [self.run, self.step, self.slice, self.top, self.left]
+        self.what = [self.anchors, self.pairs, self.tau, self.draw_number, self.near]
+        for control in (*self.where, *self.what):
             control.observe(lambda _: self.draw(), "value")
 
-    def _lay_out(self) -> None:
-        self.figure = Figure(figsize=(10.2, 7.4), dpi=DPI, layout=FIXED)
-        axes = self.figure.subplots(2, 3, sharey="row")
-        self.figure.subplots_adjust(left=0.06, right=0.99, bottom=0.11, top=0.95, wspace=0.15, hspace=0.14)
-        self._patches, self._planes, self._contours = [], [], []
-        for top, bottom in axes.T:
-            image = top.imshow(np.zeros((*self.extent, 3), np.uint8))
-            top.set_axis_off()
-            self._patches.append((top, image, TupleMarks(top)))
-            self._planes.append(TuplePlane(bottom, self.margin))
-        marks, dots = self._patches[-1][-1].marks.values(), {"marker": "o", "linestyle": "", "markersize": 4}
-        handles = [Line2D([], [], color=TRUTH, label="prostate"), *marks]
-        handles += [Line2D([], [], color=colour, label=name, **dots) for name, colour in TEACHES.items()]
-        self.figure.legend(handles=handles, ncols=6, fontsize=8, loc="lower center", facecolor="gainsboro")
-
     def _of_run(self) -> None:
+        """Offer the steps at which the run was filmed."""
         film = self.films.get(self.run.value)
-        options = [*map(str, film.frames.steps if film else []), TRAINED]
-        if tuple(options) != tuple(self.step.options):
-            self.step.options, self.step.value = options, TRAINED
-        self._of_patch()
+        self.step.options = [*map(str, film.frames.steps if film else []), TRAINED]
+        self.step.value = TRAINED
 
-    def _of_patch(self) -> None:
-        for control in (self.top, self.left):
-            control.disabled = self.step.value != TRAINED
-        self._look_up(self.step.value)
-        self.draw()
+    @property
+    def patch(self) -> Patch:
+        """The one shown."""
+        return self.patch_at(self.step.value)
 
-    def _look_up(self, step: str) -> None:
-        """A patch as the network sees it at a step: grey values, label and probability, and its embeddings."""
+    def patch_at(self, step: str) -> Patch:
+        """The patch as the run's network sees it at a step, a filmed one or TRAINED."""
         if step != TRAINED:
             film = self.films[self.run.value]
             number, window = film.frames.steps.index(int(step)), film.frames.patch
-            grey, truth, heat = film.grey, film.truth, film.frames.probability[number]
-            embedding = torch.from_numpy(film.frames.patch_embeddings[number])
-            self.place = film.frames.case_id, film.frames.z, film.spacing_mm
+            slices = film.grey, film.truth, film.frames.probability[number]
+            embedding, spacing_mm = film.frames.patch_embeddings[number], film.spacing_mm
+            name = f"{film.frames.case_id}, slice {film.frames.z}"
         else:
-            z, case, name = self.slice.value, self.case, self.run.value
+            z, case, run = self.slice.value, self.case, self.run.value
             place = self.top.value, self.left.value
             window = tuple(slice(start, start + size) for start, size in zip(place, self.extent, strict=True))
-            grey, truth, heat = case.region[z], case.truth[z], case.heat[name][z]
-            embedding = case.embedding(name, z)[window]
-            self.place = case.case_id, z, case.spacing_mm
-        self.patch = grey[window], truth[window], heat[window]
-        self.embedding = embedding.movedim(-1, 0)[None]
+            slices = case.region[z], case.truth[z], case.heat[run][z]
+            embedding, spacing_mm = case.embedding(run, z)[window], case.spacing_mm
+            name = f"{case.case_id}, slice {z}"
+        return Patch(*(part[window] for part in slices), embedding, name, spacing_mm)
 
-    def tuples(self, anchors: int | None = None, near: bool | None = None) -> pd.DataFrame:
+    def tuples(self, anchors: int | None = None, near: bool | None = None, step: str | None = None) -> pd.DataFrame:
         """All tuples drawn, as the controls or the arguments say: sampler, flat indices, d(a, p), d(a, n), active."""
-        _, truth, heat = self.patch
-        label, probability = (torch.from_numpy(np.ascontiguousarray(a))[None] for a in (truth, heat))
+        patch = self.patch_at(step or self.step.value)
+        label, probability = (torch.from_numpy(np.ascontiguousarray(a))[None] for a in (patch.truth, patch.heat))
+        embedding = torch.from_numpy(patch.embedding).movedim(-1, 0)[None]
         sizes = anchors or self.anchors.value, self.pairs.value
         near = {"near_negatives": self.near.value if near is None else near}
         hard, parts = HardNegativeSampler(*sizes, self.tau.value, **near), []
         for number, sampler in enumerate((RandomSampler(*sizes, **near), hard, ContourSampler(*sizes, **near))):
             generator = torch.Generator().manual_seed(3 * self.draw_number.value + number)
             drawn = sampler(label, probability, generator)
-            anchor, positive, negative = (gather_embeddings(self.embedding, indices) for indices in drawn)
+            anchor, positive, negative = (gather_embeddings(embedding, indices) for indices in drawn)
             to_positive, to_negative = squared_distance(anchor, positive), squared_distance(anchor, negative)
             columns = dict(zip(drawn._fields, (indices.numpy() for indices in drawn), strict=True))
             columns |= {"d(a, p)": to_positive.numpy(), "d(a, n)": to_negative.numpy()}
@@ -184,46 +175,49 @@ class SamplersAtWork:
         """
         rows = {}
         for step in self.step.options[:-1] or (TRAINED,):
-            self._look_up(step)
-            shares = [self.tuples(anchors, near).groupby("sampler")["active"].mean() for near in (False, True)]
+            drawn = [self.tuples(anchors, near, step) for near in (False, True)]
+            shares = [tuples.groupby("sampler")["active"].mean() for tuples in drawn]
             rows[step] = pd.concat([shares[0], shares[1].add_suffix("N")])
-        self._look_up(self.step.value)
         columns = [*"RHC", "RN", "HN", "CN"]
         return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns).rename_axis("step")
 
-    def draw(self) -> None:
-        for contour in self._contours:
-            contour.remove()
-        self._contours = []
-        drawn, (grey, truth, heat), (case_id, z, spacing_mm) = self.tuples(), self.patch, self.place
-        pixels = mix(grey, heat, opacity=0.25)
+    @property
+    def figure(self) -> Figure:
+        """The patch with each sampler's tuples, and below it their distances."""
+        drawn, patch = self.tuples(), self.patch
+        figure = Figure(figsize=(10.2, 7.4), dpi=DPI, layout="constrained")
         reach = 1.2 * max(2 * self.margin, *drawn[["d(a, p)", "d(a, n)"]].max().fillna(0))
-        for letter, patch, plane in zip("RHC", self._patches, self._planes, strict=True):
-            top, image, marks = patch
+        for letter, (top, bottom) in zip("RHC", figure.subplots(2, 3, sharey="row").T, strict=True):
             rows = drawn[drawn["sampler"] == letter]
-            image.set_data(pixels)
-            left, right, low, high = -0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5
-            image.set_extent((left, right, low, high))
-            top.set(xlim=(left, right), ylim=(low, high))
-            for mark in (*top.texts, *top.lines):  # of the patch before
-                mark.remove()
-            mark_plane(top, "axial", f"{case_id}, slice {z}", spacing_mm[2])
-            top.set_aspect(spacing_mm[1] / spacing_mm[2])
-            if (contour := draw_contour(top, truth, TRUTH)) is not None:
-                self._contours.append(contour)
-            marks.show([rows[role].to_numpy() for role in ("anchors", "positives", "negatives")], grey.shape[1])
+            top.imshow(mix(patch.grey, patch.heat, opacity=0.25))
+            top.autoscale(False)
+            marks = TupleMarks(top)
+            marks.show([rows[role].to_numpy() for role in ("anchors", "positives", "negatives")], patch.grey.shape[1])
+            draw_contour(top, patch.truth, TRUTH)
+            mark_plane(top, "axial", patch.name, patch.spacing_mm[2])
+            top.set_aspect(patch.spacing_mm[1] / patch.spacing_mm[2])
+            top.set_axis_off()
             name = letter + ("N" if self.near.value else "")
-            top.set_title(f"{name}: {len(rows)} tuples, {int(rows['active'].sum())} still teach", fontsize=10, y=1.0)
+            top.set_title(f"{name}: {len(rows)} tuples, {int(rows['active'].sum())} still teach", fontsize=10)
+            plane = TuplePlane(bottom, self.margin)
             plane.show(*rows[["d(a, p)", "d(a, n)"]].to_numpy().T)
-            plane.ax.set(xlim=(0, reach), ylim=(0, reach))
+            bottom.set(xlim=(0, reach), ylim=(0, reach))
+        dots = {"marker": "o", "linestyle": "", "markersize": 4}
+        handles = [Line2D([], [], color=TRUTH, label="prostate"), *marks.marks.values()]
+        handles += [Line2D([], [], color=colour, label=name, **dots) for name, colour in TEACHES.items()]
+        figure.legend(handles=handles, ncols=6, fontsize=8, loc="outside lower center", facecolor="gainsboro")
+        return figure
+
+    def draw(self) -> None:
+        """Show what the controls say; a film has its own slice and patch."""
+        for control in (self.top, self.left):
+            control.disabled = self.step.value != TRAINED
         if "widget" in self.__dict__:
             self.widget.children[-1].value = png(self.figure)
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
-        where = wrapped(self.run, self.step, self.slice, self.top, self.left)
-        what = wrapped(self.anchors, self.pairs, self.tau, self.draw_number, self.near)
-        return ipywidgets.VBox([where, what, picture(png(self.figure))])
+        return ipywidgets.VBox([wrapped(*self.where), wrapped(*self.what), picture(png(self.figure))])
 
 
 class FilmPlayer:
@@ -250,31 +244,25 @@ class FilmPlayer:
         """One frame of a run: the slice with its heat above, the feature space below."""
         frames, grey, truth, spacing_mm = self.films[name]
         points, number = self.points[name], frames.steps.index(step)
-        pixels, title = mix(grey, frames.probability[number], opacity=0.6), f"{name}, step {step}"
-        title += f"\n{frames.case_id}, slice {frames.z}"
+        pixels = mix(grey, frames.probability[number], opacity=0.6)
+        title = f"{name}, step {step}\n{frames.case_id}, slice {frames.z}"
         draw_slice(top, pixels, [(TRUTH, 2.8, truth, 0.5)], spacing_mm, name="axial", title=title)
+        bottom.scatter(*points.reshape(-1, 2).T, s=0)  # all frames' points, so that the axes stand still
         draw_points(bottom, points[number], frames.kind, self.axes[name])
-        low, high = points.min(axis=(0, 1)), points.max(axis=(0, 1))
-        across, up = zip(low - 0.05 * (high - low), high + 0.05 * (high - low), strict=True)
-        bottom.set(xlim=across, ylim=up)
         numbers = ", ".join(f"{k} {v:.2f}" for k, v in self.numbers[name][number].items())
-        bottom.set_title(f"n = {len(frames.kind)}, {numbers}", fontsize=9, y=1.0)
+        bottom.set_title(f"n = {len(frames.kind)}, {numbers}", fontsize=9)
 
     def _strip(self, rows: Sequence[Sequence[tuple[str, int]]]) -> Figure:
         """Rows of frames, each a run at a step."""
-        wide, high = 3.6 * len(rows[0]), 7.2 * len(rows) + 0.7
-        figure = Figure(figsize=(wide, high), dpi=DPI, layout=FIXED)
+        figure = Figure(figsize=(3.6 * len(rows[0]), 7.2 * len(rows) + 0.7), dpi=DPI, layout="constrained")
         axes = figure.subplots(2 * len(rows), len(rows[0]), squeeze=False)
-        figure.subplots_adjust(0.3 / wide, 1.2 / high, 1 - 0.1 / wide, 1 - 0.5 / high, wspace=0.12, hspace=0.3)
         for number, row in enumerate(rows):
             for frame, top, bottom in zip(row, axes[2 * number], axes[2 * number + 1], strict=True):
                 self._draw(*frame, top, bottom)
         handles = [*axes[1, 0].get_legend_handles_labels()[0], Line2D([], [], color=TRUTH, label="truth")]
-        figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8, markerscale=3)
-        bar = figure.add_axes((0.5 - 0.8 / wide, 0.7 / high, 1.6 / wide, 0.1 / high))
-        figure.colorbar(ScalarMappable(cmap=HEAT), cax=bar, orientation="horizontal", ticks=[0, 1])
-        bar.set_title("foreground probability", fontsize=8, y=1.0)
-        bar.tick_params(labelsize=7, pad=1)
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, markerscale=3)
+        look = {"location": "bottom", "shrink": 0.3, "aspect": 30, "ticks": [0, 1], "label": "foreground probability"}
+        figure.colorbar(ScalarMappable(cmap=HEAT), ax=list(axes.flat), **look)
         return figure
 
     @property

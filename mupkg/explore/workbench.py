@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,39 +12,141 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 from jaxtyping import Int
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mupkg.explore.controls import TITLE_PX, beside, dropdown, small, table, wrapped
-from mupkg.explore.linked import DISTANCE_COLOURMAP, DistanceMap, EmbeddingExplorer
-from mupkg.explore.panels import DPI
-from mupkg.explore.predictions import Cases
-from mupkg.explore.voxels import NEAREST, DrawnVoxels, draw_patches, patch, patches_html
+from mupkg.explore.controls import TITLE_PX, RunLists, beside, dropdown, small, table, wrapped
+from mupkg.explore.panels import DPI, CaseViewer, DistanceMap
+from mupkg.explore.predictions import CasePredictions, Cases
+from mupkg.explore.scatters import COLOURS, VoxelExplorer
+from mupkg.explore.voxels import NEAREST, PLACE, draw_patches, draw_voxels, in_order, measure, patch, patches_html
+from mupkg.report.embeddings import MARGIN, Projection
 from mupkg.report.figures import colour_bar
+from mupkg.stages.voxels import KINDS
+
+CELLS = {"selector": "th, td", "props": "padding: 0 0.7em 0 0; text-align: right; font-size: 12px; line-height: 16px"}
 
 
-class RunLists:
-    """Two lists, A and B, from which two different runs are chosen; a single run needs no B."""
+class EmbeddingExplorer(VoxelExplorer):
+    """Voxels of a case in the image and in feature space, linked both ways, for several runs at once.
 
-    def __init__(self, names: Sequence[str], changed: Callable[[], None]):
-        width = min(330, 60 + 9 * max(map(len, names)))
-        picked = dict(zip("AB", (names[0], names[-1])[: len(names)], strict=False))
-        self.lists = [dropdown(letter, names, name, width) for letter, name in picked.items()]
-        self._before, self._changed = self.names, changed
-        for run_list in self.lists:
-            run_list.observe(self._change, "value")
+    The voxels are those of `draw_voxels`. A lasso in a scatter lights the voxels up in the slice; a click on a point
+    goes to its slice; a click or a box in the slice lights the points up (a click: the nearest of the drawn voxels).
+
+    Args:
+        folder: where "save voxels" writes, from the repository's root.
+
+    Attributes:
+        shown, view: the case, and its slices.
+        table, rows: the drawn voxels, and those that are chosen, as row numbers.
+        numbers: a row a run: silhouette, Fisher ratio, share of active triplets, mean distances; measured on the
+            balanced voxels, the extra hard ones left out.
+    """
+
+    def __init__(
+        self,
+        case: CasePredictions,
+        *,
+        per_kind: int = 300,
+        tau: float = 0.1,
+        projection: Projection = "PCA",
+        margin: float = MARGIN,
+        seed: int = 0,
+        folder: str | Path = "outputs/explore",
+    ):
+        own = [name for name in COLOURS if name != "case"]
+        super().__init__(own, projection=projection, seed=seed, folder=folder)
+        self.of_voxels, self.margin = {"per_kind": per_kind, "tau": tau, "seed": seed}, margin
+        self.measured, self.view = ipywidgets.HTML(), CaseViewer(case, "slices")
+        self.view.chosen, self.view.words = self.choose_in_slice, self.words
+        self.open(case, draw_voxels(case, **self.of_voxels))
+
+    def open(self, case: CasePredictions, drawn: pd.DataFrame) -> None:
+        """Show another case, or other runs; projection, colour and threshold stay."""
+        self.shown, self.slice = case, case.slice
+        self.opened[case.case_id] = replace(case, kept={})
+        self.view.open(case)
+        self.numbers = measure(drawn, case.heat, self.margin, self.seed)
+        rows = self.numbers.rename(index=case.letters, columns=lambda name: name.replace("mean d", "d")).T
+        self.measured.value = small(case.mark) + rows.style.format("{:.2f}").set_table_styles([CELLS]).to_html()
+        self.show(drawn, case.heat)
+        self.slice.observe(lambda _: self.say(self.count()), "value")
+
+    def title(self, name: str) -> str:
+        return self.shown.title(name, self.axes_title(name))
+
+    def count(self) -> str:
+        z = self.index[self.rows, 0]
+        chosen = (z == self.slice.value).sum()
+        return f"{len(z)} voxels chosen in {len(np.unique(z))} slices, {chosen} in this one"
+
+    def describe(self, row: int) -> str:
+        return self.view.describe(*map(int, self.index[row]))
+
+    # What is chosen
+
+    def choose(self, rows: Int[np.ndarray, " r"], how: str = "by-code") -> None:
+        """Light these voxels up in the slice and these points in every scatter; `how` names the saved file."""
+        self.view.light(self.index[rows])  # before the scatters, which keep the browser busy
+        super().choose(rows, how)
+
+    def choose_points(self, rows: Int[np.ndarray, " r"]) -> None:
+        self.choose(rows, "point" if len(rows) == 1 else "lasso")
+        if len(rows) == 1:
+            self.go(self.index[rows[0]].tolist())
+
+    def choose_in_slice(self, corners: Int[np.ndarray, "2 2"]) -> None:
+        """Choose the drawn voxels between these rows and columns of the slice; of a single voxel, the nearest one."""
+        z, (low, high) = self.slice.value, corners
+        rows = np.flatnonzero(self.index[:, 0] == z)
+        places = self.index[rows, 1:]
+        if (low < high).any():
+            self.choose(rows[((places >= low) & (places <= high)).all(axis=1)], f"box-slice-{z}")
+            return
+        steps = (places - low) * np.array(self.shown.spacing_mm[1:])
+        self.choose(rows[(steps**2).sum(axis=1).argsort(kind="stable")[:1]], "point")
+        self.go((z, *low))
+
+    def go(self, voxel: Sequence[int]) -> None:
+        """All views go to a voxel (z, y, x)."""
+        self.slice.value = voxel[0]
+
+    # How it looks
 
     @property
-    def names(self) -> list[str]:
-        return [run_list.value for run_list in self.lists]
+    def columns(self) -> list:
+        """What has a picture for each run, from left to right."""
+        return [self.view, self]
 
-    def _change(self, change: dict) -> None:
-        for other in self.lists:
-            if other is not change["owner"] and other.value == change["new"]:
-                other.value = change["old"]  # they change places; that calls this again, with two different runs
-                return
-        if self.names != self._before:
-            self._before = self.names
-            self._changed()
+    @property
+    def figure(self) -> Figure:
+        """The pictures, a row a run, without a browser."""
+        rows, columns = len(self.names), self.columns
+        figure = Figure(figsize=(4.8 * len(columns), 4.4 * rows), dpi=DPI, layout="constrained")
+        for column, axes in zip(columns, figure.subplots(rows, len(columns), squeeze=False).T, strict=True):
+            column.paint_on(axes)
+        return figure
+
+    def paint_on(self, axes: Sequence[Axes], by: str = "kind") -> None:
+        super().paint_on(axes, by)
+        for ax, name in zip(axes, self.names, strict=True):
+            silhouette, fisher, active = self.numbers.loc[name].iloc[:3]
+            summary = f"silhouette {silhouette:.2f}, Fisher {fisher:.2f}, active {active:.0%}"
+            ax.set_title(self.shown.title(name, summary), fontsize=9)
+
+    @property
+    def controls(self) -> list[ipywidgets.Widget]:
+        view = self.view
+        return [self.slice, view.worst, view.threshold, self.colour, self.projection, self.clear, self.keep]
+
+    @property
+    def texts(self) -> list[ipywidgets.Widget]:
+        return [self.view.legend, self.legend, self.status, self.words, self.measured]
+
+    @cached_property
+    def widget(self) -> ipywidgets.Widget:
+        self.grid = table(*zip(*(column.pictures for column in self.columns), strict=True))
+        return ipywidgets.VBox([wrapped(*self.controls), beside(self.grid, *self.texts)])
 
 
 class Neighbours:
@@ -56,42 +159,44 @@ class Neighbours:
         self.bench = bench
         self.words, self.chosen = [ipywidgets.HTML() for _ in bench.runs.lists], ipywidgets.HTML()
 
+    def _drawn(self) -> pd.DataFrame:
+        return in_order(*map(self.bench.drawn, self.bench.opened))
+
     def table(self, name: str) -> pd.DataFrame:
         """The nearest voxels of a run, the nearest first: the drawn table's columns, p, and the map's `distance`."""
-        bench, distance = self.bench, self.bench.distance
-        voxels = DrawnVoxels.joined([bench.drawn(case_id) for case_id in bench.opened])
-        but = bench.shown.case_id, *distance.voxel
-        nearest = voxels.nearest(name, distance.embedding(name), but)
-        return nearest.assign(p=nearest[f"p {name}"], distance=nearest["distance"] / distance.scale[name])
+        bench, drawn = self.bench, self._drawn()
+        itself = (drawn[["case", *PLACE]] == [bench.shown.case_id, *bench.distance.voxel]).all(axis=1)
+        others = drawn[~itself]
+        to_it = bench.distance.to_it(name, np.stack(others[f"embedding {name}"].to_numpy()))
+        return others.assign(p=others[f"p {name}"], distance=to_it).nsmallest(NEAREST, "distance")
 
     def _patches(self, name: str) -> list[tuple]:
         """The neighbours' pixels, and what stands below them."""
         patches = []
         for row in self.table(name).itertuples():
-            case, place = self.bench.drawn(row.case).cases[row.case], (row.z, row.y, row.x)
+            case = self.bench.opened[row.case]
             lines = [row.case, case.mark, row.kind, f"p {row.p:.2f}, d {row.distance:.2g}"]
-            patches.append((patch(case, place), "\n".join(filter(None, lines))))
+            patches.append((patch(case, (row.z, row.y, row.x)), "\n".join(filter(None, lines))))
         return patches
 
     def _itself(self) -> tuple:
         """The same of the chosen voxel."""
         case, place = self.bench.shown, self.bench.distance.voxel
         said = ", ".join(f"{case.letters[name]} {heat[place]:.2f}" for name, heat in case.heat.items())
-        return patch(case, place), f"{case.case_id}\n{case.mark or case.split}\n{case.kind_of(place)}\np: {said}"
+        return patch(case, place), f"{case.case_id}\n{case.mark or case.split}\n{KINDS[case.kind[place]]}\np: {said}"
 
     def refresh(self) -> None:
         """Look for them anew and show them."""
-        bench = self.bench
-        count = sum(len(bench.drawn(case_id).table) for case_id in bench.opened)
         self.chosen.value = small("neighbours of") + patches_html([self._itself()], 2)
-        for words, name in zip(self.words, bench.runs.names, strict=True):
-            head = bench.shown.title(name, f"nearest of {count} drawn voxels in {len(bench.opened)} open case(s)")
-            words.value = small(head, f"{TITLE_PX - 2}px") + patches_html(self._patches(name), NEAREST // 2)
+        among = f"nearest of {len(self._drawn())} drawn voxels in {len(self.bench.opened)} open case(s)"
+        for words, name in zip(self.words, self.bench.names, strict=True):
+            head = small(self.bench.shown.title(name, among), f"{TITLE_PX - 2}px")
+            words.value = head + patches_html(self._patches(name), NEAREST // 2)
 
     @property
     def figure(self) -> Figure:
         """The chosen voxel and its neighbours, a row a run."""
-        names, (pixels, text) = self.bench.runs.names, self._itself()
+        names, (pixels, text) = self.bench.names, self._itself()
         figure = Figure(figsize=(1.25 * (NEAREST + 1), 2.1 * len(names)), dpi=DPI, layout="constrained")
         for line, name in zip(figure.subplots(len(names), NEAREST + 1, squeeze=False), names, strict=True):
             draw_patches(line, [(pixels, f"{name}\n{text}"), *self._patches(name)])
@@ -103,7 +208,7 @@ class Neighbours:
         return ipywidgets.VBox([self.chosen, *self.words])
 
 
-class Workbench:
+class Workbench(EmbeddingExplorer):
     """Case list, slices, feature space, distance map or neighbours, and numbers of two runs in one linked panel.
 
     A click in any picture chooses the nearest drawn voxel and measures the distances from the voxel clicked; a click
@@ -116,8 +221,8 @@ class Workbench:
 
     Attributes:
         cases: all cases of the study.
-        shown, distance: the case shown and its distance map; others once another case or run is chosen.
-        explorer: the linked views of the case shown.
+        opened: those that were shown, by name.
+        shown, view, distance: the case shown, its slices and its distance map.
         neighbours: the voxels nearest to the chosen one.
     """
 
@@ -129,19 +234,18 @@ class Workbench:
         seed: int = 0,
         **options: Any,
     ):
-        self.cases = Cases.of(study, configurations, seed)
+        self.cases = Cases.read(study, configurations, seed)
         self.runs = RunLists(self.cases.names, lambda: self._show(self.shown.case_id))
-        self.opened: list[str] = []
+        super().__init__(self.cases.open(case_id, self.runs.names), seed=seed, **options)
+        self._drawn = {(self.shown.case_id, *self.names): self.table}
+        self.distance = DistanceMap(self.shown, self.numbers["mean d(a, n)"])
+        self.distance.chosen, self.distance.words = self.choose_in_slice, self.words
+        self.view.describe = self.distance.describe
         self.neighbours = Neighbours(self)
         self.right = dropdown("show", ["distances", "neighbours"], "distances", 150)
         self.right.observe(lambda _: self._lay_out(), "value")
         self.case = ipywidgets.Dropdown(description="case", style={"description_width": "initial"})
         self.case.observe(lambda change: self._show(change["new"]), "value")
-        self.shown = self.cases.open(case_id, self.runs.names)
-        self.explorer = EmbeddingExplorer(self.shown, seed=seed, **options)
-        self.explorer.went = self._go
-        self._drawn = {(self.shown.case_id, *self.runs.names): self.explorer.drawn}
-        self._link()
         self._list_cases()
 
     def _show(self, case_id: str) -> None:
@@ -150,11 +254,13 @@ class Workbench:
         try:
             case, drawn = self.cases.open(case_id, self.runs.names), self.drawn(case_id)
         except ValueError as error:  # where nobody reads a traceback
-            self.explorer.say(str(error))
+            self.say(str(error))
         else:
-            self.shown = case
-            self.explorer.open(case, drawn)
-            self._link()
+            self.open(case, drawn)
+            self.distance.open(case, self.numbers["mean d(a, n)"])
+            if "widget" in self.__dict__:
+                self.widget.children[0].children = self.controls
+                self._lay_out()
         self._list_cases()
 
     def _list_cases(self) -> None:
@@ -164,74 +270,49 @@ class Workbench:
         self.case.layout.width = f"{75 + 7 * max(len(line) for line, _ in lines)}px"
         self._listing = False
 
-    def _link(self) -> None:
-        """Tie the views of the case shown together, and put them into their places."""
-        explorer, case = self.explorer, self.shown
-        self.opened += [] if case.case_id in self.opened else [case.case_id]
-        self.distance = DistanceMap(case, scale=explorer.numbers["mean d(a, n)"])
-        self.panels = explorer.view.panel, self.distance.panel
-        for panel in self.panels:
-            panel.chosen, panel.describe, panel.words = self._chosen, self.distance.describe, explorer.words
-        if "widget" in self.__dict__:
-            self._fill()
-
-    def drawn(self, case_id: str) -> DrawnVoxels:
+    def drawn(self, case_id: str) -> pd.DataFrame:
         """The voxels drawn from a case, as the two runs see them."""
         key = case_id, *self.runs.names
         if key not in self._drawn:
-            case = self.cases.open(case_id, self.runs.names)
-            self._drawn[key] = DrawnVoxels.of_case(case, **self.explorer.of_voxels)
+            self._drawn[key] = draw_voxels(self.cases.open(case_id, self.runs.names), **self.of_voxels)
         return self._drawn[key]
 
-    def _chosen(self, voxels: Int[np.ndarray, "n 2"]) -> None:
-        self.explorer.choose_in_slice(voxels)
-        if len(voxels) == 1:
-            self._go((self.explorer.slice.value, *voxels[0]))
-
-    def _go(self, voxel: Sequence[int]) -> None:
+    def go(self, voxel: Sequence[int]) -> None:
+        super().go(voxel)
         self.distance.measure_from(voxel)
         if self.right.value == "neighbours" or "widget" in self.neighbours.__dict__:
             self.neighbours.refresh()
 
     @property
-    def figure(self) -> Figure:
-        """Slices, feature space and distance map, a row a run."""
-        return self.explorer.figure_with(self.distance.panel)
+    def columns(self) -> list:
+        return [*super().columns, self.distance]
 
-    # Alive: scatters stay in the page when the case changes, because the browser makes them slowly
+    @property
+    def controls(self) -> list[ipywidgets.Widget]:
+        return [self.case, *self.runs.lists, *super().controls, self.right]
 
-    def _fill(self) -> None:
-        explorer = self.explorer
-        for places, panel in zip(self._places, self.panels, strict=True):
-            for place, picture in zip(places, panel.pictures, strict=True):
-                place.children = [picture]
-        self._controls.children = [self.case, *self.runs.lists, *explorer.controls, self.right]
-        texts = explorer.status, explorer.words, explorer.measured, self._near[-1]
-        self._texts.children = [self.panels[0].legend, explorer.legend, self._distance_legend, *texts]
-        self._lay_out()
+    @property
+    def texts(self) -> list[ipywidgets.Widget]:
+        slices, points, *others = super().texts
+        bar = ipywidgets.HTML(small(colour_bar(self.distance.colours, *self.distance.meaning)))
+        return [slices, points, bar, *others, self._near[-1]]
 
     def _lay_out(self) -> None:
         """Neighbours take the place of slices and distance maps where they are asked for."""
         near = self.right.value == "neighbours"
         if near:
             self.neighbours.refresh()
-        for place in (place for places in self._places for place in places):
+        for place in (*self.view.pictures, *self.distance.pictures):
             place.layout.display = "none" if near else "flex"
         for place in self._near:
             place.layout.display = "flex" if near else "none"
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
-        self._places = [[ipywidgets.VBox() for _ in self.runs.lists] for _ in self.panels]
-        self._controls = wrapped()
-        self._distance_legend = ipywidgets.HTML(small(colour_bar(DISTANCE_COLOURMAP, *self.distance.panel.meaning)))
-        slices, distances = self._places
-        grid = table(*zip(slices, self.explorer.plots, distances, strict=True))
         self._near = [ipywidgets.VBox([words]) for words in (*self.neighbours.words, self.neighbours.chosen)]
-        for row, words in zip(grid.children, self._near[:-1], strict=True):
+        whole = super().widget
+        for row, words in zip(self.grid.children, self._near[:-1], strict=True):
             words.layout.flex, words.layout.min_width = "2 1 0", "0"
             row.children = [*row.children, words]
-        whole = beside(grid)
-        self._texts = whole.children[1]
-        self._fill()
-        return ipywidgets.VBox([self._controls, whole])
+        self._lay_out()
+        return whole

@@ -36,24 +36,17 @@ COHORT = """
 import ipywidgets
 import pandas as pd
 from mupkg.explore.scatters import VoxelExplorer
-from mupkg.explore.voxels import DrawnVoxels
-from mupkg.report.embeddings import EmbeddedVoxels
-from mupkg.stages.voxels import KINDS
-
-class Many(VoxelExplorer):
-    title = describe = lambda self, of: str(of)
-    count = lambda self: ""
 
 # 200 000 points, as of 170 test cases
 points = np.random.default_rng(0).normal(size=(200_000, 2)).astype(np.float32)
-number = np.repeat(np.arange(4, dtype=np.uint8)[::-1], 50_000)
-columns = {"kind": np.array(KINDS)[number], "mm to contour": points[:, 0]}
-for name in "AB":
-    columns |= {f"p {name}": np.abs(points[:, 1]), f"error {name}": np.abs(points[:, 0])}
-samples = {name: EmbeddedVoxels(points, number, points[:, ::step]) for name, step in (("A", 1), ("B", -1))}
-many = Many(2, ["kind", "error"], projection="PCA", seed=0, folder=".")
-many.show(DrawnVoxels(pd.DataFrame(columns), samples, number < 4, {}))
-ipywidgets.VBox([many.plots[0]], layout={"width": "560px"})
+columns = {"case": "made up", "number": np.repeat(np.arange(4, dtype=np.uint8)[::-1], 50_000)}
+columns |= dict.fromkeys("zyx", 0)
+for name, step in (("A", 1), ("B", -1)):
+    columns |= {f"error {name}": np.abs(points[:, 0]), f"embedding {name}": list(points[:, ::step])}
+many = VoxelExplorer(["kind", "error"], projection="PCA", seed=0, folder=".")
+many.describe = str
+many.show(pd.DataFrame(columns), "AB")
+ipywidgets.VBox([many.pictures[0]], layout={"width": "560px"})
 """
 PARTS = ("server and browser", "page and kernel", "workbench", "rest of the cells")  # of opening notebook 08
 WORKBENCH = 3  # code cell, the injected parameters counted

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mupkg.explore import cohort as cohort_view
-from mupkg.explore.cohort import CohortExplorer
+from mupkg.explore import scatters
 from mupkg.explore.predictions import Cases
-from mupkg.explore.voxels import DrawnVoxels, patch, voxels_table
+from mupkg.explore.scatters import CohortExplorer
+from mupkg.explore.voxels import draw_split, embedded, patch, voxels_table
 from mupkg.models import UNet
 from mupkg.report.embeddings import principal_axes
 from mupkg.report.figures import CHOSEN
@@ -42,7 +42,8 @@ def explorer(cases):
 @pytest.mark.slow
 def test_all_cases_lie_in_one_plane_that_is_fitted_on_all(explorer, cases):
     assert set(explorer.table["case"]) == set(cases.table.index) and len(cases.table) == 3
-    for name, sample in explorer.drawn.samples.items():
+    for name in explorer.names:
+        sample = embedded(explorer.table, name)
         assert len(sample.embedding) == len(explorer.table)
         expected = principal_axes(sample).transform(sample.embedding)
         np.testing.assert_allclose(explorer.points[name], expected)
@@ -66,7 +67,7 @@ def test_a_brush_chooses_a_case_a_kind_and_a_region_of_errors(explorer):
     low, high = round(float(worst.quantile(0.4)), 2), round(float(worst.quantile(0.9)), 2)
     explorer.error.value = (low, high)
     assert explorer.rows.tolist() == np.flatnonzero((worst >= low) & (worst <= high)).tolist()
-    assert 0 < explorer.patches.value.count("<img") <= cohort_view.PATCHES
+    assert 0 < explorer.patches.value.count("<img") <= scatters.PATCHES
     explorer.error.value = (0, 1)
 
 
@@ -107,10 +108,11 @@ def test_other_runs_come_into_the_same_view(regions):
 
 
 def test_without_a_browser_it_is_a_picture(explorer):
-    explorer.choose(explorer.rows[:0])
-    assert len(explorer.figure.axes) == 6  # two scatters and a colour bar a run
-    explorer.choose(np.arange(30))
-    assert sum(len(part.axes) for part in explorer.figure.subfigs) == 6 + cohort_view.PATCHES // 2
+    for rows, patches in (([], 0), (np.arange(30), scatters.PATCHES // 2)):
+        explorer.choose(rows)
+        axes = explorer.figure.axes
+        assert sum(ax.axison for ax in axes) == 6  # two scatters a run, and a colour bar for kinds and for errors
+        assert sum(bool(ax.images) for ax in axes) == patches
 
 
 def test_a_split_without_cases_is_refused(cases):
@@ -120,8 +122,8 @@ def test_a_split_without_cases_is_refused(cases):
 
 def test_the_table_has_a_row_a_voxel_and_run_that_says_where_it_lies_in_the_scan(cases, regions, tmp_path):
     table = voxels_table(cases, per_kind=10)
-    drawn = DrawnVoxels.of_split(cases, per_kind=10)
-    assert len(table) == 2 * len(drawn.table) and not table.duplicated(["case", "run", "z", "y", "x"]).any()
+    drawn, _ = draw_split(cases, per_kind=10)
+    assert len(table) == 2 * len(drawn) and not table.duplicated(["case", "run", "z", "y", "x"]).any()
     for row in table.sample(20, random_state=0).itertuples():
         index = (row.x, row.y, row.z)
         image, label = regions.image(row.case), regions.image(row.case, "label")

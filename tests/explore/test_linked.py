@@ -14,9 +14,9 @@ from matplotlib.colors import to_hex
 from torch import nn
 
 from mupkg.explore import predictions, scatters
-from mupkg.explore.case import CaseViewer
-from mupkg.explore.linked import DistanceMap, EmbeddingExplorer
+from mupkg.explore.panels import CaseViewer, DistanceMap
 from mupkg.explore.predictions import CasePredictions, Cases
+from mupkg.explore.workbench import EmbeddingExplorer
 from mupkg.models import EmbeddingTap, SegmentationOutput, UNet
 from mupkg.report.figures import CHOSEN, KIND_COLOURS, png
 from mupkg.stages import voxels
@@ -94,14 +94,14 @@ def test_nothing_is_run_again_for_embeddings_or_a_case_that_was_open(regions, ru
     cases = Cases(regions, {"mine": network})
     explorer = EmbeddingExplorer(cases.open(), per_kind=10)
     passes = len(runs)
-    assert passes and explorer.samples["mine"].embedding.shape[1] == 4
-    DistanceMap(explorer.case)
-    cases.open(explorer.case.case_id)
+    assert passes and np.stack(explorer.table["embedding mine"]).shape[1] == 4
+    DistanceMap(explorer.shown)
+    cases.open(explorer.shown.case_id)
     assert len(runs) == passes
     monkeypatch.setattr(voxels, "EMBEDDINGS_KEPT", 0)  # embeddings that are too large to keep are made when needed
     large = Cases(regions, {"mine": network}).open()
-    index = explorer.index
-    np.testing.assert_allclose(large.embed("mine", index), explorer.samples["mine"].embedding, rtol=1e-4, atol=1e-5)
+    kept = np.stack(explorer.table["embedding mine"])
+    np.testing.assert_allclose(large.embed("mine", explorer.index), kept, rtol=1e-4, atol=1e-5)
 
 
 def test_a_place_in_mm_is_the_scans_own(seen, regions):
@@ -142,19 +142,19 @@ def test_the_viewer_draws_anew_and_jumps(seen):
     view.threshold.value = 0.3
     assert view.scores["DSC"].iloc[1] == pytest.approx(seen.scores(0.3)["DSC"].iloc[1])
     second = png(view.figure)
-    assert first != second and "DSC 1.000" in view.panel.titles[0]
+    assert first != second and "DSC 1.000" in view.titles[0]
     view.threshold.value = 0.5
     view.worst.click()
     assert view.slice.value == 3 and png(view.figure) != second
     assert view.widget
-    before = view.panel._images[0].value
+    before = view._images[0].value
     view.opacity.value = 0.9
-    assert view.panel._images[0].value != before
+    assert view._images[0].value != before
 
 
 def test_one_slider_moves_all_views_of_a_case(seen):
     view, explorer, distance = CaseViewer(seen, "slices"), EmbeddingExplorer(seen, per_kind=10), DistanceMap(seen)
-    views = view.panel, explorer.view.panel, distance.panel
+    views = view, explorer.view, distance
     assert view.slice is explorer.slice is distance.slice
     for panel in views:
         assert panel.pictures
@@ -182,11 +182,11 @@ def test_a_mask_with_islands_says_so_and_a_training_case_is_marked_beside_every_
     case = replace(seen, heat=heat, split="train")
     view, explorer, distance = CaseViewer(case, "slices"), EmbeddingExplorer(case, per_kind=5), DistanceMap(case)
     assert case.scores()["islands"].tolist() == [1, 0]
-    assert "with 1 island" in view.panel.titles[0] and "island" not in view.panel.titles[1]
-    titles = [*view.panel.titles, *distance.panel.titles, *(t.value for t in explorer.titles)]
+    assert "with 1 island" in view.titles[0] and "island" not in view.titles[1]
+    titles = [*view.titles, *distance.titles, *(t.value for t in explorer.titles)]
     assert len(titles) == 6 and all("TRAINING case" in title for title in titles)
     assert "TRAINING case" in explorer.measured.value
-    assert "TRAINING" not in "".join(CaseViewer(seen, "slices").panel.titles)
+    assert "TRAINING" not in "".join(CaseViewer(seen, "slices").titles)
 
 
 def test_the_embeddings_of_a_slice_are_the_networks(seen):
@@ -211,7 +211,7 @@ def test_any_network_and_any_layer_can_be_seen(seen):
     heat = {"own": predict_volume(tap, seen.region)}
     mine = CasePredictions("mine", seen.region, TRUTH, SPACING, {"own": tap}, heat)
     assert mine.embedding("own", 2).shape == (24, 30, 5)
-    assert EmbeddingExplorer(mine, per_kind=10).samples["own"].embedding.shape[1] == 5
+    assert len(EmbeddingExplorer(mine, per_kind=10).table["embedding own"][0]) == 5
     tapped = mine.tapped("network.head")
     assert tapped.embedding("own", 2).shape == (24, 30, 2) and tapped.heat is mine.heat
     with pytest.raises(ValueError, match="no layer named 'innner'"):
@@ -236,7 +236,7 @@ def test_the_table_says_of_every_voxel_what_it_is(seen):
 def test_hard_voxels_are_added_and_left_out_of_the_numbers(seen):
     few, many = (EmbeddingExplorer(seen, per_kind=20, tau=tau) for tau in (1.0, 0.15))
     assert len(few.table) == 80 and len(many.table) == 100  # nothing errs by more than 1
-    errors, extra = many.table[["error UNet", "error MetricUNet-H"]].max(axis=1), ~many.drawn.balanced
+    errors, extra = many.table[["error UNet", "error MetricUNet-H"]].max(axis=1), ~many.table["balanced"]
     assert extra.sum() == 20 and (errors[extra] > 0.15).all()
     assert few.numbers.equals(many.numbers)
     assert list(few.numbers) == ["silhouette", "Fisher ratio", "active triplets", "mean d(a, p)", "mean d(a, n)"]
@@ -255,15 +255,15 @@ def test_what_is_chosen_lights_up_in_its_slice_and_in_every_scatter(seen):
     for z in range(6):
         explorer.slice.value = z
         mine = {tuple(explorer.index[r, 1:]) for r in (2, 4, 77) if explorer.index[r, 0] == z}
-        assert {tuple(v) for v in explorer.view.panel.lit} == mine
+        assert {tuple(v) for v in explorer.view.lit} == mine
     explorer.clear.click()
-    assert not len(explorer.rows) and not len(explorer.view.panel.lit)
+    assert not len(explorer.rows) and not len(explorer.view.lit)
     assert not len(first.widget.selection) and not len(second.widget.selection)
 
 
-def test_a_click_on_a_point_goes_to_its_slice_and_a_lasso_stays(seen):
-    explorer, places = EmbeddingExplorer(seen, per_kind=30), []
-    explorer.went = places.append
+def test_a_click_on_a_point_goes_to_its_slice_and_a_lasso_stays(seen, monkeypatch):
+    explorer, places, go = EmbeddingExplorer(seen, per_kind=30), [], EmbeddingExplorer.go
+    monkeypatch.setattr(EmbeddingExplorer, "go", lambda self, voxel: places.append(tuple(voxel)) or go(self, voxel))
     row = int(np.flatnonzero(explorer.index[:, 0] != explorer.slice.value)[0])
     explorer.scatters[1].widget.selection = np.array([row])
     assert explorer.slice.value == explorer.index[row, 0] and places == [tuple(explorer.index[row])]
@@ -290,10 +290,10 @@ def test_a_box_chooses_all_drawn_voxels_in_it_and_a_click_the_nearest(seen):
     explorer = EmbeddingExplorer(seen, per_kind=30)
     explorer.slice.value = 2
     z, y, x = explorer.index.T
-    explorer.view.panel.choose((17.2, 21.9), (9.6, 11.4))  # dragged from the lower right to the upper left
+    explorer.view.choose((17.2, 21.9), (9.6, 11.4))  # dragged from the lower right to the upper left
     expected = np.flatnonzero((z == 2) & (y >= 10) & (y <= 17) & (x >= 11) & (x <= 22))
     assert len(expected) > 3 and explorer.rows.tolist() == expected.tolist()
-    explorer.view.panel.choose((3.0, 4.0), (3.2, 4.1))
+    explorer.view.choose((3.0, 4.0), (3.2, 4.1))
     far = np.where(z == 2, np.hypot(2.0 * (y - 3), 1.0 * (x - 4)), np.inf)  # in mm: rows are 2 mm apart
     assert far[explorer.rows] == far.min()
 
@@ -302,9 +302,9 @@ def test_a_box_without_drawn_voxels_chooses_none(seen):
     explorer = EmbeddingExplorer(seen, per_kind=10)
     explorer.slice.value = 0  # holds no prostate, so no voxel of it is drawn
     explorer.choose(np.array([1]))
-    explorer.view.panel.choose((0, 0), (20, 20))
+    explorer.view.choose((0, 0), (20, 20))
     assert not len(explorer.rows)
-    explorer.view.panel.choose((5, 5), (5, 5))
+    explorer.view.choose((5, 5), (5, 5))
     assert not len(explorer.rows)
 
 
@@ -348,7 +348,7 @@ def test_only_projections_that_are_installed_are_offered(seen, monkeypatch):
 
 def test_the_axes_are_named_with_their_share_of_the_variance(seen):
     explorer = EmbeddingExplorer(seen, per_kind=30)
-    values = explorer.samples["UNet"].embedding
+    values = np.stack(explorer.table["embedding UNet"])
     share = np.linalg.svd(values - values.mean(axis=0), compute_uv=False) ** 2
     assert f"PC 1 ({share[0] / share.sum():.0%})" in explorer.titles[0].value
     steps = []
@@ -388,17 +388,19 @@ def test_a_case_without_prostate_cannot_be_explored(seen):
 
 
 def test_the_distance_map_is_the_squared_distance_over_the_runs_own_scale(seen):
-    view = DistanceMap(seen, voxel=(2, 5, 7))
+    view = DistanceMap(seen)
+    view.slice.value = 2
+    view.measure_from((2, 5, 7))
     rows, columns = np.indices(TRUTH.shape[1:])
     squared = (rows - 5) ** 2 + (columns - 7) ** 2
     for name, factor in (("UNet", 1), ("MetricUNet-H", 9)):
         np.testing.assert_allclose(view.distances()[name] * view.scale[name], factor * squared, rtol=1e-4)
     np.testing.assert_allclose(*view.distances().values(), rtol=1e-4)  # free of scale
-    assert view.panel.lit.tolist() == [[5, 7]]
-    view.panel.choose((9.0, 3.0), (9.0, 3.0))
+    assert view.lit.tolist() == [[5, 7]]
+    view.choose((9.0, 3.0), (9.0, 3.0))
     assert view.voxel == (2, 9, 3) and all(d[9, 3] == 0 for d in view.distances().values())
     # what is near glows: all at the voxel, nothing as far away as background usually is
-    near, far = view.panel.heats[0], view.distances()["UNet"] >= 1
+    near, far = view.heats[0], view.distances()["UNet"] >= 1
     assert near[9, 3] == 1 and (near[far] == 0).all() and (near >= 0).all()
     assert view.describe(2, 9, 3).splitlines()[4] == "distance: A 0.00, B 0.00"
 
@@ -411,18 +413,19 @@ def test_distances_are_those_of_the_slice_shown(seen):
             return output._replace(embeddings=output.embeddings * grey)
 
     seen = CasePredictions("made up", seen.region, TRUTH, SPACING, {"UNet": Slices()}, {"UNet": seen.heat["UNet"]})
-    view, at = DistanceMap(seen, voxel=(2, 5, 7)), np.array([5, 7])
+    view, at = DistanceMap(seen), np.array([5, 7])
+    view.measure_from((2, 5, 7))
     chosen = seen.region[2, 0, 0] / 255 * at  # the voxel's embedding stays, whichever slice is shown
     for z in (2, 4, 2):
         view.slice.value = z
         expected = ((seen.region[z, 0, 0] / 255 * np.array([12, 7]) - chosen) ** 2).sum() / view.scale["UNet"]
         assert view.distances()["UNet"][12, 7] == pytest.approx(expected, rel=1e-3)
-        assert view.panel.lit.tolist() == ([[5, 7]] if z == 2 else [])
+        assert view.lit.tolist() == ([[5, 7]] if z == 2 else [])
 
 
 def test_edges_are_not_lost_by_a_box_that_leaves_the_picture(seen):
     explorer = EmbeddingExplorer(seen, per_kind=2000)
     explorer.slice.value = 2
-    explorer.view.panel.choose((-8, -5), (90, 90))
+    explorer.view.choose((-8, -5), (90, 90))
     assert len(explorer.rows) == (explorer.index[:, 0] == 2).sum()
-    assert len(explorer.view.panel.lit) == len(explorer.rows)
+    assert len(explorer.view.lit) == len(explorer.rows)

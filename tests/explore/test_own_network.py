@@ -31,7 +31,7 @@ def test_monais_basic_unet_is_trained_fifty_steps_and_explored(regions):
 
     bench = Workbench(Cases(regions, {"BasicUNet": tapped.eval()}), regions.ids("test")[0], per_kind=20)
     assert bench.widget and bench.runs.names == ["BasicUNet"]
-    assert bench.explorer.samples["BasicUNet"].embedding.shape[1] == 8  # the features of upcat_1
+    assert len(bench.table["embedding BasicUNet"][0]) == 8  # the features of upcat_1
     heat, truth = bench.shown.heat["BasicUNet"], bench.shown.truth
     assert heat[truth].mean() > 3 * heat[~truth].mean()  # fifty steps teach little, but not nothing
     z = bench.shown.widest
@@ -40,4 +40,6 @@ def test_monais_basic_unet_is_trained_fifty_steps_and_explored(regions):
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % 8, 0, -height % 8))
         embeddings = tapped(padded).embeddings[0, :, :height, :width].movedim(0, -1)
-    torch.testing.assert_close(bench.shown.embedding("BasicUNet", z), embeddings, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.from_numpy(bench.shown.embedding("BasicUNet", z)), embeddings, rtol=1e-3, atol=1e-4
+    )

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 
 from mupkg.explore.predictions import CasePredictions
 from mupkg.explore.samplers_and_film import CaseFilm, FilmPlayer, SamplersAtWork
@@ -40,7 +41,7 @@ def films(tmp_path) -> dict[str, CaseFilm]:
 
 def test_the_tuples_are_the_samplers_and_the_distances_the_losses(seen):
     work = SamplersAtWork(seen, anchors=15, pairs=2, tau=0.3, patch=32)
-    drawn = work.tuples()
+    drawn, embeddings = work.tuples(), torch.from_numpy(work.patch.embedding).movedim(-1, 0)[None]
     top, left = work.top.value, work.left.value
     label, heat = (v[work.slice.value, top : top + 32, left : left + 32] for v in (TRUTH, seen.heat["UNet"]))
     edge = contour(torch.from_numpy(label.copy())[None])[0].numpy()
@@ -57,7 +58,7 @@ def test_the_tuples_are_the_samplers_and_the_distances_the_losses(seen):
         np.testing.assert_allclose(mine["d(a, n)"], ((anchor - negative) ** 2).sum(1), rtol=1e-4, atol=1e-6)
         tuples = VoxelTuples(*(torch.tensor(mine[r].to_numpy()) for r in ("anchors", "positives", "negatives")))
         hinge = (mine["d(a, p)"] - mine["d(a, n)"] + work.margin).clip(lower=0)
-        assert hinge.mean() == pytest.approx(VoxelMetricLoss()(work.embedding, tuples).item(), rel=1e-4)
+        assert hinge.mean() == pytest.approx(VoxelMetricLoss()(embeddings, tuples).item(), rel=1e-4)
         assert (mine["active"] == (hinge > 0)).all()
 
 
@@ -78,17 +79,17 @@ def test_every_slider_draws_anew(seen):
         pictures.append(png(work.figure))
         assert len(set(pictures)) == len(pictures), slider.description
     assert len(work.tuples().query("sampler == 'R'")) == 120
-    assert "R: 120 tuples" in work._patches[0][0].get_title()
+    assert "R: 120 tuples" in work.figure.axes[0].get_title()
 
 
 def test_a_sampler_without_candidates_draws_nothing(seen):
     work = SamplersAtWork(seen, tau=0.95)  # the head errs by 0.5 at most
     assert set(work.tuples()["sampler"]) == {"R", "C"}
-    assert "H: 0 tuples, 0 still teach" in work._patches[1][0].get_title()
-    assert "none" in work._planes[1].ax.get_title()
+    assert "H: 0 tuples, 0 still teach" in work.figure.axes[1].get_title()
+    assert "none" in work.figure.axes[4].get_title()
     work.slice.value = 0  # no prostate at all
     assert work.tuples().empty
-    assert work._planes[0].ax.get_title().startswith("mean hinge none")
+    assert work.figure.axes[3].get_title().startswith("mean hinge none")
 
 
 @pytest.mark.slow
@@ -102,7 +103,7 @@ def test_a_filmed_step_shows_its_own_patch_and_the_trained_one_comes_back(seen, 
         film = films["UNet"]
         rows, columns = film.frames.patch
         np.testing.assert_array_equal(work.patch[1], TRUTH[film.frames.z, rows, columns])
-        np.testing.assert_array_equal(work.embedding[0, :, 3, 4], film.frames.patch_embeddings[number, 3, 4])
+        np.testing.assert_array_equal(work.patch.embedding[3, 4], film.frames.patch_embeddings[number, 3, 4])
     work.step.value = "trained"
     same = png(work.figure) == trained  # pytest would spend minutes on how unequal bytes differ
     assert not work.top.disabled and same
@@ -122,7 +123,7 @@ def test_active_shares_by_step(seen, films):
     work = SamplersAtWork(seen, films)
     table = work.active_by_step()
     assert table.index.tolist() == ["0", "5", "10"] and list(table) == ["R", "H", "C", "RN", "HN", "CN"]
-    before = work.embedding
+    before = work.patch.embedding
     work.step.value, work.anchors.value = "5", 200
     by_hand = work.tuples().query("sampler == 'C'")["active"].mean()
     assert table.loc["5", "C"] == pytest.approx(by_hand)
@@ -131,7 +132,7 @@ def test_active_shares_by_step(seen, films):
     assert table.loc["5", "CN"] == pytest.approx(by_hand)
     work.near.value = False
     work.step.value = "trained"
-    assert work.active_by_step().equals(table) and torch.equal(work.embedding, before)
+    assert work.active_by_step().equals(table) and np.array_equal(work.patch.embedding, before)
     alone = SamplersAtWork(seen)
     alone.slice.value = 0
     assert alone.active_by_step().loc["trained"].isna().all()
@@ -189,7 +190,7 @@ def test_near_negatives_lie_at_the_contour_and_teach_more(seen):
     near, label = work.tuples(), work.patch[1]
     allowed = (distance_to_contour(torch.from_numpy(label.copy())[None], 2)[0].numpy() <= 2) & ~label
     assert allowed.ravel()[near["negatives"]].all() and not allowed.ravel()[far["negatives"]].all()
-    assert "CN: 100 tuples" in work._patches[2][0].get_title()
+    assert "CN: 100 tuples" in work.figure.axes[2].get_title()
 
 
 def test_the_samplers_draw_each_for_itself(seen):
@@ -200,10 +201,11 @@ def test_the_samplers_draw_each_for_itself(seen):
 
 def test_lines_join_each_anchor_to_its_positive_and_its_negative(seen):
     work = SamplersAtWork(seen, anchors=5)
-    mine, marks = work.tuples().query("sampler == 'C'"), work._patches[2][2]
+    mine = work.tuples().query("sampler == 'C'")
+    drawn = [c for c in work.figure.axes[2].collections if isinstance(c, LineCollection)]
     width = work.patch[0].shape[1]
-    for role in ("positive", "negative"):
-        lines = np.array([path.vertices for path in marks.lines[role].get_paths()])
+    for role, marks in zip(("positive", "negative"), drawn[1:], strict=True):
+        lines = np.array([path.vertices for path in marks.get_paths()])
         for end, name in ((0, "anchors"), (1, f"{role}s")):
             assert (lines[:, end] == np.column_stack([mine[name] % width, mine[name] // width])).all()
 

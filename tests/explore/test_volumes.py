@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk
 
 from mupkg.explore import volumes
-from mupkg.explore.case import CaseViewer
+from mupkg.explore.panels import CaseViewer
 from mupkg.explore.predictions import CasePredictions
 
 TRUTH = np.zeros((6, 8, 10), np.uint8)
@@ -147,7 +147,7 @@ def test_itkwidgets_gets_voxels_with_their_spacing_and_the_slice_that_is_chosen(
 
 @pytest.mark.slow
 def test_nothing_of_the_package_imports_a_viewer_before_it_is_asked_for():
-    code = "import sys; import mupkg.explore.linked, mupkg.explore.volumes, mupkg.explore.samplers_and_film; "
+    code = "import sys; import mupkg.explore.workbench, mupkg.explore.volumes, mupkg.explore.samplers_and_film; "
     code += "slow = ('itkwidgets', 'ipyniivue', 'jscatter', 'ipyevents', 'umap', 'openTSNE'); "
     code += "print([name for name in slow if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,6 +13,7 @@ from mupkg.explore.predictions import Cases
 from mupkg.explore.workbench import Workbench
 from mupkg.models import UNet
 from mupkg.report import results
+from mupkg.stages.voxels import KINDS
 
 SMALL = {"per_kind": 10}
 
@@ -67,38 +68,36 @@ def test_worst_is_the_mean_over_runs_and_a_failed_case_is_worse_than_any(regions
 
 
 def test_a_click_chooses_a_voxel_and_measures_from_it_and_a_box_only_chooses(bench):
-    (z, y, x), before = bench.explorer.index[0], bench.distance.voxel
+    (z, y, x), before = bench.index[0], bench.distance.voxel
     bench.shown.slice.value = int(z)
-    bench.panels[0].choose((y - 2, x - 2), (y + 2, x + 2))
-    assert 0 in bench.explorer.rows and bench.distance.voxel == before
-    for panel in bench.panels:  # in the slices as in the distance maps
-        bench.explorer.choose(np.empty(0, int))
+    bench.view.choose((y - 2, x - 2), (y + 2, x + 2))
+    assert 0 in bench.rows and bench.distance.voxel == before
+    for panel in (bench.view, bench.distance):  # in the slices as in the distance maps
+        bench.choose(np.empty(0, int))
         panel.choose((y, x), (y, x))
-        assert bench.explorer.rows.tolist() == [0] and bench.distance.voxel == (z, y, x)
+        assert bench.rows.tolist() == [0] and bench.distance.voxel == (z, y, x)
 
 
 def test_both_pictures_tell_of_the_voxel_in_five_lines(bench):
-    assert bench.panels[0].words is bench.panels[1].words
-    assert bench.panels[0].describe(0, 1, 2).splitlines()[4].startswith("distance: A ")
+    assert bench.view.words is bench.distance.words
+    assert bench.view.describe(0, 1, 2).splitlines()[4].startswith("distance: A ")
 
 
 def test_another_case_comes_into_the_same_panel(study):
     folder, bad, good = study
     bench = Workbench(folder, bad, **SMALL)
     controls, _ = bench.widget.children
-    scatters, before = bench.explorer.scatters, bench.panels[0].pictures[0]
-    bench.explorer.colour.value, bench.explorer.view.threshold.value = "error", 0.3
-    bench.explorer.projection.value = "t-SNE"
+    scatters, before = bench.scatters, bench.view._images[0].value
+    bench.colour.value, bench.view.threshold.value = "error", 0.3
+    bench.projection.value = "t-SNE"
     bench.case.value = good
-    assert bench.shown.case_id == bench.explorer.case.case_id == bench.distance.case.case_id == good
-    assert bench._places[0][0].children == (bench.panels[0].pictures[0],) != (before,)
+    assert bench.shown.case_id == bench.distance.case.case_id == good
+    assert bench.view._images[0].value != before and bench.shown is bench.view.case
     assert bench.shown.slice in controls.children and bench.case in controls.children
     # what was chosen stays chosen
-    assert bench.explorer.scatters is scatters and bench.explorer.view.threshold.value == 0.3
-    assert bench.explorer.colour.value == "error" and "t-SNE" in bench.explorer.titles[0].value
-    np.testing.assert_allclose(
-        scatters[0].widget.points[:, 2], bench.explorer.table["error MetricUNet-HCP"], rtol=1e-5
-    )
+    assert bench.scatters is scatters and bench.view.threshold.value == 0.3
+    assert bench.colour.value == "error" and "t-SNE" in bench.titles[0].value
+    np.testing.assert_allclose(scatters[0].widget.points[:, 2], bench.table["error MetricUNet-HCP"], rtol=1e-5)
 
 
 def test_a_case_that_cannot_be_shown_is_said_and_the_one_before_stays(study, regions, monkeypatch):
@@ -111,12 +110,12 @@ def test_a_case_that_cannot_be_shown_is_said_and_the_one_before_stays(study, reg
 
     monkeypatch.setattr(type(regions), "volume", empty)
     bench.case.value = good
-    assert f"case {good}: its region holds no prostate" in bench.explorer.status.value
-    assert bench.shown.case_id == bench.explorer.case.case_id == bench.case.value == bad
+    assert f"case {good}: its region holds no prostate" in bench.status.value
+    assert bench.shown.case_id == bench.case.value == bad
 
 
 def test_without_a_browser_it_is_a_picture_of_three_columns(bench):
-    slices, feature_space, distances = bench.figure.axes
+    slices, feature_space, distances, *_ = bench.figure.axes
     assert "DSC" in slices.get_title() and "silhouette" in feature_space.get_title()
     assert "mean: prostate" in distances.get_title()
 
@@ -141,9 +140,9 @@ def test_two_different_runs_are_compared(three):
     a, b = three.runs.lists
     assert three.runs.names == ["x", "z"] == list(three.shown.heat)
     a.value = "y"
-    assert list(three.shown.heat) == ["y", "z"] and len(three.figure.axes) == 6
+    assert list(three.shown.heat) == ["y", "z"] and len(three.figure.axes) == 9
     b.value = "y"  # they change places
-    assert three.runs.names == ["z", "y"] == list(three.shown.heat) == list(three.explorer.numbers.index)
+    assert three.runs.names == ["z", "y"] == list(three.shown.heat) == list(three.numbers.index)
     assert three.shown.title("y", "").startswith("B · y")
     assert [text.split(" · ")[2][0] for text, case in three.case.options if case == three.shown.case_id] == ["z"]
 
@@ -153,11 +152,11 @@ def test_a_single_run_has_one_list_and_one_row(bench):
 
 
 def test_a_click_on_a_point_moves_all_views_and_measures_from_it(three):
-    row = int(np.flatnonzero(three.explorer.index[:, 0] != three.shown.slice.value)[0])
-    three.explorer.scatters[0].widget.selection = np.array([row])
-    voxel = tuple(three.explorer.index[row])
+    row = int(np.flatnonzero(three.index[:, 0] != three.shown.slice.value)[0])
+    three.scatters[0].widget.selection = np.array([row])
+    voxel = tuple(three.index[row])
     assert three.shown.slice.value == voxel[0] and three.distance.voxel == voxel
-    assert three.explorer.rows.tolist() == [row]
+    assert three.rows.tolist() == [row]
 
 
 def test_the_neighbours_are_the_nearest_of_all_open_cases_in_the_whole_space(three, regions):
@@ -165,16 +164,15 @@ def test_the_neighbours_are_the_nearest_of_all_open_cases_in_the_whole_space(thr
     for case_id in (first, second):
         three.case.value = case_id
     assert set(three.opened) >= {first, second}
-    z, y, x = three.explorer.index[5]
+    z, y, x = three.index[5]
     three.shown.slice.value = int(z)
-    three.panels[0].choose((y, x), (y, x))
+    three.view.choose((y, x), (y, x))
     name = three.runs.names[1]
     near = three.neighbours.table(name)
     # by hand, case by case, over everything that was drawn
     chosen, every = three.distance.embedding(name), []
     for case_id in three.opened:
-        drawn = three.drawn(case_id)
-        for place, embedding in zip(drawn.index.tolist(), drawn.samples[name].embedding, strict=True):
+        for *place, embedding in three.drawn(case_id)[["z", "y", "x", f"embedding {name}"]].itertuples(index=False):
             if (case_id, *place) != (second, z, y, x):
                 every.append((((embedding - chosen) ** 2).sum() / three.distance.scale[name], case_id, *place))
     np.testing.assert_allclose(near["distance"], [row[0] for row in sorted(every)[:10]], rtol=1e-4, atol=1e-9)
@@ -182,7 +180,7 @@ def test_the_neighbours_are_the_nearest_of_all_open_cases_in_the_whole_space(thr
     row = near.iloc[0]
     case = three.cases.open(row["case"], three.runs.names)
     place = tuple(row[["z", "y", "x"]])
-    assert row["p"] == pytest.approx(case.heat[name][place]) and row["kind"] == case.kind_of(place)
+    assert row["p"] == pytest.approx(case.heat[name][place]) and row["kind"] == KINDS[case.kind[place]]
 
 
 def test_neighbours_are_shown_as_patches_that_follow_the_click(three):
@@ -190,13 +188,13 @@ def test_neighbours_are_shown_as_patches_that_follow_the_click(three):
     three.right.value = "neighbours"
     words = three.neighbours.words
     assert [text.value.count("<img") for text in words] == [10, 10] and "p 0" in words[0].value
-    assert all(place.layout.display == "none" for places in three._places for place in places)
+    assert all(place.layout.display == "none" for place in (*three.view.pictures, *three.distance.pictures))
     before = words[0].value
-    row = int(np.flatnonzero(three.explorer.table["kind"] == "far background")[0])
-    three.explorer.scatters[0].widget.selection = np.array([row])
+    row = int(np.flatnonzero(three.table["kind"] == "far background")[0])
+    three.scatters[0].widget.selection = np.array([row])
     assert words[0].value != before
     three.right.value = "distances"
-    assert three._near[0].layout.display == "none" and three._places[0][0].layout.display == "flex"
+    assert three._near[0].layout.display == "none" and three.view.pictures[0].layout.display == "flex"
     assert words[0].layout.display != "none"  # shown alone, they are to be seen all the same
     assert len(three.neighbours.figure.axes) == 22
 
@@ -216,6 +214,6 @@ def test_a_whole_cohort_will_do_as_well(cohort):
     prepared = cohort.prepared(case_id)
     bench.case.value = case_id
     assert bench.shown.region.shape == prepared.image.GetSize()[::-1]
-    voxel = bench.explorer.index[0]
+    voxel = bench.index[0]
     expected = prepared.image.TransformIndexToPhysicalPoint([int(i) for i in voxel[::-1]])
     np.testing.assert_allclose(bench.shown.world_mm(voxel[None])[0], expected)

@@ -33,7 +33,7 @@ def workbench(notebook: Notebook, folder: Path) -> None:
         notebook.drag(
             cell.locator(".square-scatter canvas").first, (0.4, 0.05), (0.62, 0.05), (0.62, 0.95), (0.4, 0.95)
         )
-        notebook.wait_until("len(bench.explorer.rows)")
+        notebook.wait_until("len(bench.rows)")
         cell.locator(".jp-Cell-outputArea").evaluate("area => area.scrollIntoView()")
         notebook.page.mouse.move(5, 5)
         notebook.page.wait_for_timeout(2000)

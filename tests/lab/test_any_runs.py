@@ -100,7 +100,7 @@ def notebook(request, lab: Lab, tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("size", [(1400, 900), (1000, 800)], ids=str)
 @pytest.mark.parametrize("show", ["distances", "neighbours"])
 def test_nothing_is_cut_or_hidden(notebook: Notebook, size: tuple[int, int], show: str):
-    notebook.do(f"bench.right.value = {show!r}; bench.explorer._hovered(5)")
+    notebook.do(f"bench.right.value = {show!r}; bench._hovered(5)")
     area, rows = output(notebook, *size), min(2, notebook.runs)
     number = area.locator("img:visible").count
     wait_for(lambda: number() == (2 * rows if show == "distances" else 10 * rows + 1), "the pictures are there")

@@ -86,7 +86,7 @@ def assert_lit(notebook: Notebook, rows: list[int], z: int) -> None:
     wait_for_selected(notebook, rows)
     table = notebook.ask("explorer.table[['z', 'y', 'x']].to_numpy()")
     expected = {tuple(table[row][1:]) for row in rows if table[row][0] == z}
-    notebook.wait_until(f"len(explorer.view.panel.lit) == {len(expected)}")
+    notebook.wait_until(f"len(explorer.view.lit) == {len(expected)}")
     for number in range(2):
         assert lit(notebook, EMBEDDINGS, number) == expected
 
@@ -123,8 +123,8 @@ def test_a_click_in_the_workbench_chooses_a_voxel_and_measures_from_it(notebook:
     notebook.click_at(picture(notebook, WORKBENCH, 1), *places(notebook, [voxel])[0])  # in a distance map
     notebook.wait_for_change(picture(notebook, WORKBENCH, 1), before)
     assert notebook.ask("bench.distance.voxel") == [z, *voxel]
-    (row,) = notebook.ask("bench.explorer.rows")
-    table = np.array(notebook.ask("bench.explorer.table[['z', 'y', 'x']].to_numpy()"))
+    (row,) = notebook.ask("bench.rows")
+    table = np.array(notebook.ask("bench.table[['z', 'y', 'x']].to_numpy()"))
     steps = np.where(table[:, 0] == z, np.hypot(*(table[:, 1:] - voxel).T), np.inf)
     assert steps[row] == steps.min()
     assert lit(notebook, WORKBENCH, 1) == {voxel}
@@ -163,16 +163,16 @@ def lonely(points: np.ndarray, wanted: np.ndarray) -> int:
 
 
 def test_a_click_on_a_point_moves_all_views_to_its_slice_and_measures_from_it(notebook: Notebook):
-    z, index = notebook.ask("bench.shown.slice.value"), np.array(notebook.ask("bench.explorer.index"))
+    z, index = notebook.ask("bench.shown.slice.value"), np.array(notebook.ask("bench.index"))
     before, canvas = notebook.pixels(picture(notebook, WORKBENCH)), scatter(notebook, 0, WORKBENCH)
     notebook.bring(canvas)
-    points = points_on_screen(notebook, "bench.explorer", 0, canvas)
+    points = points_on_screen(notebook, "bench", 0, canvas)
     row = lonely(points, index[:, 0] != z)
     notebook.page.mouse.move(*points[row])
     voxel = ", ".join(map(str, index[row]))
     notebook.cell(WORKBENCH).get_by_text(f"voxel (z, y, x) {voxel}").wait_for()
     notebook.page.mouse.click(*points[row])
-    notebook.wait_until(f"bench.explorer.rows.tolist() == [{row}]")
+    notebook.wait_until(f"bench.rows.tolist() == [{row}]")
     notebook.wait_until(f"bench.distance.voxel == {tuple(index[row].tolist())}")
     assert notebook.ask("bench.shown.slice.value") == index[row, 0]
     notebook.wait_for_change(picture(notebook, WORKBENCH), before)
@@ -187,7 +187,7 @@ def test_chosen_points_have_the_colour_of_the_lit_voxels(notebook: Notebook):
         return int((np.abs(notebook.pixels(canvas) - chosen).max(axis=2) < 40).sum())
 
     notebook.press("clear", within=notebook.cell(WORKBENCH))
-    notebook.wait_until("len(bench.explorer.rows) == 0")
+    notebook.wait_until("len(bench.rows) == 0")
     wait_for(lambda: violet() == 0, "nothing is violet")
     notebook.drag(canvas, (0.3, 0.05), (0.9, 0.05), (0.9, 0.9), (0.3, 0.9))
     wait_for(lambda: violet() > 100, "chosen points are violet")
@@ -390,16 +390,16 @@ def test_another_case_comes_into_the_workbench(notebook: Notebook):
 def test_another_run_comes_into_the_workbench_and_its_settings_stay(notebook: Notebook):
     cell = notebook.cell(WORKBENCH)
     notebook.slider("threshold", 0.3, within=cell)
-    notebook.wait_until("abs(bench.explorer.view.threshold.value - 0.3) < 1e-6")
+    notebook.wait_until("abs(bench.view.threshold.value - 0.3) < 1e-6")
     cell.locator("select").nth(3).select_option("error")
-    notebook.wait_until("bench.explorer.colour.value == 'error'")
+    notebook.wait_until("bench.colour.value == 'error'")
     before = notebook.pixels(picture(notebook, WORKBENCH))
     cell.locator("select").nth(1).select_option("MetricUNet-HCP")
     notebook.wait_until("list(bench.shown.heat) == ['MetricUNet-HCP', 'UNet']")
     notebook.wait_for_change(picture(notebook, WORKBENCH), before)
     cell.get_by_text("A · MetricUNet-HCP").first.wait_for()
-    assert notebook.ask("bench.explorer.view.threshold.value") == pytest.approx(0.3)
-    assert notebook.ask("bench.explorer.colour.value") == "error"
+    assert notebook.ask("bench.view.threshold.value") == pytest.approx(0.3)
+    assert notebook.ask("bench.colour.value") == "error"
 
 
 def test_neighbours_are_shown_in_the_workbench_and_follow_a_click_on_a_point(notebook: Notebook):
@@ -409,7 +409,7 @@ def test_neighbours_are_shown_in_the_workbench_and_follow_a_click_on_a_point(not
     patches = cell.locator("img[src^='data:image/png']:visible")
     wait_for(lambda: patches.count() == 21, "the chosen voxel and ten neighbours a run")
     first = patches.first.get_attribute("src")
-    notebook.do("bench.explorer.scatters[0].widget.selection = __import__('numpy').array([3])")
+    notebook.do("bench.scatters[0].widget.selection = __import__('numpy').array([3])")
     wait_for(lambda: patches.first.get_attribute("src") != first, "the neighbours follow")
     cell.locator("select").last.select_option("distances")
     wait_for(lambda: patches.count() == 0, "the slices are back")
