@@ -41,12 +41,13 @@ class SlicePanel:
     """The slice that a case's slider shows, once for each network: grey values, heat, contours and lit voxels.
 
     Attributes:
-        slice: the case's slider. controls: what stands above the pictures, it among them.
+        slice, controls: the case's slider, and what stands beside it above the pictures.
         legend, words: what the colours mean, and some lines on the voxel under the mouse.
     """
 
     colours = HEAT
     meaning = "probability", 0, 1  # what the heat is, its lowest and its highest value
+    controls: Sequence[ipywidgets.Widget] = ()
 
     def __init__(self, case: CasePredictions):
         self.legend, self.words, self._pressed = ipywidgets.HTML(), ipywidgets.HTML("&nbsp;"), None
@@ -55,10 +56,6 @@ class SlicePanel:
     def open(self, case: CasePredictions) -> None:
         """Show another case, of as many runs."""
         self.case, self.slice, self.shape, self.lit = case, case.slice, case.region.shape[1:], NONE
-
-    @property
-    def controls(self) -> list[ipywidgets.Widget]:
-        return [self.slice]
 
     def chosen(self, corners: Int[np.ndarray, "2 2"]) -> None:
         """Somebody drew a box: the first and the last row and column in it, which are one voxel's for a click."""
@@ -81,26 +78,18 @@ class SlicePanel:
         Args:
             levels: of the heat's contours; the second one is drawn strongest. lit: rows and columns of lit voxels.
         """
-        self.heats, self.titles, self.glow, self.levels, self.lit = heats, titles, opacity, levels, lit
-        if "pictures" in self.__dict__:
-            self._refresh()
-
-    def _layers(self) -> list[tuple]:
-        """Each network's slice: its pixels, its contours and the spacing, as `figures.slice_png` takes them."""
+        self.heats, self.titles, self.lit = heats, titles, lit
         case, z = self.case, self.slice.value
         truth = TRUTH, 3, case.truth[z].astype(np.float32), 0.5
-        layers = []
-        for heat in self.heats:
-            cuts = [(PREDICTION, wide, heat, level) for wide, level in zip((1, 3, 1), self.levels, strict=False)]
-            pixels = figures.mix(case.region[z], heat, self.colours, self.glow, self.lit)
-            layers.append((pixels, [truth, *cuts], case.spacing_mm))
-        return layers
-
-    @property
-    def contours(self) -> dict[str, str]:
-        """The contours' names and colours."""
-        cuts = ", ".join(f"{level:g}" for level in sorted(set(self.levels)))
-        return {"truth": TRUTH} | ({f"p = {cuts}": PREDICTION} if cuts else {})
+        self.layers = []  # what `figures.slice_png` takes
+        for heat in heats:
+            cuts = [(PREDICTION, wide, heat, level) for wide, level in zip((1, 3, 1), levels, strict=False)]
+            pixels = figures.mix(case.region[z], heat, self.colours, opacity, lit)
+            self.layers.append((pixels, [truth, *cuts], case.spacing_mm))
+        named = ", ".join(f"{level:g}" for level in sorted(set(levels)))
+        self.contours = {"truth": TRUTH} | ({f"p = {named}": PREDICTION} if named else {})
+        if "pictures" in self.__dict__:
+            self._refresh()
 
     # As a picture
 
@@ -115,7 +104,7 @@ class SlicePanel:
     def paint_on(self, axes: Sequence[Axes]) -> None:
         """The slices on axes of a figure, with a colour bar."""
         name = f"{self.case.case_id}, axial, slice {self.slice.value}"
-        for ax, layer, title in zip(axes, self._layers(), self.titles, strict=True):
+        for ax, layer, title in zip(axes, self.layers, self.titles, strict=True):
             figures.draw_slice(ax, *layer, name=name, title=title)
         label, *ends = self.meaning
         bar = axes[0].figure.colorbar(ScalarMappable(cmap=self.colours), ax=list(axes), label=label, shrink=0.8)
@@ -143,14 +132,14 @@ class SlicePanel:
         return [ipywidgets.VBox(pair) for pair in zip(self._titles, self._images, strict=True)]
 
     def _refresh(self) -> None:
-        for image, words, layer, title in zip(self._images, self._titles, self._layers(), self.titles, strict=True):
+        for image, words, layer, title in zip(self._images, self._titles, self.layers, self.titles, strict=True):
             image.value, words.value = figures.slice_png(*layer, lit=self.lit), small(title, f"{TITLE_PX - 2}px")
         bar = figures.colour_bar(self.colours, *self.meaning)
         self.legend.value = small(f"{figures.key(self.contours)} &nbsp; {bar}")
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
-        return ipywidgets.VBox([wrapped(*self.controls), table(self.pictures), self.legend, self.words])
+        return ipywidgets.VBox([wrapped(self.slice, *self.controls), table(self.pictures), self.legend, self.words])
 
     def _voxel(self, event: Mapping[str, Any]) -> np.ndarray:
         """Row and column, with fractions, of the place where an event happened."""
@@ -196,6 +185,7 @@ class CaseViewer(SlicePanel):
         self.opacity = slider("opacity", 0.4, 0, 1, 0.05)
         self.threshold = slider("threshold", 0.5, 0.02, 0.98, 0.02)
         self.worst = button("worst slice", "the one with most wrong voxels", self.jump_to_worst)
+        self.controls = self.worst, self.threshold, self.opacity
         super().__init__(case)
         self.opacity.observe(lambda _: self.show_slice(), "value")
         self.threshold.observe(lambda _: self._cut(), "value")
@@ -205,10 +195,6 @@ class CaseViewer(SlicePanel):
         self.voxels = np.empty((0, 3), int)
         self._cut()
         self.slice.observe(lambda _: self.show_slice(), "value")
-
-    @property
-    def controls(self) -> list[ipywidgets.Widget]:
-        return [self.slice, self.worst, self.threshold, self.opacity]
 
     def jump_to_worst(self) -> None:
         self.slice.value = self.case.worst_slice(self.threshold.value)
@@ -241,7 +227,7 @@ class CaseViewer(SlicePanel):
         if self.viewer != "slices":
             from mupkg.explore.volumes import NiivueViewer
 
-            self.volumes = NiivueViewer(self.case, moved=lambda z: setattr(self.slice, "value", z))
+            self.volumes = NiivueViewer(self.case)
             parts.append(self.volumes.widget)
             self.show_slice()
         return ipywidgets.VBox(parts)

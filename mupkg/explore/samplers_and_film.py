@@ -21,22 +21,8 @@ from mupkg.explore.controls import dropdown, picture, slider, wrapped
 from mupkg.explore.panels import DPI
 from mupkg.explore.predictions import CasePredictions
 from mupkg.losses import gather_embeddings, squared_distance
-from mupkg.report import results
+from mupkg.report import figures, results
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, principal_axes, separation
-from mupkg.report.figures import (
-    HEAT,
-    TEACHES,
-    TRUTH,
-    TupleMarks,
-    TuplePlane,
-    draw_contour,
-    draw_points,
-    draw_slice,
-    mark_plane,
-    mix,
-    pc_names,
-    png,
-)
 from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
 from mupkg.stages.film import Frames, read_film
 from mupkg.stages.regions import Regions
@@ -189,22 +175,22 @@ class SamplersAtWork:
         reach = 1.2 * max(2 * self.margin, *drawn[["d(a, p)", "d(a, n)"]].max().fillna(0))
         for letter, (top, bottom) in zip("RHC", figure.subplots(2, 3, sharey="row").T, strict=True):
             rows = drawn[drawn["sampler"] == letter]
-            top.imshow(mix(patch.grey, patch.heat, opacity=0.25))
+            top.imshow(figures.mix(patch.grey, patch.heat, opacity=0.25))
             top.autoscale(False)
-            marks = TupleMarks(top)
+            marks = figures.TupleMarks(top)
             marks.show([rows[role].to_numpy() for role in ("anchors", "positives", "negatives")], patch.grey.shape[1])
-            draw_contour(top, patch.truth, TRUTH)
-            mark_plane(top, "axial", patch.name, patch.spacing_mm[2])
+            figures.draw_contour(top, patch.truth, figures.TRUTH)
+            figures.mark_plane(top, "axial", patch.name, patch.spacing_mm[2])
             top.set_aspect(patch.spacing_mm[1] / patch.spacing_mm[2])
             top.set_axis_off()
             name = letter + ("N" if self.near.value else "")
             top.set_title(f"{name}: {len(rows)} tuples, {int(rows['active'].sum())} still teach", fontsize=10)
-            plane = TuplePlane(bottom, self.margin)
+            plane = figures.TuplePlane(bottom, self.margin)
             plane.show(*rows[["d(a, p)", "d(a, n)"]].to_numpy().T)
             bottom.set(xlim=(0, reach), ylim=(0, reach))
         dots = {"marker": "o", "linestyle": "", "markersize": 4}
-        handles = [Line2D([], [], color=TRUTH, label="prostate"), *marks.marks.values()]
-        handles += [Line2D([], [], color=colour, label=name, **dots) for name, colour in TEACHES.items()]
+        handles = [Line2D([], [], color=figures.TRUTH, label="prostate"), *marks.marks.values()]
+        handles += [Line2D([], [], color=colour, label=name, **dots) for name, colour in figures.TEACHES.items()]
         figure.legend(handles=handles, ncols=6, fontsize=8, loc="outside lower center", facecolor="gainsboro")
         return figure
 
@@ -213,11 +199,11 @@ class SamplersAtWork:
         for control in (self.top, self.left):
             control.disabled = self.step.value != TRAINED
         if "widget" in self.__dict__:
-            self.widget.children[-1].value = png(self.figure)
+            self.widget.children[-1].value = figures.png(self.figure)
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
-        return ipywidgets.VBox([wrapped(*self.where), wrapped(*self.what), picture(png(self.figure))])
+        return ipywidgets.VBox([wrapped(*self.where), wrapped(*self.what), picture(figures.png(self.figure))])
 
 
 class FilmPlayer:
@@ -236,7 +222,7 @@ class FilmPlayer:
             frames = [EmbeddedVoxels(film.frames.index, film.frames.kind, e) for e in film.frames.embeddings]
             pca = principal_axes(frames[-1])
             self.points[name] = np.stack([pca.transform(frame.embedding) for frame in frames])
-            self.axes[name] = pc_names(pca)
+            self.axes[name] = figures.pc_names(pca)
             self.numbers[name] = [separation(frame, seed) for frame in frames]
         self.frame = ipywidgets.SelectionSlider(options=self.steps, value=self.steps[-1], description="step")
 
@@ -244,11 +230,11 @@ class FilmPlayer:
         """One frame of a run: the slice with its heat above, the feature space below."""
         frames, grey, truth, spacing_mm = self.films[name]
         points, number = self.points[name], frames.steps.index(step)
-        pixels = mix(grey, frames.probability[number], opacity=0.6)
+        pixels = figures.mix(grey, frames.probability[number], opacity=0.6)
         title = f"{name}, step {step}\n{frames.case_id}, slice {frames.z}"
-        draw_slice(top, pixels, [(TRUTH, 2.8, truth, 0.5)], spacing_mm, name="axial", title=title)
+        figures.draw_slice(top, pixels, [(figures.TRUTH, 2.8, truth, 0.5)], spacing_mm, name="axial", title=title)
         bottom.scatter(*points.reshape(-1, 2).T, s=0)  # all frames' points, so that the axes stand still
-        draw_points(bottom, points[number], frames.kind, self.axes[name])
+        figures.draw_points(bottom, points[number], frames.kind, self.axes[name])
         numbers = ", ".join(f"{k} {v:.2f}" for k, v in self.numbers[name][number].items())
         bottom.set_title(f"n = {len(frames.kind)}, {numbers}", fontsize=9)
 
@@ -259,10 +245,10 @@ class FilmPlayer:
         for number, row in enumerate(rows):
             for frame, top, bottom in zip(row, axes[2 * number], axes[2 * number + 1], strict=True):
                 self._draw(*frame, top, bottom)
-        handles = [*axes[1, 0].get_legend_handles_labels()[0], Line2D([], [], color=TRUTH, label="truth")]
+        handles = [*axes[1, 0].get_legend_handles_labels()[0], Line2D([], [], color=figures.TRUTH, label="truth")]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, markerscale=3)
         look = {"location": "bottom", "shrink": 0.3, "aspect": 30, "ticks": [0, 1], "label": "foreground probability"}
-        figure.colorbar(ScalarMappable(cmap=HEAT), ax=list(axes.flat), **look)
+        figure.colorbar(ScalarMappable(cmap=figures.HEAT), ax=list(axes.flat), **look)
         return figure
 
     @property
@@ -273,7 +259,7 @@ class FilmPlayer:
 
     def png(self) -> bytes:
         """The frame that the slider shows, a column a run."""
-        return png(self._strip([[(name, self.frame.value) for name in self.films]]))
+        return figures.png(self._strip([[(name, self.frame.value) for name in self.films]]))
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:

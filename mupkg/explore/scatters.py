@@ -21,19 +21,10 @@ from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
 from mupkg import in_lab, repository
+from mupkg.explore import voxels
 from mupkg.explore.controls import TITLE_PX, RunLists, beside, button, dropdown, small, table, wrapped
 from mupkg.explore.panels import DPI
 from mupkg.explore.predictions import Cases
-from mupkg.explore.voxels import (
-    PLACE,
-    draw_patches,
-    draw_split,
-    embedded,
-    patch,
-    patches_html,
-    rows_to_keep,
-    save_voxels,
-)
 from mupkg.report import embeddings
 from mupkg.report.embeddings import Projection
 from mupkg.report.figures import CHOSEN, HEAT, KIND_COLOURS, colour_bar, key, pc_names
@@ -86,7 +77,6 @@ class VoxelExplorer:
         table, names, opened: the voxels, see `draw_voxels`, the runs, and the cases by name.
         rows: the chosen ones, as row numbers of the table.
         points, axes: where they lie in each run's plane (n, 2), and the names of its two axes.
-        frames: the same with x and y from -1 to 1, as each scatter shows them.
     """
 
     def __init__(self, colours: Sequence[str], *, projection: Projection, seed: int, folder: str | Path) -> None:
@@ -124,26 +114,23 @@ class VoxelExplorer:
 
     def show(self, table: pd.DataFrame, names: Sequence[str]) -> None:
         """Show these voxels, of which none is chosen, as these runs see them; always as many runs."""
-        self.table, self.names, self.index = table, list(names), table[PLACE].to_numpy()
+        self.table, self.names, self.index = table, list(names), table[voxels.PLACE].to_numpy()
         self.choose(NO_ROWS)
         self._project()
 
     def _project(self) -> None:
         """Lay the voxels out as the list of projections says."""
-        method, self.points, self.axes, self.frames = self.projection.value, {}, {}, []
+        method, self.points, self.axes = self.projection.value, {}, {}
         for name in self.names:
 
             def tell(part: float, name: str = name) -> None:
                 self.say(f"{method} of {name}: {part:.0%}")
 
-            sample = embedded(self.table, name)
+            sample = voxels.embedded(self.table, name)
             with threadpool_limits(1):
-                points = self.points[name] = embeddings.project(sample, method, self.seed, tell)
-                pca = embeddings.principal_axes(sample) if method == "PCA" else None
-            self.axes[name] = pc_names(pca) if pca else [f"{method} 1", f"{method} 2"]
-            low, high = points.min(axis=0), points.max(axis=0)
-            places = 2 * (points - low) / np.maximum(high - low, 1e-12) - 1
-            self.frames.append(pd.DataFrame(places, columns=["x", "y"]))
+                self.points[name] = embeddings.project(sample, method, self.seed, tell)
+                principal = pc_names(embeddings.principal_axes(sample)) if method == "PCA" else None
+            self.axes[name] = principal or [f"{method} 1", f"{method} 2"]
         self._refresh()
         self.say(self.count())
 
@@ -166,23 +153,23 @@ class VoxelExplorer:
         for name, words in zip(self.names, self.titles, strict=True):
             words.value = SQUARE + small(self.title(name), f"{TITLE_PX - 2}px")
         for scatter, data in zip(self.__dict__.get("scatters", ()), self._data(), strict=False):
-            # not animated: while points are on their way, the browser ignores a lasso and the next points
-            self._colour(scatter).data(data)
-            self._mark(scatter)
+            self._update(scatter, data)
 
-    def _colour(self, scatter: Scatter) -> Scatter:
+    def _update(self, scatter: Scatter, data: pd.DataFrame) -> None:
         _, colours, *ends = COLOURS[self.colour.value]
-        return scatter.color(by="value", map=colours, norm=Normalize(*ends, clip=True))
-
-    @staticmethod
-    def _mark(scatter: Scatter) -> None:
-        """Chosen points and the one under the mouse: one colour for each of the map, else it is not taken."""
+        # not animated: while points are on their way, the browser ignores a lasso and the next points
+        scatter.color(map=colours, norm=Normalize(*ends, clip=True)).data(data)
+        # chosen points and the one under the mouse: one colour for each of the map, else it is not taken
         scatter.widget.color_selected = scatter.widget.color_hover = [CHOSEN] * STEPS
 
     def _data(self) -> list[pd.DataFrame]:
-        """What each scatter shows: places, and the values that give a colour."""
-        columns = [COLOURS[self.colour.value][0].format(name) for name in self.names]
-        return [frame.assign(value=self.table[c]) for frame, c in zip(self.frames, columns, strict=True)]
+        """What each scatter shows: x and y from -1 to 1, and the values that give a colour."""
+        column, shown = COLOURS[self.colour.value][0], []
+        for name, points in self.points.items():
+            low, high = points.min(axis=0), points.max(axis=0)
+            places = pd.DataFrame(2 * (points - low) / np.maximum(high - low, 1e-12) - 1, columns=["x", "y"])
+            shown.append(places.assign(value=self.table[column.format(name)]))
+        return shown
 
     def paint_on(self, axes: Sequence[Axes], by: str = "kind") -> None:
         """The points on axes of a figure, one for each run, coloured by one of COLOURS; chosen voxels are ringed."""
@@ -216,8 +203,8 @@ class VoxelExplorer:
     def save(self) -> Path:
         """Write the chosen voxels (all, if none is chosen) as Parquet, see `voxels_table`; the file."""
         rows = self.rows if len(self.rows) else np.arange(len(self.table))
-        kept = rows_to_keep(self.table, rows, self.opened, self.names, self.projection.value, self.seed)
-        path = save_voxels(kept, self.folder, f"{self.how}-{len(rows)}")
+        kept = voxels.rows_to_keep(self.table, rows, self.opened, self.points, self.projection.value)
+        path = voxels.save_voxels(kept, self.folder, f"{self.how}-{len(rows)}")
         self.say(f"{len(rows)} voxels written to {path}")
         return path
 
@@ -228,17 +215,17 @@ class VoxelExplorer:
         """The jupyter-scatters themselves."""
         from jscatter import Scatter
 
-        look = {"height": 240, "width": "auto", "mouse_mode": "lasso"}
+        look = {"y_scale": (-1.05, 1.05), "height": 240, "width": "auto", "mouse_mode": "lasso"}
         made = []
         for data in self._data():
-            scatter = Scatter(data=data, x="x", y="y", x_scale=(-1.05, 1.05), y_scale=(-1.05, 1.05), **look)
-            self._colour(scatter).opacity(unselected=1.0).size(default=3).axes(False).legend(False).tooltip(False)
+            scatter = Scatter(data=data, x="x", y="y", color_by="value", x_scale=(-1.05, 1.05), **look)
+            scatter.opacity(unselected=1.0).size(default=3).axes(False).legend(False).tooltip(False)
             # "auto": the height follows the page, which it would not by itself
             # no performanceMode: it saves half of the time, and draws so palely that 200 000 points are hardly seen
             scatter.options(regl_scatterplot_options={"height": "auto"})
             scatter.widget.toolbar_buttons = ["pan_zoom", "lasso", "full_screen", "reset"]
             scatter.widget.selection = self.rows
-            self._mark(scatter)
+            self._update(scatter, data)
             scatter.widget.observe(lambda _, scatter=scatter: self._selected(_rows(scatter)), "selection")
             scatter.widget.observe(lambda change: self._hovered(change["new"]), "hovering")
             made.append(scatter)
@@ -303,7 +290,7 @@ class CohortExplorer(VoxelExplorer):
 
     def _open(self) -> None:
         names = self.runs.names
-        drawn, self.opened = draw_split(self.cases, names, self.split, **self.options)
+        drawn, self.opened = voxels.draw_split(self.cases, names, self.split, **self.options)
         ranked = [case for case in self.cases.worst_first(names) if case in self.opened]
         rank = drawn["case"].map(ranked.index) / max(1, len(ranked) - 1)
         self.show(drawn.assign(worst=drawn[[f"error {name}" for name in names]].max(axis=1), rank=rank), names)
@@ -322,14 +309,17 @@ class CohortExplorer(VoxelExplorer):
     def choose(self, rows: Int[np.ndarray, " r"], how: str = "by-code") -> None:
         """Show these rows as chosen in every scatter, and some of them as patches; `how` names the saved file."""
         super().choose(rows, how)
-        self.patches.value = patches_html(self._some(PATCHES))
+        self.patches.value = voxels.patches_html(self._some(PATCHES))
 
     def _some(self, count: int) -> list[tuple]:
         """Up to so many of the chosen voxels as patches with their words, from the smallest error to the largest."""
         chosen = self.table.iloc[self.rows].sort_values("worst", kind="stable")
         spread = np.unique(np.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().astype(int))
         return [
-            (patch(self.opened[row.case], (row.z, row.y, row.x)), f"{row.case}\n{row.kind}\nerror {row.worst:.2f}")
+            (
+                voxels.patch(self.opened[row.case], (row.z, row.y, row.x)),
+                f"{row.case}\n{row.kind}\nerror {row.worst:.2f}",
+            )
             for row in chosen.iloc[spread].itertuples()
         ]
 
@@ -343,7 +333,7 @@ class CohortExplorer(VoxelExplorer):
             self.paint_on(axes, by)
             for ax, name in zip(axes, self.names, strict=True):
                 ax.set_title(f"{name}: {by}, {len(self.table)} voxels of {len(self.opened)} cases", fontsize=9)
-        draw_patches(lower.subplots(1, PATCHES // 2), some)
+        voxels.draw_patches(lower.subplots(1, PATCHES // 2), some)
         return figure
 
     @cached_property

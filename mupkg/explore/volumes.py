@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import urllib.request
-from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
@@ -49,14 +48,13 @@ class NiivueViewer:
     """A row of ipyniivue views, one a run, with their cross-hairs tied together.
 
     Grey: the region. Over it the truth's contour, the foreground probability, and what exceeds the threshold: that is
-    one number to the graphics card, so the cut follows the slider at once. `moved` is called with the slice (z) when
-    somebody moves the cross-hair.
+    one number to the graphics card, so the cut follows the slider at once. The cross-hair moves the case's slice.
     """
 
-    def __init__(self, case: CasePredictions, moved: Callable[[int], None]):
+    def __init__(self, case: CasePredictions):
         from ipyniivue import NiiVue, SliceType, Volume  # slow to import
 
-        self.case, self.moved, self._in_plane = case, moved, [0.5, 0.5]
+        self.case, self._in_plane = case, [0.5, 0.5]
         # slices stand for the batch here: a contour within each of them, as on paper
         edge = contour(torch.from_numpy(case.truth)).numpy().astype(np.uint8)
         region, edge = (nifti(volume, case.spacing_mm) for volume in (case.region, edge))
@@ -88,7 +86,7 @@ class NiivueViewer:
 
     def _located(self, place: dict) -> None:
         self._in_plane = place["frac"][:2]  # the view's own cross-hair is told a little later
-        self.moved(self.slice_of(place["mm"]))
+        self.case.slice.value = self.slice_of(place["mm"])
 
     def slice_of(self, place_mm: list[float]) -> int:
         """The slice at a place that niivue tells (RAS, mm; the region's first slice lies at 0)."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from threadpoolctl import threadpool_limits
@@ -96,11 +96,10 @@ def rows_to_keep(
     table: pd.DataFrame,
     chosen: Int[np.ndarray, " r"],
     cases: Mapping[str, CasePredictions],
-    names: Sequence[str],
+    points: Mapping[str, Float[np.ndarray, "n 2"]],
     method: Projection,
-    seed: int,
 ) -> pd.DataFrame:
-    """The chosen ones of some drawn voxels, projected with all of them, as `voxels_table` describes them."""
+    """The chosen ones of drawn voxels, whose points in each run's plane are given, as `voxels_table` describes them."""
     from sklearn.neighbors import NearestNeighbors  # slow to import
 
     some, parts, near = table.iloc[chosen], [], min(NEAREST, len(chosen) - 1)
@@ -109,10 +108,10 @@ def rows_to_keep(
     shared[["x_mm", "y_mm", "z_mm"]] = np.array([case.world_mm(place) for case, place in voxels])
     shared["label"] = [int(case.truth[place]) for case, place in voxels]
     shared["thumbnail"] = [pixels_png(patch(case, place)) for case, place in voxels]
-    for name in names:
+    for name in points:
         embedding = some[f"embedding {name}"]
         part = shared.assign(run=name, probability=some[f"p {name}"], embedding=embedding, projection=method)
-        part[["projection_x", "projection_y"]] = embeddings.project(embedded(table, name), method, seed)[chosen]
+        part[["projection_x", "projection_y"]] = points[name][chosen]
         if near:
             neighbours = NearestNeighbors(n_neighbors=near).fit(np.stack(embedding.to_numpy()))
             distances, rows = neighbours.kneighbors()
@@ -141,7 +140,8 @@ def voxels_table(
     """
     cases = Cases.read(study, configurations, seed)
     table, opened = draw_split(cases, split=split, per_kind=per_kind, tau=tau, seed=seed)
-    return rows_to_keep(table, np.arange(len(table)), opened, cases.names, projection, seed)
+    points = {name: embeddings.project(embedded(table, name), projection, seed) for name in cases.names}
+    return rows_to_keep(table, np.arange(len(table)), opened, points, projection)
 
 
 def save_voxels(table: pd.DataFrame, folder: str | Path, chosen: str = "all") -> Path:

@@ -34,7 +34,7 @@ class EmbeddingExplorer(VoxelExplorer):
     goes to its slice; a click or a box in the slice lights the points up (a click: the nearest of the drawn voxels).
 
     Args:
-        folder: where "save voxels" writes, from the repository's root.
+        folder: where "save voxels" writes, from the repository's root. options: of `draw_voxels`: per_kind, tau.
 
     Attributes:
         shown, view: the case, and its slices.
@@ -47,19 +47,20 @@ class EmbeddingExplorer(VoxelExplorer):
         self,
         case: CasePredictions,
         *,
-        per_kind: int = 300,
-        tau: float = 0.1,
         projection: Projection = "PCA",
         margin: float = MARGIN,
         seed: int = 0,
         folder: str | Path = "outputs/explore",
+        **options: Any,
     ):
         own = [name for name in COLOURS if name != "case"]
         super().__init__(own, projection=projection, seed=seed, folder=folder)
-        self.of_voxels, self.margin = {"per_kind": per_kind, "tau": tau, "seed": seed}, margin
+        self.options, self.margin = {"seed": seed, **options}, margin
         self.measured, self.view = ipywidgets.HTML(), CaseViewer(case, "slices")
         self.view.chosen, self.view.words = self.choose_in_slice, self.words
-        self.open(case, draw_voxels(case, **self.of_voxels))
+        self.columns = [self.view, self]  # what has a picture for each run, from left to right
+        self.texts = [self.view.legend, self.legend, self.status, self.words, self.measured]
+        self.open(case, draw_voxels(case, **self.options))
 
     def open(self, case: CasePredictions, drawn: pd.DataFrame) -> None:
         """Show another case, or other runs; projection, colour and threshold stay."""
@@ -114,11 +115,6 @@ class EmbeddingExplorer(VoxelExplorer):
     # How it looks
 
     @property
-    def columns(self) -> list:
-        """What has a picture for each run, from left to right."""
-        return [self.view, self]
-
-    @property
     def figure(self) -> Figure:
         """The pictures, a row a run, without a browser."""
         rows, columns = len(self.names), self.columns
@@ -138,10 +134,6 @@ class EmbeddingExplorer(VoxelExplorer):
     def controls(self) -> list[ipywidgets.Widget]:
         view = self.view
         return [self.slice, view.worst, view.threshold, self.colour, self.projection, self.clear, self.keep]
-
-    @property
-    def texts(self) -> list[ipywidgets.Widget]:
-        return [self.view.legend, self.legend, self.status, self.words, self.measured]
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
@@ -242,6 +234,10 @@ class Workbench(EmbeddingExplorer):
         self.distance.chosen, self.distance.words = self.choose_in_slice, self.words
         self.view.describe = self.distance.describe
         self.neighbours = Neighbours(self)
+        self._near = [ipywidgets.VBox([words]) for words in (*self.neighbours.words, self.neighbours.chosen)]
+        self.columns.append(self.distance)
+        bar = ipywidgets.HTML(small(colour_bar(self.distance.colours, *self.distance.meaning)))
+        self.texts = [*self.texts[:2], bar, *self.texts[2:], self._near[-1]]
         self.right = dropdown("show", ["distances", "neighbours"], "distances", 150)
         self.right.observe(lambda _: self._lay_out(), "value")
         self.case = ipywidgets.Dropdown(description="case", style={"description_width": "initial"})
@@ -274,7 +270,7 @@ class Workbench(EmbeddingExplorer):
         """The voxels drawn from a case, as the two runs see them."""
         key = case_id, *self.runs.names
         if key not in self._drawn:
-            self._drawn[key] = draw_voxels(self.cases.open(case_id, self.runs.names), **self.of_voxels)
+            self._drawn[key] = draw_voxels(self.cases.open(case_id, self.runs.names), **self.options)
         return self._drawn[key]
 
     def go(self, voxel: Sequence[int]) -> None:
@@ -284,18 +280,8 @@ class Workbench(EmbeddingExplorer):
             self.neighbours.refresh()
 
     @property
-    def columns(self) -> list:
-        return [*super().columns, self.distance]
-
-    @property
     def controls(self) -> list[ipywidgets.Widget]:
         return [self.case, *self.runs.lists, *super().controls, self.right]
-
-    @property
-    def texts(self) -> list[ipywidgets.Widget]:
-        slices, points, *others = super().texts
-        bar = ipywidgets.HTML(small(colour_bar(self.distance.colours, *self.distance.meaning)))
-        return [slices, points, bar, *others, self._near[-1]]
 
     def _lay_out(self) -> None:
         """Neighbours take the place of slices and distance maps where they are asked for."""
@@ -309,7 +295,6 @@ class Workbench(EmbeddingExplorer):
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
-        self._near = [ipywidgets.VBox([words]) for words in (*self.neighbours.words, self.neighbours.chosen)]
         whole = super().widget
         for row, words in zip(self.grid.children, self._near[:-1], strict=True):
             words.layout.flex, words.layout.min_width = "2 1 0", "0"

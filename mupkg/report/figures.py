@@ -26,7 +26,6 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.lines import Line2D
 from PIL import ImageDraw, ImageFont
 
@@ -50,8 +49,6 @@ ROLES = {"anchor": ("x", YELLOW), "positive": (".", SKY), "negative": ("o", VERM
 TEACHES = {"active": VERMILLION, "satisfied": "silver"}  # tuples
 HEAT = "inferno"  # of probabilities
 PLANES = {"axial": "RL", "coronal": "RL", "sagittal": "AP"}  # and which sides of the patient lie left and right
-# The axes stay where they were put, whatever rcParams say; layout="none" is forgotten when the figure is saved.
-FIXED = PlaceHolderLayoutEngine(adjust_compatible=True, colorbar_gridspec=True)
 BAR_MM = 20
 ON_IMAGES = {"color": "white", "path_effects": [patheffects.withStroke(linewidth=1.5, foreground="black")]}
 

@@ -61,7 +61,7 @@ def test_every_run_has_a_view_with_four_layers_and_the_sliders_reach_them(seen, 
 
 
 def test_a_place_in_mm_is_a_slice(seen):
-    viewer = volumes.NiivueViewer(seen, moved=lambda z: None)
+    viewer = volumes.NiivueViewer(seen)
     assert [viewer.slice_of([0, 0, mm, 1]) for mm in (-4.0, 0.0, 1.4, 1.6, 15.0, 99.0)] == [0, 0, 0, 1, 5, 5]
 
 

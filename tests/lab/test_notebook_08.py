@@ -151,7 +151,7 @@ def boxes(notebook: Notebook, *kinds: str) -> list[dict]:
 
 def points_on_screen(notebook: Notebook, explorer: str, number: int, canvas) -> np.ndarray:
     """Where a scatter's points lie on the page: the square of the data fills the square canvas."""
-    box, data = canvas.bounding_box(), notebook.ask(f"{explorer}.frames[{number}][['x', 'y']].to_numpy()")
+    box, data = canvas.bounding_box(), notebook.ask(f"{explorer}._data()[{number}][['x', 'y']].to_numpy()")
     middle = np.array([box["x"] + box["width"] / 2, box["y"] + box["height"] / 2])
     return middle + min(box["width"], box["height"]) / 2 / 1.05 * np.array(data) * (1, -1)
 
