@@ -107,7 +107,7 @@ class SlicePanel:
         for ax, layer, title in zip(axes, self.layers, self.titles, strict=True):
             figures.draw_slice(ax, *layer, name=name, title=title)
         label, *ends = self.meaning
-        bar = axes[0].figure.colorbar(ScalarMappable(cmap=self.colours), ax=list(axes), label=label, shrink=0.8)
+        bar = axes[0].figure.colorbar(ScalarMappable(cmap=self.colours), ax=list(axes), label=label, shrink=0.4)
         bar.set_ticks([0, 1], labels=[f"{value:g}" for value in ends])
 
     # Alive

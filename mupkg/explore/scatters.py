@@ -172,16 +172,14 @@ class VoxelExplorer:
         return shown
 
     def paint_on(self, axes: Sequence[Axes], by: str = "kind") -> None:
-        """The points on axes of a figure, one for each run, coloured by one of COLOURS; chosen voxels are ringed."""
+        """The points on axes of a figure, one for each run, coloured by one of COLOURS."""
         column, colours, low, high = COLOURS[by]
         look = {"s": 5, "linewidths": 0, "alpha": min(1, (5000 / len(self.table)) ** 0.5)}
         for ax, name in zip(axes, self.names, strict=True):
             values = self.table[column.format(name)]
             dots = ax.scatter(*self.points[name].T, c=values, cmap=colours, vmin=low, vmax=high, **look)
-            ring = {"s": 16, "facecolors": "none", "edgecolors": CHOSEN, "linewidths": 0.6}
-            ax.scatter(*self.points[name][self.rows].T, label="chosen", **ring)
             ax.set(xticks=[], yticks=[], xlabel=self.axes[name][0], ylabel=self.axes[name][1])
-        bar = axes[0].figure.colorbar(dots, ax=list(axes), label=by, shrink=0.8)
+        bar = axes[0].figure.colorbar(dots, ax=list(axes), label=by, shrink=0.4)
         bar.solids.set_alpha(1)
         if by == "kind":
             bar.set_ticks(range(len(KINDS)), labels=KINDS)

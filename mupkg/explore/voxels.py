@@ -99,7 +99,7 @@ def rows_to_keep(
     points: Mapping[str, Float[np.ndarray, "n 2"]],
     method: Projection,
 ) -> pd.DataFrame:
-    """The chosen ones of drawn voxels, whose points in each run's plane are given, as `voxels_table` describes them."""
+    """Some drawn voxels, whose points in each run's plane are given, as `voxels_table` describes them."""
     from sklearn.neighbors import NearestNeighbors  # slow to import
 
     some, parts, near = table.iloc[chosen], [], min(NEAREST, len(chosen) - 1)

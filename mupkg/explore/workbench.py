@@ -21,7 +21,7 @@ from mupkg.explore.predictions import CasePredictions, Cases
 from mupkg.explore.scatters import COLOURS, VoxelExplorer
 from mupkg.explore.voxels import NEAREST, PLACE, draw_patches, draw_voxels, in_order, measure, patch, patches_html
 from mupkg.report.embeddings import MARGIN, Projection
-from mupkg.report.figures import colour_bar
+from mupkg.report.figures import CHOSEN, colour_bar
 from mupkg.stages.voxels import KINDS
 
 CELLS = {"selector": "th, td", "props": "padding: 0 0.7em 0 0; text-align: right; font-size: 12px; line-height: 16px"}
@@ -124,11 +124,15 @@ class EmbeddingExplorer(VoxelExplorer):
         return figure
 
     def paint_on(self, axes: Sequence[Axes], by: str = "kind") -> None:
+        """The same, with numbers in the titles, and chosen voxels ringed."""
         super().paint_on(axes, by)
+        ring = {"s": 16, "facecolors": "none", "edgecolors": CHOSEN, "linewidths": 0.6}
         for ax, name in zip(axes, self.names, strict=True):
             silhouette, fisher, active = self.numbers.loc[name].iloc[:3]
             summary = f"silhouette {silhouette:.2f}, Fisher {fisher:.2f}, active {active:.0%}"
             ax.set_title(self.shown.title(name, summary), fontsize=9)
+            ax.scatter(*self.points[name][self.rows].T, label="chosen", **ring)
+        axes[-1].legend(fontsize=7)
 
     @property
     def controls(self) -> list[ipywidgets.Widget]:
