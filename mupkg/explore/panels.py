@@ -187,14 +187,14 @@ class CaseViewer(SlicePanel):
         self.worst = button("worst slice", "the one with most wrong voxels", self.jump_to_worst)
         self.controls = self.worst, self.threshold, self.opacity
         super().__init__(case)
-        self.opacity.observe(lambda _: self.show_slice(), "value")
+        self.opacity.observe(self.show_slice, "value")
         self.threshold.observe(lambda _: self._cut(), "value")
 
     def open(self, case: CasePredictions) -> None:
         super().open(case)
         self.voxels = np.empty((0, 3), int)
         self._cut()
-        self.slice.observe(lambda _: self.show_slice(), "value")
+        self.slice.observe(self.show_slice, "value")
 
     def jump_to_worst(self) -> None:
         self.slice.value = self.case.worst_slice(self.threshold.value)
@@ -208,8 +208,8 @@ class CaseViewer(SlicePanel):
         self.scores = self.case.scores(self.threshold.value)
         self.show_slice()
 
-    def show_slice(self) -> None:
-        """Draw the slice as the controls say."""
+    def show_slice(self, _change: dict | None = None) -> None:
+        """Draw the slice as the controls say, which it observes."""
         z, threshold = self.slice.value, self.threshold.value
         self.draw(
             [heat[z] for heat in self.case.heat.values()],
@@ -264,7 +264,7 @@ class DistanceMap(SlicePanel):
     def open(self, case: CasePredictions, scale: Mapping[str, float] | None = None) -> None:
         super().open(case)
         self.scale = dict(self.scale if scale is None else scale)
-        self.slice.observe(lambda _: self.show_slice(), "value")
+        self.slice.observe(self.show_slice, "value")
         self.measure_from((case.widest, *np.argwhere(case.truth[case.widest]).mean(axis=0).round()))
 
     def measure_from(self, voxel: Sequence[float]) -> None:
@@ -293,8 +293,8 @@ class DistanceMap(SlicePanel):
         said = ", ".join(f"{self.case.letters[name]} {distance:.2f}" for name, distance in to_it.items())
         return f"{self.case.describe(z, y, x)}\ndistance: {said}"
 
-    def show_slice(self) -> None:
-        """Draw the distances in the slice."""
+    def show_slice(self, _change: dict | None = None) -> None:
+        """Draw the distances in the slice that the slider says, which it observes."""
         z, titles, distances = self.slice.value, [], self.distances()
         for name, distance in distances.items():
             inside, outside = distance[self.case.truth[z]], distance[~self.case.truth[z]]
