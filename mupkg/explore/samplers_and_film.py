@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, UInt8
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -226,25 +226,21 @@ class FilmPlayer:
             self.numbers[name] = [separation(frame, seed) for frame in frames]
         self.frame = ipywidgets.SelectionSlider(options=self.steps, value=self.steps[-1], description="step")
 
-    def _draw(self, name: str, step: int, top: Axes, bottom: Axes) -> None:
-        """One frame of a run: the slice with its heat above, the feature space below."""
-        frames, grey, truth, spacing_mm = self.films[name]
-        points, number = self.points[name], frames.steps.index(step)
-        pixels = figures.mix(grey, frames.probability[number], opacity=0.6)
-        title = f"{name}, step {step}\n{frames.case_id}, slice {frames.z}"
-        figures.draw_slice(top, pixels, [(figures.TRUTH, 2.8, truth, 0.5)], spacing_mm, name="axial", title=title)
-        bottom.scatter(*points.reshape(-1, 2).T, s=0)  # all frames' points, so that the axes stand still
-        figures.draw_points(bottom, points[number], frames.kind, self.axes[name])
-        numbers = ", ".join(f"{k} {v:.2f}" for k, v in self.numbers[name][number].items())
-        bottom.set_title(f"n = {len(frames.kind)}, {numbers}", fontsize=9)
-
     def _strip(self, rows: Sequence[Sequence[tuple[str, int]]]) -> Figure:
-        """Rows of frames, each a run at a step."""
+        """Rows of frames, each a run at a step: the slice with its heat above, the feature space below."""
         figure = Figure(figsize=(3.6 * len(rows[0]), 7.2 * len(rows) + 0.7), dpi=DPI, layout="constrained")
         axes = figure.subplots(2 * len(rows), len(rows[0]), squeeze=False)
-        for number, row in enumerate(rows):
-            for frame, top, bottom in zip(row, axes[2 * number], axes[2 * number + 1], strict=True):
-                self._draw(*frame, top, bottom)
+        shown = zip(chain(*rows), axes[::2].flat, axes[1::2].flat, strict=True)
+        for (name, step), top, bottom in shown:
+            frames, grey, truth, spacing_mm = self.films[name]
+            points, number = self.points[name], frames.steps.index(step)
+            pixels = figures.mix(grey, frames.probability[number], opacity=0.6)
+            title = f"{name}, step {step}\n{frames.case_id}, slice {frames.z}"
+            figures.draw_slice(top, pixels, [(figures.TRUTH, 2.8, truth, 0.5)], spacing_mm, name="axial", title=title)
+            bottom.scatter(*points.reshape(-1, 2).T, s=0)  # all frames' points, so that the axes stand still
+            figures.draw_points(bottom, points[number], frames.kind, self.axes[name])
+            numbers = ", ".join(f"{k} {v:.2f}" for k, v in self.numbers[name][number].items())
+            bottom.set_title(f"n = {len(frames.kind)}, {numbers}", fontsize=9)
         handles = [*axes[1, 0].get_legend_handles_labels()[0], Line2D([], [], color=figures.TRUTH, label="truth")]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, markerscale=3)
         look = {"location": "bottom", "shrink": 0.3, "aspect": 30, "ticks": [0, 1], "label": "foreground probability"}

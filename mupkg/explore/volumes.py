@@ -85,13 +85,9 @@ class NiivueViewer:
         self.widget = ipywidgets.HBox([ipywidgets.VBox(pair, layout=share) for pair in pairs])
 
     def _located(self, place: dict) -> None:
+        """niivue tells a place (RAS, mm; the region's first slice lies at 0), perhaps beside the region."""
         self._in_plane = place["frac"][:2]  # the view's own cross-hair is told a little later
-        self.case.slice.value = self.slice_of(place["mm"])
-
-    def slice_of(self, place_mm: list[float]) -> int:
-        """The slice at a place that niivue tells (RAS, mm; the region's first slice lies at 0)."""
-        z = round(place_mm[2] / self.case.spacing_mm[0])
-        return min(max(z, 0), len(self.case.region) - 1)
+        self.case.slice.value = round(place["mm"][2] / self.case.spacing_mm[0])
 
     def show(self, z: int, opacity: float, threshold: float) -> None:
         """Move to a slice, and cut the probability anew."""

@@ -127,11 +127,10 @@ def voxels_table(
     configurations: Sequence[str] | None = None,
     seed: int = 0,
     split: str = "test",
-    per_kind: int = 300,
-    tau: float = 0.1,
     projection: Projection = "PCA",
+    **options,
 ) -> pd.DataFrame:
-    """Voxels of all cases of a split as each run sees them, a row a voxel and run.
+    """Voxels of all cases of a split as each run sees them, a row a voxel and run; options as in `draw_voxels`.
 
     Columns: case, split, z, y, x (voxels of the region), kind, mm_to_contour, x_mm, y_mm, z_mm (the scan's own
     space), label, thumbnail (PNG), run, probability, embedding, projection (how), projection_x, projection_y (fitted
@@ -139,7 +138,7 @@ def voxels_table(
     Euclidean distances). `save_voxels` writes it.
     """
     cases = Cases.read(study, configurations, seed)
-    table, opened = draw_split(cases, split=split, per_kind=per_kind, tau=tau, seed=seed)
+    table, opened = draw_split(cases, split=split, seed=seed, **options)
     points = {name: embeddings.project(embedded(table, name), projection, seed) for name in cases.names}
     return rows_to_keep(table, np.arange(len(table)), opened, points, projection)
 
