@@ -100,8 +100,9 @@ def batches(
 
     `workers` processes cut them ahead, unless the source lies on the device.
     """
-    pin = device.type == "cuda" and not source.resident  # then a GPU fetches them while the CPU goes on
-    if workers and not source.resident:
+    cut_here = source.device.type == "cpu"
+    pin = device.type == "cuda" and cut_here  # then a GPU fetches them while the CPU goes on
+    if workers and cut_here:
         # A batch follows from its number alone, so the workers need no seeds; they are not to come from torch's own
         # generator. "Collating" a number is cutting its batch.
         options = {"batch_size": None, "collate_fn": source.batch, "generator": torch.Generator()}
