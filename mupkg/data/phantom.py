@@ -1,15 +1,15 @@
 """Planning CTs of a male pelvis, made up: every structure is a formula in mm, drawn anew for every seed.
 
 The anatomy is written in the *frame of an average man*: millimetres from the midpoint of the femoral heads, x to
-the patient's left, y to the back, z to the head (the LPS axes of DICOM). A patient is this frame stretched by
-`Anatomy.stretch`, turned by `Anatomy.rotation_deg` and laid somewhere on the grid. Structures are signed distances
-(negative inside) evaluated within their own boxes only, and painted one over the other, from the air inwards.
+the patient's left, y to the back, z to the head (the LPS axes of DICOM). A patient (`draw_anatomy`) is this frame
+stretched, turned and laid somewhere on the grid. Structures are signed distances (negative inside) evaluated within
+their own boxes only, and painted one over the other, from the air inwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from types import SimpleNamespace as Anatomy
 
 import numpy as np
 import SimpleITK as sitk
@@ -30,6 +30,7 @@ GRAIN = ((-1000, 8), (-300, 12), (-130, 17.5), (-60, 15), (0, 11), (20, 11), (33
 GRAIN_SIGMA_MM = 0.95  # of the Gaussian that gives noise its grain in plane; it falls to 1/e at twice this
 POINT_SPREAD_MM = 1.6  # width of the scanner's blurred edge
 VOLUME_ML = (17.0, 112.0)  # drawn within; the label of a coarse grid still lies in 15 to 120
+LEAST_MM = (130, 160, 260)  # that hold a pelvis (z, y, x)
 SLAB_VOXELS = 2_000_000  # larger boxes are painted in slabs of slices, to bound memory
 
 Vector = tuple[float, float, float]
@@ -37,102 +38,62 @@ Array = np.ndarray
 Surface = Callable[[Array, Array, Array], Array]  # signed distance at x, y, z, mm
 
 
-@dataclass(frozen=True)
-class Waves:
+def waves(rng: np.random.Generator, shortest_mm: float, longest_mm: float, n: int = 6) -> Surface:
     """A smooth random function of position with mean 0 and standard deviation 1: a few plane waves."""
-
-    k: Array  # (n, 3) wave vectors, rad/mm
-    phase: Array  # (n,)
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator, shortest_mm: float, longest_mm: float, n: int = 6) -> Waves:
-        direction = rng.normal(size=(n, 3))
-        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-        length = rng.uniform(shortest_mm, longest_mm, size=(n, 1))
-        k, phase = 2 * np.pi * direction / length, rng.uniform(0, 2 * np.pi, n)
-        return cls(k.astype(np.float32), phase.astype(np.float32))
-
-    def __call__(self, x: Array, y: Array, z: Array) -> Array:
-        scale = np.float32(np.sqrt(2 / len(self.phase)))
-        waves = zip(self.k, self.phase, strict=True)
-        return scale * sum(np.cos(k[0] * x + k[1] * y + k[2] * z + phase) for k, phase in waves)
+    direction = rng.normal(size=(n, 3))
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    length = rng.uniform(shortest_mm, longest_mm, size=(n, 1))
+    vectors = (2 * np.pi * direction / length).astype(np.float32)  # rad/mm
+    phases = rng.uniform(0, 2 * np.pi, n).astype(np.float32)
+    scale = np.float32(np.sqrt(2 / n))
+    parts = [*zip(vectors, phases, strict=True)]
+    return lambda x, y, z: scale * sum(np.cos(k[0] * x + k[1] * y + k[2] * z + phase) for k, phase in parts)
 
 
-@dataclass(frozen=True)
-class Anatomy:
+def draw_anatomy(rng: np.random.Generator) -> Anatomy:
     """What differs from patient to patient. Lengths in mm of the average man's frame unless said otherwise."""
-
-    stretch: Vector  # size of this man against the average one, along x, y, z
-    rotation_deg: Vector  # about x (pitch), y (yaw), z (roll)
-    position_mm: Vector  # where the midpoint of the heads lies in the scanner, mm (x, y, z)
-    offset_mm: tuple[float, float]  # middle of the field of view against the middle of the body, mm (x, y)
-    margin_mm: tuple[float, float]  # air beside, and in front of and behind the body, mm
-    z_range_mm: tuple[float, float]  # lowest and highest slice against the heads, mm
-    fat: float  # subcutaneous fat at the sides
-    belly: float  # how much more of it in front than behind
-    head_x: float  # lateral distance of each head's centre
-    head_radius: float
-    cartilage: float  # joint gap between head and socket
-    prostate_ml: float  # true volume, ml
-    prostate_centre: Vector  # centroid aimed at
-    prostate_shape: Vector  # relative half axes, left-right, front-back, up-down
-    prostate_hu: float  # density of this prostate, HU
-    prostate_bumps: float  # surface irregularity, as a fraction of the mean radius
-    bladder_radii: Vector
-    bladder_tilt: float  # how far the bladder leans to the left
-    rectum_radius: float
-    gas_z: tuple[float, float]  # where the gas bubbles of the rectum lie
-    gas_radius: tuple[float, float]
-    plane: float  # mean width of the fat planes around the prostate; below 0 most of its edge touches muscle
-    body_waves: Waves
-    organ_waves: Waves  # bends organs and muscles
-    prostate_waves: Waves
-    plane_waves: Waves  # where those fat planes open and close
-    bowel_waves: Waves
-    fine_waves: Waves  # stool, bowel gas and the trabeculae of marrow
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator) -> Anatomy:
-        u = rng.uniform
-        size = u(0.95, 1.05)
-        stretch = tuple(size * u(0.98, 1.02, 3))
-        volume = float(np.clip(45 * np.exp(0.5 * rng.normal()), *VOLUME_ML))
-        radius = (volume * 1000 * 3 / (4 * np.pi)) ** (1 / 3)
-        shape = np.array([1.16, 0.88, 0.98]) * u(0.9, 1.1, 3)
-        filling = np.exp(u(np.log(70), np.log(420)))  # ml of urine
-        bladder = (filling * 1000 * 3 / (4 * np.pi)) ** (1 / 3) * np.array([1.16, 1.0, 0.86]) * u(0.93, 1.07, 3)
-        # A large prostate grows backwards and up into the bladder: the symphysis is in its way.
-        centre = (u(-3, 3), u(-2, 5) + 0.35 * max(0.0, radius - 20), u(-31, -24) + 0.35 * max(0.0, radius - 20))
-        return cls(
-            stretch=stretch,
-            rotation_deg=(u(-4, 4), u(-3, 3), u(-6, 6)),
-            position_mm=(u(-30, 30), u(-220, -120), u(-900, 300)),
-            offset_mm=(u(-15, 15), u(-12, 12)),
-            margin_mm=(u(38, 60), u(36, 66)),
-            z_range_mm=(u(-122, -104), u(125, 165)),
-            fat=u(12, 38),
-            belly=u(-3, 14),
-            head_x=u(85, 91),
-            head_radius=u(23, 26),
-            cartilage=u(3.0, 4.2),
-            prostate_ml=volume,
-            prostate_centre=centre,
-            prostate_shape=tuple(shape),
-            prostate_hu=HU["prostate"] + u(-4, 4),
-            prostate_bumps=u(0.08, 0.15),
-            bladder_radii=tuple(bladder),
-            bladder_tilt=u(-8, 8),
-            rectum_radius=u(12, 20),
-            gas_z=(u(-35, 10), u(20, 70)),
-            gas_radius=(u(2, 17), u(5, 20)),
-            plane=u(-2.0, 0.5),
-            body_waves=Waves.draw(rng, 180, 400, 3),
-            organ_waves=Waves.draw(rng, 50, 120, 4),
-            prostate_waves=Waves.draw(rng, 1.1 * radius, 3.2 * radius, 8),
-            plane_waves=Waves.draw(rng, 22, 60),
-            bowel_waves=Waves.draw(rng, 45, 75, 5),
-            fine_waves=Waves.draw(rng, 8, 25),
-        )
+    u = rng.uniform
+    size = u(0.95, 1.05)
+    stretch = tuple(size * u(0.98, 1.02, 3))
+    volume = float(np.clip(45 * np.exp(0.5 * rng.normal()), *VOLUME_ML))
+    radius = (volume * 1000 * 3 / (4 * np.pi)) ** (1 / 3)
+    shape = np.array([1.16, 0.88, 0.98]) * u(0.9, 1.1, 3)
+    filling = np.exp(u(np.log(70), np.log(420)))  # ml of urine
+    bladder = (filling * 1000 * 3 / (4 * np.pi)) ** (1 / 3) * np.array([1.16, 1.0, 0.86]) * u(0.93, 1.07, 3)
+    # A large prostate grows backwards and up into the bladder: the symphysis is in its way.
+    centre = (u(-3, 3), u(-2, 5) + 0.35 * max(0.0, radius - 20), u(-31, -24) + 0.35 * max(0.0, radius - 20))
+    return Anatomy(
+        stretch=stretch,  # size of this man against the average one, along x, y, z
+        rotation_deg=(u(-4, 4), u(-3, 3), u(-6, 6)),  # about x (pitch), y (yaw), z (roll)
+        position_mm=(u(-30, 30), u(-220, -120), u(-900, 300)),  # of the heads' midpoint in the scanner (x, y, z)
+        offset_mm=(u(-15, 15), u(-12, 12)),  # middle of the field of view against the middle of the body (x, y)
+        margin_mm=(u(38, 60), u(36, 66)),  # air beside, and in front of and behind the body
+        z_range_mm=(u(-122, -104), u(125, 165)),  # lowest and highest slice against the heads
+        fat=u(12, 38),  # subcutaneous, at the sides
+        belly=u(-3, 14),  # how much more of it in front than behind
+        head_x=u(85, 91),  # lateral distance of each head's centre
+        head_radius=u(23, 26),
+        cartilage=u(3.0, 4.2),  # joint gap between head and socket
+        prostate_ml=volume,  # true volume
+        prostate_radius=(volume / np.prod(stretch) * 1000 * 3 / (4 * np.pi)) ** (1 / 3),  # were it a ball
+        prostate_centre=centre,  # centroid aimed at
+        prostate_shape=tuple(shape),  # relative half axes, left-right, front-back, up-down
+        prostate_hu=HU["prostate"] + u(-4, 4),
+        prostate_bumps=u(0.08, 0.15),  # surface irregularity, as a fraction of the mean radius
+        bladder_radii=tuple(bladder),
+        bladder_tilt=u(-8, 8),  # how far the bladder leans to the left
+        rectum_radius=u(12, 20),
+        gas_z=(u(-35, 10), u(20, 70)),  # where the gas bubbles of the rectum lie
+        gas_radius=(u(2, 17), u(5, 20)),
+        # Mean width of the fat planes around the prostate; below 0 most of its edge touches muscle.
+        plane=u(-2.0, 0.5),
+        body_waves=waves(rng, 180, 400, 3),
+        organ_waves=waves(rng, 50, 120, 4),  # bends organs and muscles
+        prostate_waves=waves(rng, 1.1 * radius, 3.2 * radius, 8),
+        plane_waves=waves(rng, 22, 60),  # where those fat planes open and close
+        bowel_waves=waves(rng, 45, 75, 5),
+        fine_waves=waves(rng, 8, 25),  # stool, bowel gas and the trabeculae of marrow
+    )
 
 
 class Canvas:
@@ -158,10 +119,6 @@ class Canvas:
         self.hu = np.full(size[::-1], HU["air"], np.float32)
         self.label = np.zeros(size[::-1], bool)
         self.edge = float(np.hypot(POINT_SPREAD_MM, np.prod(self.spacing) ** (1 / 3)))
-
-    def to_scanner(self, point: Vector) -> Vector:
-        """A point of the man's frame in the scanner's physical coordinates (x, y, z), mm."""
-        return tuple(float(v) for v in self.position + self.turn @ (self.stretch * point))
 
     def boxes(self, low: Vector, high: Vector, mirrored: bool = False) -> Iterator[tuple[Array, ...]]:
         """(x, y, z, hu, label) of the voxels around a box of the man's frame; hu and label are views to paint on.
@@ -310,9 +267,8 @@ def paint_bowel(c: Canvas, a: Anatomy) -> None:
 def rectum_course(a: Anatomy) -> tuple[list[Vector], list[float]]:
     """Centres and radii of the rectum's outer wall, from the anus up: just behind the prostate, then the sacrum."""
     _, py, pz = a.prostate_centre
-    radius = (a.prostate_ml / np.prod(a.stretch) * 1000 * 3 / (4 * np.pi)) ** (1 / 3)
-    behind = py + radius * a.prostate_shape[1] + a.rectum_radius - 1.5
-    down = pz - radius * a.prostate_shape[2]
+    behind = py + a.prostate_radius * a.prostate_shape[1] + a.rectum_radius - 1.5
+    down = pz - a.prostate_radius * a.prostate_shape[2]
     points = [(0, behind + 16, -112), (0, behind + 2, min(down - 12, -58)), (0, behind, pz), (1, behind + 5, pz + 28),
               (4, 50, 30), (-4, 54, 62), (-22, 34, 92), (-55, 5, 100)]  # fmt: skip
     wide = a.rectum_radius
@@ -350,16 +306,11 @@ def fit_prostate(a: Anatomy) -> Surface:
 def paint_organs(c: Canvas, a: Anatomy, gland: Surface) -> None:
     """Bladder, seminal vesicles, plexus, prostate, pelvic floor and rectum, and the label."""
     px, py, pz = a.prostate_centre
-    radius = (a.prostate_ml / np.prod(a.stretch) * 1000 * 3 / (4 * np.pi)) ** (1 / 3)
-    rx, ry, rz = (radius * s for s in a.prostate_shape)
+    rx, ry, rz = (a.prostate_radius * s for s in a.prostate_shape)
     top, bottom = pz + rz, pz - rz
     _, by, bz = a.bladder_radii
     bladder_centre = (px + a.bladder_tilt * 0.5, py - 10 - 0.15 * by, top + 0.84 * bz)
     points, _ = rectum_course(a)
-
-    def vesicle(x: Array, y: Array, z: Array) -> Array:
-        return capsule(x, y, z, (3, py + 0.6 * ry, top - 2), (30, py + 0.6 * ry + 12, top + 14), 6.5, 5)
-
     reach = np.array(a.bladder_radii) + 12
     for x, y, z, hu, _ in c.boxes(tuple(np.subtract(bladder_centre, reach)), tuple(np.add(bladder_centre, reach))):
         bladder = ellipsoid(x - a.bladder_tilt * (z - bladder_centre[2]) / 60, y, z, bladder_centre, a.bladder_radii)
@@ -368,8 +319,8 @@ def paint_organs(c: Canvas, a: Anatomy, gland: Surface) -> None:
         blend(hu, bladder - wall, HU["bladder wall"], c.edge + 1)
         blend(hu, bladder, HU["urine"], c.edge + 1)
     for x, y, z, hu, _ in c.boxes((-45, py - 15, top - 20), (45, py + 60, top + 30)):
-        d = vesicle(np.abs(x), y, z) + 1.2 * a.plane_waves(x, y, z)
-        blend(hu, d, HU["seminal vesicle"], c.edge + 1.5)
+        vesicle = capsule(np.abs(x), y, z, (3, py + 0.6 * ry, top - 2), (30, py + 0.6 * ry + 12, top + 14), 6.5, 5)
+        blend(hu, vesicle + 1.2 * a.plane_waves(x, y, z), HU["seminal vesicle"], c.edge + 1.5)
     for x, y, z, hu, _ in c.boxes((-35, -55, bottom - 50), (35, py + 30, top + 5)):
         # In front of the gland its veins, below it the sphincter and the bulb: as dense as the gland itself.
         blend(hu, ellipsoid(x, y, z, (0, py - ry - 2, pz - 2), (0.95 * rx, 8, 0.9 * rz)), HU["plexus"], c.edge + 3)
@@ -496,7 +447,7 @@ def make_phantom(seed: int, *, spacing_mm: Vector | None = None, shape: tuple[in
     physical mm (x, y, z).
     """
     anatomy_rng, spacing_rng, noise_rng = (np.random.default_rng([seed, stream]) for stream in range(3))
-    anatomy = Anatomy.draw(anatomy_rng)
+    anatomy = draw_anatomy(anatomy_rng)
     if spacing_mm is None:
         in_plane = spacing_rng.uniform(0.93, 1.37)
         spacing_mm = (float(spacing_rng.uniform(1.0, 3.0)), in_plane, in_plane)
@@ -514,21 +465,16 @@ def make_phantom(seed: int, *, spacing_mm: Vector | None = None, shape: tuple[in
     for volume in (image, label):
         volume.SetSpacing(canvas.spacing.tolist())
         volume.SetOrigin(canvas.origin.tolist())
-    heads = tuple(canvas.to_scanner((side * anatomy.head_x, 0.0, 0.0)) for side in (1, -1))
+    heads = [canvas.turn @ (canvas.stretch * (side * anatomy.head_x, 0.0, 0.0)) for side in (1, -1)]
+    heads = tuple(tuple((canvas.position + head).tolist()) for head in heads)
     return Case(f"phantom-{seed:04d}", image, label, modality="CT", femoral_heads=heads)
 
 
 def _check_grid(spacing_mm: Vector, shape: tuple[int, int, int] | None) -> None:
     spacing = np.asarray(spacing_mm, float)
-    if spacing.shape != (3,) or not np.isfinite(spacing).all() or (spacing <= 0).any() or (spacing > 12).any():
+    if spacing.shape != (3,) or not ((spacing > 0) & (spacing <= 12)).all():
         raise ValueError(f"spacing_mm must be three lengths (z, y, x) above 0 and up to 12 mm, not {spacing_mm!r}")
-    if shape is None:
-        return
-    if len(shape) != 3 or any(n < 1 for n in shape):
-        raise ValueError(f"shape must be three counts (z, y, x) of at least 1, not {shape!r}")
-    short = [name for name, n, s, need in zip("zyx", shape, spacing, (130, 160, 260), strict=True) if n * s < need]
-    if short:
+    if shape is not None and not (np.multiply(shape, spacing) >= LEAST_MM).all():
         raise ValueError(
-            f"shape {shape!r} at spacing_mm {spacing_mm!r} is too small along {', '.join(short)}: "
-            "a pelvis needs at least 130 x 160 x 260 mm (z, y, x)"
+            f"shape {shape!r} at spacing_mm {spacing_mm!r}: a pelvis needs {LEAST_MM} mm (z, y, x) at least"
         )
