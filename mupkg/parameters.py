@@ -15,7 +15,6 @@ import pandas as pd
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -30,7 +29,7 @@ from mupkg.configurations import Control, build, configuration
 from mupkg.data import build as cohorts
 from mupkg.data.preprocessing import CT_WINDOW, Grid, HuRange, Preparation
 from mupkg.models import BACKBONES, MULTIPLE, VNET_MULTIPLE, Backbone
-from mupkg.settings import AnyPath, FolderName, Settings, check_no_list
+from mupkg.settings import AnyPath, FolderName, Settings
 from mupkg.stages.runs import MAX_CHANNELS, NNUNET_RUNS, STAGE1, NnunetRun, Shift, run_name
 
 Size = Literal["smoke", "quick", "paper"]
@@ -136,9 +135,7 @@ class CohortSettings(SizedSettings):
     label_pattern: Pattern = "{case}_label.nii.gz"
     label_values: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     channel: Annotated[int, Field(ge=0)] | None = None
-    roi: Annotated[RoiName | Annotated[tuple[RoiName, ...], Field(min_length=1)], BeforeValidator(check_no_list)] = (
-        "Prostate"
-    )
+    roi: RoiName | Annotated[tuple[RoiName, ...], Field(min_length=1)] = "Prostate"
     hash_patients: bool = False
     fill_gaps: bool = False
     phantoms: Annotated[int, Field(ge=3, le=100_000)] = OF_SIZE

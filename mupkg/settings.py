@@ -31,44 +31,29 @@ ANNOTATED = re.compile(r"^([^\W\d]\w*)[ \t]*:[^=\n]+=", re.MULTILINE)  # in a ce
 INJECTED = re.compile(r"^([^\W\d]\w*) = ", re.MULTILINE)  # in the cell that papermill writes
 
 
+def check_path(value: str, *, most: int = 255) -> str:
+    """Something that can be a path at all, each of its names of at most so many bytes."""
+    if not value.strip() or not value.isprintable():
+        raise ValueError(f"must be a path, not {value!r}")
+    for name in Path(value).parts:
+        if len(name.encode()) > most:
+            raise ValueError(f"a name of {len(name)} characters is too long for a file; at most {most} bytes fit")
+    return value
+
+
 def check_name(value: str) -> str:
     """A folder's own name, not a path: so no study or cohort can leave its place."""
     if not value.isprintable() or not value or value in (".", "..") or Path(value).name != value or "\\" in value:
         raise ValueError(f"must be a plain folder name, not {value!r}")
-    return _check_length(value, MOST_LETTERS)
-
-
-def check_path(value: str) -> str:
-    """Something that can be a path at all; ~ is the user's home folder."""
-    if not value.strip() or not value.isprintable():
-        raise ValueError(f"must be a path, not {value!r}")
-    for part in Path(value).parts:
-        _check_length(part, 255)
-    return os.path.expanduser(value)
-
-
-def _check_length(name: str, most: int) -> str:
-    if len(name.encode()) > most:
-        raise ValueError(
-            f"a name of {len(name)} characters is too long for a file; it must have at most {most} bytes"
-        )
-    return name
-
-
-def check_no_list(value: Any) -> Any:
-    """A list that papermill's -p has made a text of is no name."""
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        raise ValueError(f"must be a name or a list of names; {_as_a_list('roi', value)}")
-    return value
-
-
-def _as_a_list(name: str, value: str) -> str:
-    return f"papermill takes a list by -y '{name}: {value if value.startswith('[') else f'[{value}]'}'"
+    return check_path(value, most=MOST_LETTERS)
 
 
 FolderName = Annotated[str, AfterValidator(check_name)]
-AnyPath = Annotated[
-    str, BeforeValidator(lambda path: str(path) if isinstance(path, Path) else path), AfterValidator(check_path)
+AnyPath = Annotated[  # ~ is the user's home folder
+    str,
+    BeforeValidator(lambda path: str(path) if isinstance(path, Path) else path),
+    AfterValidator(check_path),
+    AfterValidator(os.path.expanduser),
 ]
 
 
@@ -79,8 +64,12 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """True would pass for 1."""
+    def _no_other_type(cls, value: Any, info: ValidationInfo) -> Any:
+        """True would pass for 1, and a list that papermill's -p has made a text of for a name."""
+        if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+            raise ValueError(
+                f"must not be a text in brackets; papermill takes a list by -y '{info.field_name}: {value}'"
+            )
         values = value if isinstance(value, list | tuple) else (value,)
         if cls.model_fields[info.field_name].annotation is not bool and any(isinstance(v, bool) for v in values):
             raise ValueError("must not be True or False: it is no switch")
@@ -136,11 +125,9 @@ def _explained(fault: Mapping[str, Any], names: Sequence[str], hint: str) -> str
         return f"unknown parameter {name!r}; there are: {', '.join(names)}{ask}{hint}"
     message, shown = fault["msg"], repr(value)
     if len(shown) > LONGEST_SHOWN:  # a whole cohort, say, which a later cell has put in the name's place
-        shown = f"{shown[:LONGEST_SHOWN]}..." + (
-            "" if isinstance(value, str) else "; run the cell that sets it again"
-        )
+        shown = f"{shown[:LONGEST_SHOWN]}...; run the cell that sets it again"
     if fault["type"] == "string_type" and isinstance(value, int | float):
         message += f"; papermill's -r {fault['loc'][0]} takes a number for text, and so do quotes in -y and in files"
     elif fault["type"] == "tuple_type" and isinstance(value, str):
-        message += f"; {_as_a_list(name, value)}"
+        message += f"; papermill takes a list by -y '{name}: [{value}]'"
     return f"parameter {name}: {message} (given: {shown})" if name else f"parameter combination: {message}"

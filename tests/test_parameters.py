@@ -285,7 +285,7 @@ def test_a_name_that_was_deleted_is_no_parameter():
         (EvaluationSettings, {"configurations": [4]}, "papermill's -r configurations "),
         (CohortSettings, {"spacing_mm": "[3, 1.5, 1]"}, r"papermill takes a list by -y 'spacing_mm: \[3, 1.5, 1\]'"),
         (CohortSettings, {"window_hu": "[0, 9]"}, r"papermill takes a list by -y 'window_hu: \[0, 9\]'"),
-        (CohortSettings, {"roi": '["Prostate", "prostate_*"]'}, "must be a name or a list .* by -y 'roi: "),
+        (CohortSettings, {"roi": '["Prostate", "prostate_*"]'}, "must not be a text in brackets; .* by -y 'roi: "),
         (EvaluationSettings, {"configurations": "UNet"}, r"papermill takes a list by -y 'configurations: \[UNet\]'"),
         (Stage1Settings, {"region_mm": "90, 90, 90"}, r"by -y 'region_mm: \[90, 90, 90\]'"),
     ],
