@@ -11,13 +11,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import papermill
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from nbclient.exceptions import DeadKernelError
 
 from mupkg import repository
@@ -32,24 +33,22 @@ WAIT_ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
 
-@contextmanager
-def one_gpu() -> Iterator[None]:
+def one_gpu() -> FileLock | None:
     """One GPU of several that CUDA_VISIBLE_DEVICES lists, for this notebook: the first that no other one has.
 
-    Taken by a lock on a file, which ends with this process however it ends. If all are taken, the first is shared.
-    With one GPU or an unset variable nothing is chosen.
+    Taken by the lock on a file that is given back, which ends with this process however it ends. If all are taken,
+    the first is shared. With one GPU or an unset variable nothing is chosen.
     """
     devices = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    with ExitStack() as held:
-        for device in devices if len(devices) > 1 else ():
-            with suppress(Timeout):
-                held.enter_context(machine_lock(f"GPU {device}"))
-                os.environ["CUDA_VISIBLE_DEVICES"] = device  # the kernel inherits it
-                break
-        else:
-            if devices:
-                os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
-        yield
+    for device in devices if len(devices) > 1 else ():
+        lock = machine_lock(f"GPU {device}")
+        with suppress(Timeout):
+            lock.acquire()
+            os.environ["CUDA_VISIBLE_DEVICES"] = device  # the kernel inherits it
+            return lock
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
+    return None
 
 
 def run_notebook(
@@ -68,14 +67,30 @@ def run_notebook(
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder")
     running, failed = (target.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
     os.environ |= dict.fromkeys(THREAD_VARIABLES, str(threads))  # the kernel inherits them
     os.environ |= {name: os.environ.get(name, value) for name, value in (KEEP_MEMORY | WAIT_ASLEEP).items()}
     target.unlink(missing_ok=True)  # else a failure would leave what ran before, to be taken for this run's
+    execute = partial(
+        papermill.execute_notebook,
+        str(notebook),
+        str(running),
+        dict(parameters),
+        progress_bar=False,
+        cwd=repository(),
+        kernel_name="python3",
+        store_widget_state=False,  # megabytes that nothing shows: pictures stand for widgets
+        shutdown_kernel="immediate",  # all files are written: no kernel need take PyTorch apart first
+        extra_arguments=["--log-level=40"],  # errors only: a kernel warns of unencrypted loopback otherwise
+    )
     try:
-        _execute(notebook, running, parameters)
+        try:
+            execute()
+        except RuntimeError as error:
+            # Two kernels that start at once may choose one port; the one that loses it never answers.
+            if isinstance(error, DeadKernelError):
+                raise
+            execute()
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}"
     except DeadKernelError:
@@ -90,26 +105,6 @@ def run_notebook(
     raise RuntimeError(f"{notebook} failed: {reason}\nIt is kept for reading: {failed}")
 
 
-def _execute(notebook: str | Path, running: Path, parameters: Mapping[str, Any], *, again: bool = True) -> None:
-    try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(running),
-            dict(parameters),
-            progress_bar=False,
-            cwd=repository(),
-            kernel_name="python3",
-            store_widget_state=False,  # megabytes that nothing shows: pictures stand for widgets
-            shutdown_kernel="immediate",  # all files are written: no kernel need take PyTorch apart first
-            extra_arguments=["--log-level=40"],  # errors only: a kernel warns of unencrypted loopback otherwise
-        )
-    except RuntimeError as error:
-        # Two kernels that start at once may choose one port; the one that loses it never answers.
-        if isinstance(error, DeadKernelError) or not again:
-            raise
-        _execute(notebook, running, parameters, again=False)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=run_notebook.__doc__.splitlines()[0])
     parser.add_argument("notebook", type=Path)
@@ -121,8 +116,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        with one_gpu() if arguments.one_gpu else nullcontext():
-            run_notebook(arguments.notebook, arguments.target, arguments.parameters, threads=arguments.threads)
+        held = one_gpu() if arguments.one_gpu else None  # noqa: F841, until this process ends
+        run_notebook(arguments.notebook, arguments.target, arguments.parameters, threads=arguments.threads)
     except RuntimeError as error:
         sys.exit(str(error))
     except (OSError, ValueError) as error:

@@ -54,8 +54,8 @@ class PatchSource:
             typed = image.dtype == np.uint8 and label.dtype in (np.uint8, np.bool_)
             if not typed or image.ndim != 3 or image.shape != label.shape:
                 raise ValueError(
-                    f"volume {number}: image {image.dtype} {image.shape}, label {label.dtype} {label.shape}; they must "
-                    "be 3D and of one shape, the image uint8 (prepared), the label uint8 or bool, 1 for prostate"
+                    f"volume {number}: image {image.dtype} {image.shape}, label {label.dtype} {label.shape}; they "
+                    "must be 3D and of one shape, the image uint8 (prepared), the label uint8 or bool, 1 for prostate"
                 )
         self.channels = depth or channels  # slices of a patch
         self.labelled = slice(None) if depth else channels // 2  # of these

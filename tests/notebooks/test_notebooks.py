@@ -311,7 +311,7 @@ def test_a_kernel_that_loses_its_port_is_started_once_more(lost: int, tmp_path: 
 
 def test_a_folder_in_the_targets_place_is_told_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "04.ipynb").mkdir()
-    with pytest.raises(OSError, match=r"04\.ipynb is a folder"):
+    with pytest.raises(OSError, match=r"Is a directory: .*04\.ipynb"):
         run_notebook(ROOT / "notebooks/04_evaluation.ipynb", tmp_path / "04.ipynb", {})
 
 
