@@ -84,11 +84,8 @@ def resample(image: sitk.Image, spacing_mm: Sequence[float], *, label: bool = Fa
     # the outer faces of both grids coincide, not the centres of their first voxels
     grid.SetOrigin(image.TransformContinuousIndexToPhysicalPoint(((new / old - 1) / 2).tolist()))
     # Voxel centres of a finer grid may lie half a voxel outside the old ones: the nearest value holds there.
-    resampler = sitk.ResampleImageFilter()
-    resampler.SetReferenceImage(grid)
-    resampler.SetInterpolator(sitk.sitkNearestNeighbor if label else sitk.sitkLinear)
-    resampler.SetUseNearestNeighborExtrapolator(True)
-    return resampler.Execute(image)
+    kind = sitk.sitkNearestNeighbor if label else sitk.sitkLinear
+    return sitk.Resample(image, grid, sitk.Transform(), kind, useNearestNeighborExtrapolator=True)
 
 
 def largest_component(mask: sitk.Image) -> sitk.Image:
@@ -128,9 +125,7 @@ def rescale(image: sitk.Image, body: sitk.Image, preparation: Preparation) -> si
     """Intensities to uint8 0..255: a fixed HU window, or for MR the body's 0.5 and 99.5 percentiles."""
     low, high = preparation.window_hu
     if preparation.modality == "MR":
-        inside = sitk.GetArrayFromImage(
-            sitk.Resample(body, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
-        ).astype(bool)
+        inside = sitk.GetArrayFromImage(label_on(image, body)) == 1
         values = sitk.GetArrayFromImage(image)
         low, high = np.percentile(values[inside] if inside.any() else values, [0.5, 99.5])
         high = max(high, low + 1e-6)  # a constant image becomes all zero
