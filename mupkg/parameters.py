@@ -193,7 +193,7 @@ class CohortSettings(SizedSettings):
 
     def sources(self) -> list[cohorts.Source]:
         """The cases to be, from whatever source was chosen."""
-        folder, options = self.source_path, {"label_values": self.label_values, "channel": self.channel}
+        folder, modality = self.source_path, self.modality
         match self.source:
             case "phantoms":
                 grid = SIZES[self.size]["cohort"]["phantom_spacing_mm"]
@@ -201,24 +201,27 @@ class CohortSettings(SizedSettings):
                     counts = self.replicates, self.phantoms, self.test_phantoms
                     return cohorts.sources_of_replicates(self.seed, *counts, grid)
                 return cohorts.sources_from_phantoms(range(self.seed, self.seed + self.phantoms), grid)
-            case "pattern":
-                patterns = self.image_pattern, self.label_pattern
-                return cohorts.sources_from_pattern(folder, *patterns, modality=self.modality, **options)
             case "table":
-                return cohorts.sources_from_table(folder, modality=self.modality, **options)
-            case "promise12":
-                return cohorts.sources_from_promise12(folder, **options)
-            case "decathlon":
-                return cohorts.sources_from_decathlon(folder, **{k: v for k, v in options.items() if v is not None})
-            case _:
+                return cohorts.sources_from_table(folder, modality=modality, **self._reading)
+            case "dicom_rt":
                 options = {"hash_patients": self.hash_patients, "fill_gaps": self.fill_gaps}
-                return cohorts.sources_from_dicom_rt(folder, self.roi, modality=self.modality, **options)
+                return cohorts.sources_from_dicom_rt(folder, self.roi, modality=modality, **options)
+            case _:
+                patterns = {"image_pattern": self.image_pattern, "label_pattern": self.label_pattern}
+                return cohorts.sources_from_pattern(folder, modality=modality, **patterns | self._reading)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """How files are read: as the layout of a public cohort says, but for what is set."""
+        told = {"label_values": self.label_values, "channel": self.channel}
+        return cohorts.LAYOUTS.get(self.source, {}) | {
+            name: value for name, value in told.items() if value is not None
+        }
 
     @property
     def preparation(self) -> Preparation:
-        channel = cohorts.DECATHLON_T2 if self.source == "decathlon" and self.channel is None else self.channel
         settings = {"modality": self.modality, "spacing_mm": self.spacing_mm, "window_hu": self.window_hu}
-        return Preparation(channel=channel, **settings)
+        return Preparation(channel=self._reading.get("channel"), **settings)
 
 
 class StudySettings(Settings):

@@ -513,21 +513,26 @@ def test_a_source_of_the_other_modality_is_seen_at_once(tmp_path):
 
 def test_the_chosen_source_is_asked(monkeypatch, tmp_path):
     asked = {}
-    for name in (f"sources_from_{name}" for name in ("pattern", "table", "promise12", "decathlon", "dicom_rt")):
+    for name in (f"sources_from_{name}" for name in ("pattern", "table", "dicom_rt")):
         monkeypatch.setattr(f"mupkg.data.build.{name}", lambda *a, name=name, **k: asked.update({name: (a, k)}) or [])
     common = {"source_folder": str(tmp_path), "modality": "MR"}
-    CohortSettings(source="pattern", label_values=[1, 2], channel=0, **common).sources()
-    patterns, options = asked["sources_from_pattern"]
-    assert patterns == (tmp_path, "{case}_image.nii.gz", "{case}_label.nii.gz")
-    assert options == {"modality": "MR", "label_values": (1, 2), "channel": 0}
-    CohortSettings(source="table", **common).sources()
-    assert asked["sources_from_table"] == ((tmp_path,), {"modality": "MR", "label_values": None, "channel": None})
-    CohortSettings(source="promise12", label_values=[3], channel=1, **common).sources()
-    assert asked["sources_from_promise12"] == ((tmp_path,), {"label_values": (3,), "channel": 1})
-    CohortSettings(source="decathlon", **common).sources()
-    assert asked["sources_from_decathlon"] == ((tmp_path,), {})
-    CohortSettings(source="decathlon", label_values=[2], channel=1, **common).sources()
-    assert asked["sources_from_decathlon"] == ((tmp_path,), {"label_values": (2,), "channel": 1})
+
+    def told(source, **given):
+        settings = CohortSettings(source=source, **given, **common)
+        settings.sources()
+        place, options = asked[f"sources_from_{'table' if source == 'table' else 'pattern'}"]
+        assert place == (tmp_path,) and options.pop("modality") == "MR"
+        assert settings.preparation.channel == options.get("channel")
+        return options
+
+    files = {"image_pattern": "{case}_image.nii.gz", "label_pattern": "{case}_label.nii.gz"}
+    assert told("pattern", label_values=[1, 2], channel=0) == files | {"label_values": (1, 2), "channel": 0}
+    assert told("table") == {}
+    files = {"image_pattern": "{case}.mhd", "label_pattern": "{case}_segmentation.mhd"}
+    assert told("promise12", label_values=[3], channel=1) == files | {"label_values": (3,), "channel": 1}
+    files = {"image_pattern": "imagesTr/{case}.nii.gz", "label_pattern": "labelsTr/{case}.nii.gz"}
+    assert told("decathlon") == files | {"label_values": (1, 2), "channel": 0}
+    assert told("decathlon", label_values=[2], channel=1) == files | {"label_values": (2,), "channel": 1}
     CohortSettings(source="dicom_rt", roi=[" CTV "], hash_patients=True, fill_gaps=True, **common).sources()
     options = {"modality": "MR", "hash_patients": True, "fill_gaps": True}
     assert asked["sources_from_dicom_rt"] == ((tmp_path, ("CTV",)), options)

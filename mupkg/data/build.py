@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,11 +30,10 @@ from mupkg.data.cohort import (
 )
 from mupkg.data.preprocessing import Preparation, prepare
 from mupkg.scans.cases import Case, CohortError, checked_case, label_volume_ml, name_faults
-from mupkg.scans.files import access_named, files_below, read_scan, write_image
+from mupkg.scans.files import files_below, read_scan, write_image
 from mupkg.scans.writing import FINGERPRINT, machine_lock, save_table, write_text
 
-ASIDE = ".making."  # begins the name of the folder of a cohort in the making
-DECATHLON_T2 = 0  # the channel that is T2
+MAKING = ".making"  # the folder of a cohort in the making
 LEAST_KEPT = 0.5  # of the prostate's volume; preparing a scan that loses more has gone wrong
 
 
@@ -50,12 +50,13 @@ def split_cases(patients: Iterable[str], seed: int) -> dict[str, str]:
     """Patients to train / validation / test (70 / 10 / 20), drawn once from a seed; each split gets at least one.
 
     Raises:
-        ValueError: with fewer than three patients.
+        CohortError: with fewer than three patients.
     """
     patients = sorted(set(patients))
     n = len(patients)
     if n < 3:
-        raise ValueError(f"{n} patient(s) cannot be split into train, validation and test; at least three are needed")
+        ask = "at least three with a label are needed. Add labelled scans of more patients"
+        raise CohortError([f"{n} patient(s) of a cohort cannot be split into train, validation and test; {ask}"])
     n_validation = max(1, round(0.1 * n))
     n_train = min(max(1, round(0.7 * n)), n - n_validation - 1)
     names = np.repeat(SPLITS, [n_train, n_validation, n - n_train - n_validation])
@@ -92,18 +93,16 @@ def write_cohort(
         raise CohortError(faults)
     if all("label" in case.columns for case in sources):  # so that too few patients are told before hours of work
         rows = [{"case_id": case.case_id, "image": None} | case.columns for case in sources]
-        _with_split(folder, pd.DataFrame(rows), split_seed, folds, repeats)
+        _with_split(pd.DataFrame(rows), split_seed, folds, repeats)
     with _made_aside(folder) as making:
-        table = _with_split(folder, _stored(making, progress(sources), preparation), split_seed, folds, repeats)
+        table = _with_split(_stored(making, progress(sources), preparation), split_seed, folds, repeats)
         write_text(making / "preparation.json", preparation.model_dump_json(indent=2))
         save_table(table, making / TABLE, index=False)
         for name in (TABLE, FINGERPRINT):  # from here on the folder is in the making
             (folder / name).unlink(missing_ok=True)
-        files = [path for path in making.rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: path.name == TABLE):
-            target = folder / path.relative_to(making)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
+        moved = {"copy_function": os.replace, "dirs_exist_ok": True}
+        shutil.copytree(making, folder, ignore=shutil.ignore_patterns(TABLE), **moved)
+        os.replace(making / TABLE, folder / TABLE)
         cohort = Cohort.read(folder)
         write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint(), "source": source}) + "\n")
     return cohort
@@ -123,29 +122,26 @@ def _made_aside(folder: Path) -> Iterator[Path]:
         raise CohortError(
             [f"{folder}: another process is making this cohort; wait for it, or choose another name"]
         ) from None
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    new, making = [place for place in (folder, *folder.parents) if not place.exists()], folder / MAKING
     try:
-        for left in folder.glob(f"{ASIDE}*"):
-            shutil.rmtree(left)
-        yield folder / f"{ASIDE}{os.getpid()}"
+        if making.exists():  # of a killed build
+            shutil.rmtree(making)
+        yield making
     finally:
-        shutil.rmtree(folder / f"{ASIDE}{os.getpid()}", ignore_errors=True)
+        shutil.rmtree(making, ignore_errors=True)
         for place in new:
             with suppress(OSError):  # something was made in it
                 place.rmdir()
         lock.release()
 
 
-def _with_split(folder: Path, table: pd.DataFrame, seed: int, folds: int | None, repeats: int) -> pd.DataFrame:
+def _with_split(table: pd.DataFrame, seed: int, folds: int | None, repeats: int) -> pd.DataFrame:
     """The table with its split, drawn if there is none, and the folds asked for; CohortError if that cannot be."""
     if faults := table_faults(table):
         raise CohortError(faults)
     patient, own = patients(table)[table["label"].notna()], fold_columns(table)
     if "split" not in table or table["split"].isna().all():
-        try:
-            split = split_cases(patient, seed) if len(patient) else {}
-        except ValueError as error:
-            raise CohortError([f"{folder}: with a label, {error}. Add labelled scans of more patients"]) from error
+        split = split_cases(patient, seed) if len(patient) else {}
         table = table.drop(columns="split", errors="ignore")
         table.insert(3, "split", patient.map(split).reindex(table.index))
     if folds is not None and not own:
@@ -262,13 +258,14 @@ def _file_source(
 
 
 def check_pattern(pattern: str) -> str:
-    """The pattern, if it can name a file in a folder for every case."""
+    """The pattern, if it can name a file in a folder for every case; CohortError if not."""
     inside = not pattern.startswith("/") and ".." not in pattern.split("/")
     if not (re.findall(r"{(?:case|patient)}", pattern) == ["{case}"] and inside and pattern.isprintable()):
-        raise ValueError(
-            "must hold {case} once, for example {case}_image.nii.gz, and must not lead out of the folder by / or ..; "
-            f"list files that are named in another way, or whose patients are known, in a table; it is {pattern!r}"
+        fault = (
+            "a pattern must hold {case} once, as {case}_image.nii.gz does, and not lead out of the folder by / or .."
         )
+        cure = "list files that are named in another way, or whose patients are known, in a table"
+        raise CohortError([f"{fault}; {cure}; it is {pattern!r}"])
     return pattern
 
 
@@ -290,42 +287,31 @@ def sources_from_pattern(
             cases share a file.
     """
     folder = Path(folder)
-    for name, pattern in (("image_pattern", image_pattern), ("label_pattern", label_pattern)):
-        try:
-            check_pattern(pattern)
-        except ValueError as error:
-            raise CohortError([f"{name} {error}"]) from error
+    patterns = check_pattern(label_pattern), check_pattern(image_pattern)
     if image_pattern == label_pattern:
         raise CohortError([f"image_pattern and label_pattern are both {image_pattern!r}; give labels another one"])
-
-    def case_of(name: str, pattern: str) -> str | None:
-        match = re.fullmatch(re.escape(pattern).replace(re.escape("{case}"), "([^/]+)"), name)
-        return match and match[1]
-
-    faults, pairs, labels = [], {}, {}
+    faults: list[str] = []
+    found: dict[str, dict[str, Path]] = {pattern: {} for pattern in sorted(patterns, key=len, reverse=True)}
     for path in sorted(files_below(folder, faults)):
-        name = path.relative_to(folder).as_posix()
-        image, label = case_of(name, image_pattern), case_of(name, label_pattern)
-        if label and (not image or len(label_pattern) >= len(image_pattern)):
-            labels[label] = name
-        elif image:
-            pairs[image] = path, folder / label_pattern.replace("{case}", image)
-    for case_id, (image, label) in pairs.items():
-        labels.pop(case_id, None)
-        if not label.is_file():
-            names = label.relative_to(folder), image.relative_to(folder)
-            faults.append("case {}: no label {} beside {}; add it or move the image".format(case_id, *names))
-    for name in labels.values():
-        faults.append(
-            f"{name}: no image matching {image_pattern!r} belongs to this label; name it so, or move the label"
-        )
-    for column, files in zip(("image", "label"), zip(*pairs.values(), strict=True), strict=False):
-        faults += shared_files(column, zip(pairs, files, map(os.path.realpath, files), strict=True))
-    if not pairs:
+        for pattern, paths in found.items():
+            regex = re.escape(pattern).replace(re.escape("{case}"), "([^/]+)")
+            if match := re.fullmatch(regex, path.relative_to(folder).as_posix()):
+                paths[match[1]] = path
+                break
+    images, labels = found[image_pattern], found[label_pattern]
+    for case_id in [case_id for case_id in images if case_id not in labels]:
+        label, image = label_pattern.replace("{case}", case_id), images[case_id].relative_to(folder)
+        faults.append(f"case {case_id}: no label {label} beside {image}; add it or move the image")
+    for label in [labels[case_id].relative_to(folder) for case_id in labels if case_id not in images]:
+        fault = f"{label}: no image matching {image_pattern!r} belongs to this label"
+        faults.append(f"{fault}; name it so, or move the label")
+    for column, paths in (("image", images), ("label", labels)):
+        faults += shared_files(column, ((name, path, os.path.realpath(path)) for name, path in paths.items()))
+    if not images:
         faults.append(f"{folder}: no file there matches {image_pattern!r}")
     if faults:
         raise CohortError(faults)
-    return [_file_source(case_id, *pair, modality, label_values, channel) for case_id, pair in pairs.items()]
+    return [_file_source(name, images[name], labels[name], modality, label_values, channel) for name in images]
 
 
 def sources_from_table(
@@ -336,9 +322,7 @@ def sources_from_table(
     Args:
         path: the table, or the folder in which it is called cohort.csv.
     """
-    path = Path(path)
-    with access_named(path):
-        path = path / TABLE if path.is_dir() else path
+    path = Path(path, TABLE) if os.path.isdir(path) else Path(path)
     sources, faults = [], []
     for row in read_table(path, ("case_id", "image", "label")).to_dict("records"):
         if isinstance(own := row.get("modality"), str) and own != modality:
@@ -351,23 +335,12 @@ def sources_from_table(
     return sources
 
 
-def sources_from_promise12(
-    folder: str | Path, *, label_values: tuple[int, ...] | None = None, channel: int | None = None
-) -> list[Source]:
-    """The PROMISE12 layout: CaseNN.mhd and CaseNN_segmentation.mhd in one folder."""
-    patterns, options = ("{case}.mhd", "{case}_segmentation.mhd"), {"label_values": label_values, "channel": channel}
-    return sources_from_pattern(folder, *patterns, modality="MR", **options)
-
-
-def sources_from_decathlon(
-    folder: str | Path, *, label_values: tuple[int, ...] | None = (1, 2), channel: int | None = DECATHLON_T2
-) -> list[Source]:
-    """The Medical Segmentation Decathlon's layout: imagesTr/ and labelsTr/.
-
-    The defaults fit its prostate task: channel 0 is T2, and both zones (1, 2) make the prostate.
-    """
-    patterns, options = ("imagesTr/{case}.nii.gz", "labelsTr/{case}.nii.gz"), {"modality": "MR", "channel": channel}
-    return sources_from_pattern(folder, *patterns, label_values=label_values, **options)
+LAYOUTS: dict[str, dict[str, Any]] = {  # of public cohorts of MR, as `sources_from_pattern` is told
+    "promise12": {"image_pattern": "{case}.mhd", "label_pattern": "{case}_segmentation.mhd"},
+    # The Medical Segmentation Decathlon: of its prostates both zones (1, 2) are taken, and channel 0, which is T2.
+    "decathlon": {"image_pattern": "imagesTr/{case}.nii.gz", "label_pattern": "labelsTr/{case}.nii.gz"}
+    | {"label_values": (1, 2), "channel": 0},
+}
 
 
 def sources_from_dicom_rt(

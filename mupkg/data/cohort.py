@@ -18,15 +18,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
+import SimpleITK as sitk
 
 from mupkg.data.preprocessing import Preparation, Prepared, array_spacing
 from mupkg.scans.cases import Case, CohortError, grid_difference, name_faults, patient_key, spelt_alike
-from mupkg.scans.files import access_named, no_access, read_scan
+from mupkg.scans.files import access_named, read_scan
 from mupkg.scans.writing import FINGERPRINT, fingerprint
 
 SPLITS = ("train", "validation", "test")
@@ -34,6 +36,7 @@ COLUMNS = ("case_id", "image", "label", "split")
 TABLE = "cohort.csv"
 PHANTOMS = "phantoms"  # a source
 OPTIONAL = ("split", "patient", "modality")  # columns of a table from elsewhere
+REMADE = "run notebook 00 again on this cohort"
 TEXT = (*COLUMNS, "patient", "modality", "source", "fallback")
 HEADS = [f"head_{side}_{axis}" for side in ("left", "right") for axis in "xyz"]
 _PATIENT = re.compile(r"(patient|subject|participant|person)s?(id|name|nr|no|number|key)?|pat|patid|pid|mrn")
@@ -60,14 +63,10 @@ class Cohort:
     def preparation(self) -> Preparation:
         """How the cohort's prepared volumes were made."""
         path = self.folder / "preparation.json"
-        with access_named(path):
-            if not path.is_file():
-                raise CohortError([f"{path}: missing; run notebook 00 on this cohort to prepare it"])
-            content = path.read_bytes()
         try:
-            return Preparation.model_validate_json(content)
-        except ValueError as error:
-            raise CohortError([f"{path}: is broken; run notebook 00 on this cohort again ({error})"]) from error
+            return Preparation.model_validate_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CohortError([f"{path}: does not tell the preparation ({error}); {REMADE}"]) from error
 
     def ids(self, split: str | None = None) -> list[str]:
         """Case names of one split, or all, in the table's order."""
@@ -85,23 +84,25 @@ class Cohort:
             near = get_close_matches(str(case_id), map(str, self.table.index), 3) or list(self.table.index[:3])
             raise CohortError([f"case {case_id}: is not in {self.folder / TABLE}; there are, say, {', '.join(near)}"])
         row = self.table.loc[case_id]
-        try:
-            image = read_scan(self.folder / row["image"])
-            label = read_scan(self.folder / row["label"]) if isinstance(row["label"], str) else None
-        except ValueError as error:
-            raise CohortError([f"case {case_id}: {error}"]) from error
-        fields: dict[str, object] = {"split": row["split"] if isinstance(row["split"], str) else None}
-        if isinstance(row.get("modality"), str):
-            fields["modality"] = row["modality"]
+        files = [self.folder / row[kind] for kind in ("image", "label") if isinstance(row[kind], str)]
+        told = {name: row[name] for name in ("split", "modality") if isinstance(row.get(name), str)}
         if all(column in row and np.isfinite(row[column]) for column in HEADS):
             heads = [float(row[column]) for column in HEADS]
-            fields["femoral_heads"] = (tuple(heads[:3]), tuple(heads[3:]))
+            told["femoral_heads"] = (tuple(heads[:3]), tuple(heads[3:]))
+        return Case(case_id, *self._volumes(case_id, files), **told)
+
+    def _volumes(self, case_id: str, paths: list[Path]) -> tuple[sitk.Image, sitk.Image | None]:
+        """A case's image and, if it has one, its label, on one grid."""
+        try:
+            image, label = [*map(read_scan, paths), None][:2]
+        except ValueError as error:
+            raise CohortError([f"case {case_id}: {error}, or {REMADE}"]) from error
         if label is not None:
             if difference := grid_difference(image, label):
-                changed = f"lies no longer on the grid of {row['image']} ({difference}); run notebook 00 again"
-                raise CohortError([f"case {case_id}: {row['label']}: {changed}"])
+                off = f"{paths[1]}: does not lie on the grid of {paths[0].name} ({difference})"
+                raise CohortError([f"case {case_id}: {off}; {REMADE}"])
             label.CopyInformation(image)  # the same up to rounding; SimpleITK wants it to the last digit
-        return Case(case_id, image, label, **fields)
+        return image, label
 
     def cases(self, split: str | None = None) -> Iterator[Case]:
         """The cases of one split, or all, read one after the other."""
@@ -134,17 +135,11 @@ class Cohort:
             CohortError: if a volume is missing, or lies on another grid than preparation.json and its image say.
         """
         paths = self._prepared(case_id)
-        for path in paths:
-            with access_named(path):
-                if not path.exists():
-                    raise CohortError([f"case {case_id}: {path}: missing; run notebook 00 again on this cohort"])
-        image, label = [*map(read_scan, paths), None][:2]
-        spacing_mm = self.preparation.spacing_mm
-        if not np.allclose(array_spacing(image), spacing_mm, rtol=1e-4) or (label and grid_difference(image, label)):
-            grid = f"the grid of {spacing_mm} mm (z, y, x) that preparation.json tells"
-            cure = "run notebook 00 again on this cohort"
-            raise CohortError([f"case {case_id}: {paths[0]}: does not lie on {grid}; {cure}"])
-        return Prepared(image, label)
+        prepared, spacing_mm = Prepared(*self._volumes(case_id, paths)), self.preparation.spacing_mm
+        if not np.allclose(array_spacing(prepared.image), spacing_mm, rtol=1e-4):
+            off = f"{paths[0]}: does not lie on the grid of {spacing_mm} mm (z, y, x) that preparation.json tells"
+            raise CohortError([f"case {case_id}: {off}; {REMADE}"])
+        return prepared
 
 
 def of_replicate(table: pd.DataFrame, replicate: int) -> pd.DataFrame:
@@ -157,24 +152,28 @@ def of_replicate(table: pd.DataFrame, replicate: int) -> pd.DataFrame:
     Raises:
         ValueError: naming the replicates that there are.
     """
-    repeats = fold_columns(table)
-    if "replicate" in table:
-        ids = sorted(table["replicate"].dropna().astype(int).unique())
-    else:
-        folds = int(table[repeats].max(axis=None)) + 1 if repeats else 0
-        ids = range(folds * len(repeats))
-    if replicate not in ids:
-        which = f"from {min(ids)} to {max(ids)}" if len(ids) else "none; notebook 00 makes replicates and folds"
+    there = replicates(table)
+    if replicate not in there:
+        which = f"from {min(there)} to {max(there)}" if there else "none; notebook 00 makes replicates and folds"
         raise ValueError(f"there is no replicate {replicate} in this cohort, which has {which}")
-    if "replicate" in table:
-        return table[table["replicate"].isna() | (table["replicate"] == replicate)]
-    patient = patients(table)
-    fold = table[f"fold_{replicate // folds}"]
-    tested = fold == replicate % folds
+    column, number = there[replicate]
+    if column == "replicate":
+        return table[table[column].isna() | (table[column] == number)]
+    patient, fold = patients(table), table[column]
+    tested = fold == number
     others = sorted(set(patient[fold.notna() & ~tested]))
     chosen = np.random.default_rng(replicate).permutation(others)[: max(1, round(len(others) / 8))]
     split = np.select([tested, fold.isna(), patient.isin(chosen)], ["test", None, "validation"], "train")
     return table.assign(split=split)
+
+
+def replicates(table: pd.DataFrame) -> dict[int, tuple[str, int]]:
+    """The replicates of a trial that a table has: each one's column, and its number there."""
+    if "replicate" in table:
+        return {number: ("replicate", number) for number in sorted(table["replicate"].dropna().astype(int).unique())}
+    repeats = fold_columns(table)
+    folds = min(int(table[repeats].fillna(-1).max(axis=None)) + 1, len(table)) if repeats else 0
+    return dict(enumerate((column, fold) for column in repeats for fold in range(folds)))
 
 
 def recorded(what: Literal["cohort", "regions"], folder: Path, notebook: int) -> str:
@@ -182,8 +181,6 @@ def recorded(what: Literal["cohort", "regions"], folder: Path, notebook: int) ->
     path = folder / FINGERPRINT
     try:
         return json.loads(path.read_bytes())[what]
-    except PermissionError as error:
-        raise ValueError(no_access(path, error)) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: does not tell the {what} ({error!r}); run notebook 0{notebook} again") from error
 
@@ -199,21 +196,17 @@ def read_cases(path: Path, advice: str) -> pd.DataFrame:
         CohortError: naming the file, with this advice if it is no such table.
     """
     try:
-        with warnings.catch_warnings():
+        with access_named(path), warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            options = {"index_col": False, "skipinitialspace": True, "encoding": "utf-8-sig"}
-            names = pd.read_csv(path, nrows=0, **options).columns
-            text = {name: str for name in names if name.strip() in TEXT}
-            table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], **options)
-    except FileNotFoundError:
-        raise CohortError([f"{path}: there is no such table; {advice}"]) from None
-    except PermissionError as error:
-        raise CohortError([no_access(path, error)]) from error
-    except (ValueError, OSError, pd.errors.ParserWarning) as error:
+            options = {"index_col": False, "skipinitialspace": True, "keep_default_na": False}
+            read = partial(pd.read_csv, path, encoding="utf-8-sig", **options)
+            header = read(header=None, nrows=1, dtype=str).iloc[0].str.strip()
+            if twice := sorted({*header[header.duplicated() & (header != "")]}):
+                raise ValueError(f"there are two columns {', '.join(map(repr, twice))}; leave one out")
+            names = [name or f"Unnamed: {number}" for number, name in enumerate(header)]
+            table = read(header=0, names=names, dtype=dict.fromkeys(TEXT, str), na_values=[""])
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:
         raise CohortError([f"{path}: is not a CSV table ({error}); {advice}"]) from error
-    table.columns = table.columns.str.strip()
-    if twice := sorted({*table.columns[table.columns.duplicated()]}):
-        raise CohortError([f"{path}: there are two columns {name!r}; leave one out" for name in twice])
     for column in table.columns.intersection(TEXT):
         table[column] = table[column].str.strip().replace("", None)
     for column in table.columns.intersection(["image", "label"]):
@@ -266,78 +259,51 @@ RULES = {  # of a column: what an entry that is not empty must be, in words, and
 
 
 def table_faults(table: pd.DataFrame) -> list[str]:
-    """What is wrong with entries, and if nothing is, with what they say together: of patients, splits and folds."""
-    faults = []
+    """What is wrong with entries; if nothing is, with cases; if nothing is, with the splits that they make."""
+    return [*_entry_faults(table)] or [*_patient_faults(table), *_side_faults(table)] or [*_split_faults(table)]
+
+
+def _entry_faults(table: pd.DataFrame) -> Iterator[str]:
     for column, (pattern, (words, right)) in itertools.product(table, RULES.items()):
         if re.fullmatch(pattern, column):
             wrong = table[column].notna() & ~right(table[column])
             for case_id, entry in zip(table["case_id"][wrong], table[column][wrong], strict=True):
-                faults.append(f"case {case_id}: {column} is {entry!r}; it must be {words}")
-    return faults or [
-        fault
-        for faults_of in (_patient_faults, _split_faults, _replicate_faults, _fold_faults)
-        for fault in faults_of(table)
-    ]
+                yield f"case {case_id}: {column} is {entry!r}; it must be {words}"
 
 
-def _side_faults(table: pd.DataFrame, column: str) -> Iterator[str]:
-    """Of `split` or a `fold_...`: it must be there for exactly the cases with a label, and one for each patient."""
-    side, labelled, of = table[column], table["label"].notna(), patients(table)
-    for case_id in table["case_id"][side.isna() & labelled]:
-        yield f"case {case_id}: has a label but no {column}; fill it, or empty the whole column to have it drawn"
-    for case_id in table["case_id"][side.notna() & ~labelled]:
-        yield f"case {case_id}: has a {column} but no label; name its label, or leave its {column} empty"
-    several = side.groupby(of).nunique()
-    for patient in several.index[several > 1]:
-        cases = ", ".join(map(str, table["case_id"][of == patient]))
-        sides = "splits" if column == "split" else f"folds of {column}"
-        yield f"cases {cases}: are of one patient ({patient}) but in several {sides}; put them into one"
+def _side_faults(table: pd.DataFrame) -> Iterator[str]:
+    """Split and folds must be there for exactly the cases with a label, and one for each patient.
+
+    A split may be missing altogether, then it is drawn; and test cases belong to all replicates.
+    """
+    repeats, labelled, of = fold_columns(table), table["label"].notna(), patients(table)
+    if repeats != [f"fold_{repeat}" for repeat in range(len(repeats))]:
+        yield f"columns {', '.join(repeats)}: must be called fold_0, fold_1, ..., in this order, without a gap"
+    for column in (["split"] if "split" in table and table["split"].notna().any() else []) + repeats:
+        side = table[column]
+        for case_id in table["case_id"][side.isna() & labelled]:
+            yield f"case {case_id}: has a label but no {column}; fill it, or empty the whole column to have it drawn"
+        for case_id in table["case_id"][side.notna() & ~labelled]:
+            yield f"case {case_id}: has a {column} but no label; name its label, or leave its {column} empty"
+        several = side.groupby(of).nunique()
+        for patient in several.index[several > 1]:
+            cases = ", ".join(map(str, table["case_id"][of == patient]))
+            yield f"cases {cases}: are of one patient ({patient}) but differ in {column}; put them into one"
+    if {"replicate", "split"} <= {*table}:
+        for case_id in table["case_id"][table["replicate"].notna() & (table["split"] == "test")]:
+            yield f"case {case_id}: is tested in one replicate alone; test cases belong to all, leave it empty"
 
 
 def _split_faults(table: pd.DataFrame) -> Iterator[str]:
-    """A split may be missing altogether; else none of the three may be empty."""
-    if "split" not in table or table["split"].isna().all():
-        return
-    yield from _side_faults(table, "split")
-    missing = [name for name in SPLITS if name not in set(table["split"])]
-    if missing and not table["split"][table["label"].notna()].isna().any():  # else that is to be mended first
-        yield (
-            f"column split: no case is in {' and '.join(missing)}; give each split a case, or empty the column to "
-            "have it drawn"
-        )
-
-
-def _replicate_faults(table: pd.DataFrame) -> Iterator[str]:
-    """The faults of the column `replicate`, if any: each needs cases to learn from, and shares all its test cases."""
-    if "replicate" not in table:
-        return
-    number = pd.to_numeric(table["replicate"])
-    split = table["split"] if "split" in table else pd.Series(None, table.index, dtype=object)
-    for case_id in table["case_id"][number.notna() & (split == "test")]:
-        yield f"case {case_id}: is tested in one replicate alone; test cases belong to all, leave its replicate empty"
-    for replicate in sorted(number.dropna().unique()):
-        own = set(split[number.isna() | (number == replicate)])
-        if split.notna().any() and (missing := [name for name in SPLITS if name not in own]):
-            yield f"replicate {replicate:g}: no case is in {' and '.join(missing)}; give it one, or leave it out"
-
-
-def _fold_faults(table: pd.DataFrame) -> Iterator[str]:
-    """The faults of the columns `fold_0`, ... (one a repeat), if any: each puts every patient into one fold."""
-    repeats, of = fold_columns(table), patients(table)
-    if repeats != [f"fold_{repeat}" for repeat in range(len(repeats))]:
-        yield f"columns {', '.join(repeats)}: must be called fold_0, fold_1, ..., in this order, without a gap"
-        return
-    folds = max((pd.to_numeric(table[column]).fillna(-1).max() for column in repeats), default=-1) + 1
-    for column in repeats:
-        yield from _side_faults(table, column)
-        fold = pd.to_numeric(table[column])
-        numbers = sorted(set(fold.dropna()))
-        if len(numbers) < folds:
-            gap = next(n for n, number in enumerate([*numbers, np.inf]) if n < number)
-            yield f"{column}: fold {gap} has no case; number the {folds:g} folds from 0 on without a gap"
-        for number in numbers:
-            if len(set(of[fold.notna()]) - set(of[fold == number])) < 2:
-                yield f"{column}: beside fold {number:g} no two patients are left, to train and to validate; use more"
+    """Of the table and of each of its replicates: none of the three splits may be empty, once there are any."""
+    parts = {"column split": table}
+    for replicate, (column, _) in replicates(table).items():
+        parts[f"replicate {replicate} (column {column})"] = of_replicate(table, replicate)
+    for name, part in parts.items():
+        has = {*part["split"].dropna()} if "split" in part else {*()}
+        if has and (missing := [split for split in SPLITS if split not in has]):
+            none = " and ".join(missing)
+            yield f"{name}: no case is in {none}; give each split a case, or empty the column to have it drawn"
 
 
 def fold_columns(table: pd.DataFrame) -> list[str]:
@@ -364,15 +330,12 @@ def _patient_faults(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _column_faults(path: Path, table: pd.DataFrame) -> Iterator[str]:
-    """The faults of columns that would be passed over though somebody means them, or that are there twice."""
+    """The faults of columns that would be passed over though somebody means them."""
     for column in table:
         name = re.sub(r"[^a-z]", "", column.casefold())
         meant = "patient" if _PATIENT.fullmatch(name) else next(iter(get_close_matches(name, OPTIONAL, 1, 0.8)), None)
         if meant and meant not in table:
             yield f"{path}: nothing reads the column {column!r}; call it {meant!r}, or leave it out"
-        twice, _, number = column.rpartition(".")
-        if twice in table and number.isdigit():  # as pandas calls the second one
-            yield f"{path}: there are two columns {twice!r}; leave one out"
 
 
 def shared_files(column: str, files: Iterable[tuple[str, str | Path, str]]) -> Iterator[str]:
@@ -387,15 +350,13 @@ def shared_files(column: str, files: Iterable[tuple[str, str | Path, str]]) -> I
 
 
 def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
+    for case_id in table["case_id"][table["image"].isna()]:
+        yield f"case {case_id}: no image is named; fill the column 'image'"
     for column in ("image", "label"):
-        files = []
-        for case_id, name in zip(table["case_id"].astype(str), table[column], strict=True):
-            if not isinstance(name, str):
-                if column == "image":
-                    yield f"case {case_id}: no image is named; fill the column 'image'"
-                continue
-            real = os.path.realpath(folder / name.replace("\0", "?"))
-            files.append((case_id, name, real))
+        named = table.dropna(subset=column)
+        reals = [os.path.realpath(folder / name) for name in named[column]]
+        files = [*zip(named["case_id"].astype(str), named[column], reals, strict=True)]
+        for case_id, name, real in files:
             if not Path(real).is_relative_to(os.path.realpath(folder)):
                 yield f"case {case_id}: {column} {name} leads out of {folder}; copy the file into the folder"
             elif not os.path.exists(real):

@@ -13,11 +13,10 @@ from dicom_series import ROOT, write_series
 from pydicom import dcmread
 
 from mupkg.data.build import (
-    sources_from_decathlon,
+    LAYOUTS,
     sources_from_dicom_rt,
     sources_from_pattern,
     sources_from_phantoms,
-    sources_from_promise12,
     sources_from_table,
     write_cohort,
 )
@@ -75,7 +74,7 @@ def test_promise12(tmp_path):
     for number in ("00", "01", "02"):
         write(scan(seed=int(number)), tmp_path / f"Case{number}.mhd")
         write(mask(), tmp_path / f"Case{number}_segmentation.mhd")
-    sources = sources_from_promise12(tmp_path)
+    sources = sources_from_pattern(tmp_path, modality="MR", **LAYOUTS["promise12"])
     assert [source.case_id for source in sources] == ["Case00", "Case01", "Case02"]
     case = sources[1].read()
     assert case.modality == "MR" and sitk.GetArrayFromImage(case.label).sum() == 4 * 7 * 7
@@ -90,11 +89,12 @@ def test_decathlon(tmp_path):
     for folder in ("imagesTr", "labelsTr"):  # its archives bring such files along
         (tmp_path / folder / "._prostate_00.nii.gz").write_bytes(b"\0")
     write(scan(), tmp_path / "imagesTs" / "prostate_03.nii.gz")
-    (source,) = sources_from_decathlon(tmp_path)
+    (source,) = sources_from_pattern(tmp_path, modality="MR", **LAYOUTS["decathlon"])
     case = source.read()
     np.testing.assert_array_equal(sitk.GetArrayFromImage(case.image), sitk.GetArrayFromImage(scan()))
     assert sitk.GetArrayFromImage(case.label).sum() == 4 * 7 * 7
-    (source,) = sources_from_decathlon(tmp_path, label_values=(2,), channel=1)
+    other = LAYOUTS["decathlon"] | {"label_values": (2,), "channel": 1}
+    (source,) = sources_from_pattern(tmp_path, modality="MR", **other)
     case = source.read()
     assert sitk.GetArrayFromImage(case.image).min() > 1000
     assert sitk.GetArrayFromImage(case.label).sum() == 4 * 3 * 3
@@ -132,8 +132,8 @@ def test_all_missing_labels_are_told(tmp_path):
 def test_a_pattern_that_cannot_be_or_finds_nothing(tmp_path):
     for folder, image, label, fault in (
         (tmp_path, "{case}.mha", "{case}_label.mha", "no file there matches"),
-        (tmp_path, "image.mha", "{case}.mha", "image_pattern must hold {case} once"),
-        (tmp_path, "{case}.mha", "{case}{case}.mha", "label_pattern must hold {case} once"),
+        (tmp_path, "image.mha", "{case}.mha", "it is 'image.mha'"),
+        (tmp_path, "{case}.mha", "{case}{case}.mha", "it is '{case}{case}.mha'"),
         (tmp_path / "absent", "{case}.mha", "{case}_label.mha", "there is no such folder"),
     ):
         with pytest.raises(CohortError) as error:
@@ -146,7 +146,7 @@ def test_patterns_that_are_the_same_or_lead_out_are_refused(tmp_path):
     write(mask(), tmp_path / "labs" / "a.mha")
     with pytest.raises(CohortError, match=r"are both '\{case\}\.mha'; give labels another one"):
         sources_from_pattern(tmp_path / "in", "{case}.mha", "{case}.mha", modality="MR")
-    with pytest.raises(CohortError, match=r"label_pattern must hold .* must not lead out of the folder by / or \.\."):
+    with pytest.raises(CohortError, match=r"must hold .* not lead out of the folder by / or \.\.; .*'\.\./labs"):
         sources_from_pattern(tmp_path / "in", "{case}.mha", "../labs/{case}.mha", modality="MR")
 
 
@@ -309,7 +309,9 @@ def test_names_with_the_same_beginning_are_no_patients_of_their_own(names):
 
 @pytest.mark.parametrize("patterns", [("{patient}_{case}.mha", "{case}.mha"), ("{case}.mha", "{patient}.mha")])
 def test_a_pattern_tells_cases_alone_and_a_table_the_rest(tmp_path, patterns):
-    with pytest.raises(CohortError, match=r"_pattern must hold \{case\} once.* whose patients are known, in a table"):
+    with pytest.raises(
+        CohortError, match=r"a pattern must hold \{case\} once.* whose patients are known, in a table"
+    ):
         sources_from_pattern(tmp_path, *patterns, modality="MR")
 
 

@@ -160,26 +160,32 @@ def test_paths_that_lead_out_of_the_folder_are_refused(folder, tmp_path_factory,
 def test_one_patient_in_two_splits_is_a_leak(folder):
     table_of("abc", patient=["01", "02", "01"]).to_csv(folder / "cohort.csv", index=False)
     (fault,) = faults_of(folder)
-    assert fault == "cases a, c: are of one patient (01) but in several splits; put them into one"
+    assert fault == "cases a, c: are of one patient (01) but differ in split; put them into one"
 
 
 @pytest.mark.parametrize(
     ("columns", "fault"),
     [
-        ({"replicate": [0, 0, 1]}, "case c: is tested in one replicate alone; test cases belong to all, leave its"),
+        ({"replicate": [0, 0, 1]}, "case c: is tested in one replicate alone; test cases belong to all, leave it"),
         ({"replicate": [0, "x", None]}, "case b: replicate is 'x'; it must be a whole number from 0 on, or empty"),
         ({"replicate": [0.5, None, None]}, "case a: replicate is 0.5; it must be a whole number"),
-        ({"replicate": [0, 1, None]}, "replicate 0: no case is in validation; give it one, or leave it out"),
-        ({"fold_0": [0, 2, 2]}, "fold_0: fold 1 has no case; number the 3 folds from 0 on without a gap"),
-        ({"fold_0": [0, 1, 2], "fold_1": [0, 1, 1]}, "fold_1: fold 2 has no case"),
+        (
+            {"replicate": [0, 1, None]},
+            "replicate 0 (column replicate): no case is in validation; give each split a case",
+        ),
+        (
+            {"fold_0": [0, 2, 2]},
+            "replicate 1 (column fold_0): no case is in test; give each split a case, or empty the column",
+        ),
+        ({"fold_0": [0, 1, 2], "fold_1": [0, 1, 1]}, "replicate 5 (column fold_1): no case is in test"),
         ({"fold_0": [0, 1, None]}, "case c: has a label but no fold_0; fill it"),
         ({"fold_0": [0, 1, -1]}, "case c: fold_0 is -1; it must be a whole number from 0 on"),
         ({"fold_0": [0, 1, 2], "fold_2": [0, 1, 2]}, "columns fold_0, fold_2: must be called fold_0, fold_1, ..."),
-        ({"fold_0": [0, 1, 10**9]}, "fold_0: fold 2 has no case; number the 1e+09 folds from 0 on"),
-        ({"fold_0": [0, 1, 1]}, "fold_0: beside fold 1 no two patients are left, to train and to validate"),
+        ({"fold_0": [0, 1, 10**9]}, "replicate 2 (column fold_0): no case is in test"),
+        ({"fold_0": [0, 1, 1]}, "replicate 1 (column fold_0): no case is in train"),
         (
             {"fold_0": [0, 1, 2], "split": None, "patient": ["p", "q", "P"]},
-            "cases a, c: are of one patient (p) but in several folds of fold_0; put them into one",
+            "cases a, c: are of one patient (p) but differ in fold_0; put them into one",
         ),
         (
             {"fold_0": [0, 1, 2], "split": None, "label": ["a_label.nii.gz", "b_label.nii.gz", None]},
@@ -225,7 +231,10 @@ def test_a_case_is_checked_when_its_cohort_is_built_and_trusted_since(tmp_path, 
     case = cohort.case("a")
     np.testing.assert_array_equal(sitk.GetArrayFromImage(case.image), sitk.GetArrayFromImage(scan("a")))
     sitk.WriteImage(mask()[1:], str(tmp_path / "labels" / "a.nii.gz"))
-    with pytest.raises(CohortError, match=r"case a: labels/a\.nii\.gz: lies no longer on .*; run notebook 00 again"):
+    with pytest.raises(
+        CohortError,
+        match=r"case a: .*labels/a\.nii\.gz: does not lie on the grid of a\.nii\.gz .*; run notebook 00 again",
+    ):
         cohort.case("a")
 
 
@@ -245,7 +254,7 @@ def test_the_split_is_the_seeds_and_not_the_orders():
 
 
 def test_two_patients_cannot_be_split():
-    with pytest.raises(ValueError, match=r"2 patient\(s\) cannot be split"):
+    with pytest.raises(ValueError, match=r"2 patient\(s\) of a cohort cannot be split"):
         split_cases(["a", "b", "a"], 0)
 
 
@@ -312,8 +321,8 @@ def test_a_failure_leaves_nothing_in_a_fresh_folder(tmp_path):
 
 
 def test_what_a_killed_build_left_aside_is_cleared_away(tmp_path):
-    (tmp_path / ".making.99999999" / "images").mkdir(parents=True)
-    (tmp_path / ".making.99999999" / "images" / "z.nii.gz").write_text("of a case that is no longer in the cohort")
+    (tmp_path / ".making" / "images").mkdir(parents=True)
+    (tmp_path / ".making" / "images" / "z.nii.gz").write_text("of a case that is no longer in the cohort")
     write_cohort(tmp_path, [source(i) for i in "abc"], PREPARATION, split_seed=0)
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or path.name.startswith("z")]
 
@@ -326,9 +335,7 @@ def test_too_few_patients_are_told_before_any_scan_is_read(tmp_path):
         Source(i, untouched, {"label": f"{i}.mha", "patient": patient})
         for i, patient in zip("abc", "112", strict=True)
     ]
-    with pytest.raises(
-        CohortError, match=r"new: with a label, 2 patient\(s\) cannot be split .*\. Add labelled scans"
-    ):
+    with pytest.raises(CohortError, match=r"2 patient\(s\) of a cohort cannot be split .*\. Add labelled scans"):
         write_cohort(tmp_path / "new", told, PREPARATION, split_seed=0)
     with pytest.raises(CohortError, match="no case is in validation and test; give each split a case, or empty"):
         write_cohort(
@@ -343,7 +350,9 @@ def test_too_few_patients_are_told_before_any_scan_is_read(tmp_path):
     phantoms = sources_from_phantoms(range(3), None)  # of the paper's size: seconds each
     with pytest.raises(CohortError, match=r"3 patient\(s\) cannot be dealt out to 5 folds"):
         write_cohort(tmp_path / "new", phantoms, PREPARATION, split_seed=0, folds=5)
-    with pytest.raises(CohortError, match=r"2 patient\(s\) cannot be split"):  # only reading tells who has a label
+    with pytest.raises(
+        CohortError, match=r"2 patient\(s\) of a cohort cannot be split"
+    ):  # only reading tells who has a label
         write_cohort(tmp_path / "new", [source("a"), source("b")], PREPARATION, split_seed=0)
     assert not list(tmp_path.iterdir())
 
@@ -365,7 +374,7 @@ def test_a_label_of_a_former_cohort_is_not_taken_for_the_cases(tmp_path):
 def test_a_missing_prepared_volume_is_named_with_the_notebook_that_makes_it(tmp_path, kind):
     cohort = write_cohort(tmp_path, [source(i) for i in "abc"], PREPARATION, split_seed=0)
     (tmp_path / "prepared" / f"b_{kind}.mha").unlink()
-    with pytest.raises(CohortError, match=rf"case b: .*b_{kind}\.mha: missing; run notebook 00 again"):
+    with pytest.raises(CohortError, match=rf"case b: .*b_{kind}\.mha: .*no such file.* run notebook 00 again"):
         cohort.prepared("b")
     with pytest.raises(ValueError, match=rf"b_{kind}\.mha: cannot be read"):
         cohort.fingerprint()
@@ -377,7 +386,7 @@ def test_a_table_that_may_not_be_read_says_so(folder, monkeypatch):
 
     monkeypatch.setattr(pd, "read_csv", closed)
     (fault,) = faults_of(folder)
-    assert fault.endswith("cohort.csv: cannot be read (Permission denied); give yourself read permission")
+    assert "cohort.csv: cannot be read (Permission denied); give yourself read permission" in fault
 
 
 def test_a_file_told_in_two_spellings_is_one_file(folder):
@@ -563,7 +572,7 @@ def test_a_patient_is_one_in_any_spelling(folder, spellings, tmp_path_factory):
     assert patient_key(one) == patient_key(other) == patient_key(patient_key(one))
     table_of("abc", patient=[one, "Q2", other]).to_csv(folder / "cohort.csv", index=False)
     (fault,) = faults_of(folder)
-    assert fault.startswith("cases a, c: are of one patient (") and "in several splits; put them into one" in fault
+    assert fault.startswith("cases a, c: are of one patient (") and "but differ in split; put them into one" in fault
     named = dict(zip("abcde", (one, other, "Q2", "Q3", "Q4"), strict=True))
     sources = [source(case_id, patient=patient) for case_id, patient in named.items()]
     place = tmp_path_factory.mktemp("built")
@@ -646,7 +655,7 @@ def test_names_of_cases_stay_text_and_no_column_is_there_twice(folder, blank):
     (folder / "cohort.csv").write_text(f"case_id{blank},image,label,split\n007,a.nii.gz,a_label.nii.gz,test\n")
     assert [*read_cases(folder / "cohort.csv", "")["case_id"]] == ["007"]
     (folder / "cohort.csv").write_text(f"case_id,image,label,split,split{blank}\n1,a,b,train,test\n")
-    with pytest.raises(CohortError, match=r"cohort\.csv: there are two columns 'split'; leave one out"):
+    with pytest.raises(CohortError, match=r"cohort\.csv: .*there are two columns 'split'; leave one out"):
         Cohort.read(folder)
 
 
@@ -735,7 +744,8 @@ def test_a_prepared_volume_of_another_build_is_refused(tmp_path, kind):
     )
     shutil.copy(tmp_path / "two" / "prepared" / f"b_{kind}.mha", tmp_path / "one" / "prepared")
     with pytest.raises(
-        CohortError, match=r"case b: .*does not lie on the grid of \(5\.0, 4\.0, 4\.0\) mm .*; run notebook 00"
+        CohortError,
+        match=r"case b: .*does not lie on the grid of (\(5\.0, 4\.0, 4\.0\) mm|b_image\.mha) .*; run notebook 00",
     ):
         cohort.prepared("b")
     assert cohort.prepared("a").label is not None

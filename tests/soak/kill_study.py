@@ -90,8 +90,8 @@ DATA, STAGE1, REPORT = "data/phantoms-smoke", f"{OUT}/stage1", f"{OUT}/report"
 UNET, RUN = f"{OUT}/UNet-seed0", f"{OUT}/MetricUNet-HCP-seed0"
 MOMENTS = (  # in the order of a study; every notebook at least once
     begins("00", DATA, 4.0),
-    writes("00", DATA, ".making.*/images/*"),
-    writes("00", DATA, ".making.*/prepared/*"),
+    writes("00", DATA, ".making/images/*"),
+    writes("00", DATA, ".making/prepared/*"),
     Moment("00", DATA, "cohort.csv"),
     begins("01", REPORT, 5.0),
     begins("02", STAGE1),
@@ -117,7 +117,7 @@ MOMENTS = (  # in the order of a study; every notebook at least once
 T_DATA, T_OUT = "data/phantoms-smoke-trials", "outputs/smoke-trials"
 FIRST_ARM, SECOND_ARM = f"{T_OUT}/UNet-seed0", f"{T_OUT}/HCNP-seed1000"
 TRIAL_MOMENTS = (  # each with the notebook's own target, so that the runs come in this order
-    writes("00", T_DATA, ".making.*/images/*"),
+    writes("00", T_DATA, ".making/images/*"),
     Moment("02", f"{T_OUT}/stage1", "checkpoint.safetensors"),
     begins("03", FIRST_ARM, 3.0),
     Moment("03", FIRST_ARM, "metrics.csv"),

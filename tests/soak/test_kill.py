@@ -42,7 +42,7 @@ from kill_study import (
 )
 
 THREE = (  # a scan half written, weights half written, and a training between two checkpoints
-    writes("00", DATA, ".making.*/images/*"),
+    writes("00", DATA, ".making/images/*"),
     writes("02", STAGE1, "*.safetensors"),
     Moment("03", RUN, "checkpoint.safetensors"),
 )
