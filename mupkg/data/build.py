@@ -241,18 +241,24 @@ def sources_of_replicates(
     return [Source(s.case_id, s.read, s.columns | more) for s, more in zip(sources, columns, strict=True)]
 
 
-def _file_source(
-    case_id: str, image: Path, label: Path | None, modality: str, values: tuple[int, ...] | None, channel: int | None
+def file_source(
+    case_id: str,
+    image: Path,
+    label: Path | None,
+    *,
+    modality: str,
+    label_values: tuple[int, ...] | None = None,
+    channel: int | None = None,
 ) -> Source:
+    """A case of two files; of a label with several values those that are prostate, of a 4D file the channel."""
+
     def read() -> Case:
         try:
-            scan = read_scan(image, channel=channel)
-            mask = read_scan(label) if label else None
+            scan, mask = read_scan(image, channel=channel), read_scan(label) if label else None
         except ValueError as error:
             raise ValueError(f"case {case_id}: {error}") from error
-        return checked_case(
-            case_id, scan, mask, image_name=str(image), label_name=str(label), label_values=values, modality=modality
-        )
+        told = {"image_name": str(image), "label_name": str(label), "label_values": label_values}
+        return checked_case(case_id, scan, mask, modality=modality, **told)
 
     return Source(case_id, read, {"source": image.name, "label": label.name if label else None})
 
@@ -261,26 +267,19 @@ def check_pattern(pattern: str) -> str:
     """The pattern, if it can name a file in a folder for every case; CohortError if not."""
     inside = not pattern.startswith("/") and ".." not in pattern.split("/")
     if not (re.findall(r"{(?:case|patient)}", pattern) == ["{case}"] and inside and pattern.isprintable()):
-        fault = (
-            "a pattern must hold {case} once, as {case}_image.nii.gz does, and not lead out of the folder by / or .."
-        )
+        fault = "a pattern must hold {case} once, as in {case}.nii.gz, and not lead out of the folder by / or .."
         cure = "list files that are named in another way, or whose patients are known, in a table"
         raise CohortError([f"{fault}; {cure}; it is {pattern!r}"])
     return pattern
 
 
-def sources_from_pattern(
-    folder: str | Path,
-    image_pattern: str,
-    label_pattern: str,
-    *,
-    modality: str,
-    label_values: tuple[int, ...] | None = None,
-    channel: int | None = None,
-) -> list[Source]:
+def sources_from_pattern(folder: str | Path, image_pattern: str, label_pattern: str, **reading: Any) -> list[Source]:
     """Image / label pairs found by name, for example "{case}_image.nii.gz" and "{case}_label.nii.gz".
 
     A file that matches both patterns is what the longer one says, or a label. Folders may be links.
+
+    Args:
+        reading: what `file_source` is told of all cases.
 
     Raises:
         CohortError: if nothing is found, an image lacks its label or a label its image, folders may not be read, or
@@ -299,28 +298,26 @@ def sources_from_pattern(
                 paths[match[1]] = path
                 break
     images, labels = found[image_pattern], found[label_pattern]
-    for case_id in [case_id for case_id in images if case_id not in labels]:
+    for case_id in sorted({*images} - {*labels}):
         label, image = label_pattern.replace("{case}", case_id), images[case_id].relative_to(folder)
         faults.append(f"case {case_id}: no label {label} beside {image}; add it or move the image")
-    for label in [labels[case_id].relative_to(folder) for case_id in labels if case_id not in images]:
-        fault = f"{label}: no image matching {image_pattern!r} belongs to this label"
-        faults.append(f"{fault}; name it so, or move the label")
+    for case_id in sorted({*labels} - {*images}):
+        fault = f"no image matching {image_pattern!r} belongs to this label; name it so, or move the label"
+        faults.append(f"{labels[case_id].relative_to(folder)}: {fault}")
     for column, paths in (("image", images), ("label", labels)):
         faults += shared_files(column, ((name, path, os.path.realpath(path)) for name, path in paths.items()))
     if not images:
         faults.append(f"{folder}: no file there matches {image_pattern!r}")
     if faults:
         raise CohortError(faults)
-    return [_file_source(name, images[name], labels[name], modality, label_values, channel) for name in images]
+    return [file_source(case_id, image, labels[case_id], **reading) for case_id, image in images.items()]
 
 
-def sources_from_table(
-    path: str | Path, *, modality: str, label_values: tuple[int, ...] | None = None, channel: int | None = None
-) -> list[Source]:
+def sources_from_table(path: str | Path, *, modality: str, **reading: Any) -> list[Source]:
     """Cases listed in a CSV beside the volumes: case_id, image, label and, if known, split and patient.
 
     Args:
-        path: the table, or the folder in which it is called cohort.csv.
+        path: the table, or the folder in which it is called cohort.csv. reading: what `file_source` is told.
     """
     path = Path(path, TABLE) if os.path.isdir(path) else Path(path)
     sources, faults = [], []
@@ -328,7 +325,7 @@ def sources_from_table(
         if isinstance(own := row.get("modality"), str) and own != modality:
             faults.append(f"case {row['case_id']}: is {own} in {path}, not {modality}; set modality to it")
         label = path.parent / row["label"] if isinstance(row["label"], str) else None
-        source = _file_source(row["case_id"], path.parent / row["image"], label, modality, label_values, channel)
+        source = file_source(row["case_id"], path.parent / row["image"], label, modality=modality, **reading)
         sources.append(Source(source.case_id, source.read, source.columns | row))
     if faults:
         raise CohortError(faults)
