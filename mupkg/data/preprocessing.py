@@ -30,8 +30,6 @@ def _is_interval(window: tuple[float, float]) -> tuple[float, float]:
 
 HuRange = Annotated[tuple[float, float], AfterValidator(_is_interval)]
 CT_WINDOW: HuRange = (-160.0, 240.0)  # reading R1
-
-
 Extent = Annotated[float, Field(strict=True, gt=0, le=1000)]  # mm; strict: True is no length
 
 
@@ -41,11 +39,9 @@ class Preparation(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     modality: Literal["CT", "MR"] = "CT"
-    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
-        (1.0, 1.0, 1.0), description="working grid (z, y, x)"
-    )
-    channel: int | None = Field(None, ge=0, description="which volume of a 4D file; None: files are 3D")
-    window_hu: HuRange = Field(CT_WINDOW, description="CT window that becomes 0..255 (reading R1)")
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (1.0, 1.0, 1.0)  # working grid (z, y, x)
+    channel: int | None = Field(None, ge=0)  # which volume of a 4D file; None: files are 3D
+    window_hu: HuRange = CT_WINDOW  # CT window that becomes 0..255 (reading R1)
 
 
 class Grid(BaseModel):
@@ -100,10 +96,9 @@ def body_mask(image: sitk.Image, modality: str) -> sitk.Image:
         # Otsu's threshold of the logarithm: on a linear scale the bright spot of an endorectal coil draws it so high
         # that the body falls apart and the prostate with it (seen in 6 of 40 PROMISE12 cases).
         low, high = np.percentile(sitk.GetArrayFromImage(coarse), [0.5, 99.5])
-        lifted = sitk.Clamp(
-            sitk.Cast(coarse, sitk.sitkFloat32) - float(low), sitk.sitkFloat32, 0.0, float(high - low)
-        )
-        return largest_component(sitk.OtsuThreshold(sitk.Log(lifted / max(float(high - low), 1e-6) + 0.01), 0, 1))
+        span = float(high - low)
+        lifted = sitk.Clamp(sitk.Cast(coarse, sitk.sitkFloat32) - float(low), sitk.sitkFloat32, 0.0, span)
+        return largest_component(sitk.OtsuThreshold(sitk.Log(lifted / max(span, 1e-6) + 0.01), 0, 1))
     body = sitk.Cast(coarse, sitk.sitkFloat32) > BODY_THRESHOLD_HU  # an unsigned image would wrap the threshold round
     radius = [max(1, round(TABLE_OPENING_MM / s)) for s in coarse.GetSpacing()[:2]] + [0]
     return largest_component(sitk.BinaryMorphologicalOpening(body, radius))
@@ -174,20 +169,12 @@ def crop_region(prepared: sitk.Image, centre: Point, region_mm: Sequence[float])
     Args:
         centre: (x, y, z) in mm. region_mm: edge lengths (z, y, x).
     """
-    size = np.maximum(1, np.round(np.array(region_mm[::-1]) / prepared.GetSpacing())).astype(int)
+    spacing, direction = prepared.GetSpacing(), prepared.GetDirection()
+    size = np.maximum(1, np.round(np.array(region_mm[::-1]) / spacing)).astype(int)
     middle = np.array(prepared.TransformPhysicalPointToContinuousIndex(centre))
-    start = np.round(middle - (size - 1) / 2).astype(int)
-    origin = prepared.TransformContinuousIndexToPhysicalPoint(start.astype(float).tolist())
-    return sitk.Resample(
-        prepared,
-        size.tolist(),
-        sitk.Transform(),
-        sitk.sitkNearestNeighbor,
-        origin,
-        prepared.GetSpacing(),
-        prepared.GetDirection(),
-        AIR,
-    )
+    start = np.round(middle - (size - 1) / 2)
+    origin, nearest = prepared.TransformContinuousIndexToPhysicalPoint(start.tolist()), sitk.sitkNearestNeighbor
+    return sitk.Resample(prepared, size.tolist(), sitk.Transform(), nearest, origin, spacing, direction, AIR)
 
 
 def to_scan_grid(probability: sitk.Image, scan: sitk.Image) -> sitk.Image:
