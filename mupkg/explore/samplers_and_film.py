@@ -171,9 +171,13 @@ class SamplersAtWork:
     def figure(self) -> Figure:
         """The patch with each sampler's tuples, and below it their distances."""
         drawn, patch = self.tuples(), self.patch
-        figure = Figure(figsize=(10.2, 7.4), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(10.2, 7.4), dpi=DPI)
+        # where `layout="constrained"` would put them, in half the time
+        place = {"left": 0.07, "right": 0.99, "top": 0.96, "bottom": 0.1, "wspace": 0.05, "hspace": 0.1}
         reach = 1.2 * max(2 * self.margin, *drawn[["d(a, p)", "d(a, n)"]].max().fillna(0))
-        for letter, (top, bottom) in zip("RHC", figure.subplots(2, 3, sharey="row").T, strict=True):
+        for letter, (top, bottom) in zip(
+            "RHC", figure.subplots(2, 3, sharey="row", gridspec_kw=place).T, strict=True
+        ):
             rows = drawn[drawn["sampler"] == letter]
             top.imshow(figures.mix(patch.grey, patch.heat, opacity=0.25))
             top.autoscale(False)
@@ -191,7 +195,7 @@ class SamplersAtWork:
         dots = {"marker": "o", "linestyle": "", "markersize": 4}
         handles = [Line2D([], [], color=figures.TRUTH, label="prostate"), *marks.marks.values()]
         handles += [Line2D([], [], color=colour, label=name, **dots) for name, colour in figures.TEACHES.items()]
-        figure.legend(handles=handles, ncols=6, fontsize=8, loc="outside lower center", facecolor="gainsboro")
+        figure.legend(handles=handles, ncols=6, fontsize=8, loc="lower center", facecolor="gray")
         return figure
 
     def draw(self) -> None:

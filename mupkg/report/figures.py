@@ -21,6 +21,7 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib import color_sequences, colormaps, patheffects
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
@@ -45,8 +46,8 @@ LINES = (BLUE, ORANGE, BLACK, SKY, GREEN, VERMILLION, PURPLE)  # of curves; the 
 TRUTH, PREDICTION, CHOSEN = SKY, ORANGE, "#B21AFF"
 BOTH = {"truth": TRUTH, "prediction": PREDICTION}
 KIND_COLOURS = ("#121249", "#1C6E53", "#B83D00", "#B8B8B8")  # of KINDS: cold in the prostate, warm or grey outside
-ROLES = {"anchor": ("x", YELLOW), "positive": (".", SKY), "negative": ("o", VERMILLION)}  # of a tuple's voxels
-TEACHES = {"active": VERMILLION, "satisfied": "silver"}  # tuples
+ROLES = {"anchor": ("x", YELLOW), "positive": (".", "white"), "negative": ("o", VERMILLION)}  # of a tuple's voxels
+TEACHES = {"active": BLUE, "satisfied": "silver"}  # tuples
 HEAT = "inferno"  # of probabilities
 PLANES = {"axial": "RL", "coronal": "RL", "sagittal": "AP"}  # and which sides of the patient lie left and right
 BAR_MM = 20
@@ -74,10 +75,10 @@ def alt_text(figure: Figure) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG, without touching its own canvas."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
-    return buffer.getvalue()
+    """A figure as PNG, drawn once: `savefig` draws twice, to measure first."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return pixels_png(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
 def key(colours: Mapping[str, str]) -> str:

@@ -114,10 +114,10 @@ def contrast(first: str, second: str) -> float:
     "together",
     [
         (figures.TRUTH, figures.PREDICTION, figures.CHOSEN, *figures.KIND_COLOURS),  # all that notebook 08 shows
-        [colour for _, colour in figures.ROLES.values()],
+        [figures.TRUTH, *(colour for _, colour in figures.ROLES.values()), *map(to_hex, figures.TEACHES.values())],
         figures.LINES[:4],
     ],
-    ids=["views", "roles", "lines"],
+    ids=["views", "tuples", "lines"],
 )
 def test_colours_that_stand_together_differ_for_colour_blind_readers(together):
     assert contrast("red", "lime") < contrast("red", "blue")  # the measure sees what it should
@@ -175,7 +175,8 @@ def test_tuples_are_active_below_the_margins_line():
     _, ax = plt.subplots()
     plane = figures.TuplePlane(ax, margin=0.5)
     plane.show(np.array([0.0, 0.0, 2.0]), np.array([0.4, 0.6, 3.0]))
-    assert [to_hex(colour) for colour in plane.dots.get_facecolors()] == [figures.VERMILLION, *[to_hex("silver")] * 2]
+    active, satisfied = map(to_hex, figures.TEACHES.values())
+    assert [to_hex(colour) for colour in plane.dots.get_facecolors()] == [active, satisfied, satisfied]
     assert "mean hinge 0.03" in ax.get_title()
     (line,) = ax.lines
     x, y = line.get_data()
