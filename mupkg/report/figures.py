@@ -22,7 +22,6 @@ from matplotlib import color_sequences, colormaps, patheffects
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.contour import QuadContourSet
@@ -32,8 +31,6 @@ from PIL import ImageDraw, ImageFont
 
 from mupkg.data.preprocessing import CT_WINDOW
 from mupkg.metrics import with_unit
-from mupkg.report.embeddings import EmbeddedVoxels, principal_axes
-from mupkg.samplers import VoxelTuples
 from mupkg.scans.cases import Point
 from mupkg.scans.writing import whole_file
 from mupkg.stages.voxels import KINDS
@@ -139,10 +136,11 @@ def draw_plane(
     index: int,
     masks: Mapping[str, np.ndarray] | None = None,
     window: tuple[float, float] | None = None,
+    colours: str = "gray",
 ) -> None:
     """One slice of a volume (z, y, x; x to the patient's left, y to the back) at its true proportions.
 
-    Front up and the patient's right on the left, or head up. Outlines by colour.
+    Front up and the patient's right on the left, or head up. Outlines by colour. The window is of values.
     """
     axis = list(PLANES).index(plane)
     # slices are stored from the feet upwards; coronal and sagittal views show the head on top
@@ -150,7 +148,7 @@ def draw_plane(
     lines = [(colour, 2.8, cut(mask), 0.5) for colour, mask in (masks or {}).items()]
     spacing_mm = [s for other, s in enumerate(spacing_mm) if other != axis]
     name, window = f"{plane}, slice {index}", window or (volume.min(), volume.max())
-    draw_slice(ax, cut(volume), lines, spacing_mm, name=name, plane=plane, window=window)
+    draw_slice(ax, cut(volume), lines, spacing_mm, name=name, plane=plane, window=window, colours=colours)
 
 
 def mix(
@@ -220,16 +218,18 @@ def draw_slice(
     title: str = "",
     plane: str = "axial",
     window: tuple[float, float] | None = None,
+    colours: str = "gray",
 ) -> None:
     """A slice, grey or in colours, at its true proportions on axes in mm, with contours, a name and a title.
 
     Args:
         lines: of each contour the colour, twice the width in points, values and the level that they cross.
-        spacing_mm: of rows and columns, perhaps behind that of the slices. window: of grey values, else 0 to 255.
+        spacing_mm: of rows and columns, perhaps behind that of the slices. window: of values, else 0 to 255.
+        colours: of values.
     """
     height, width = np.multiply(pixels.shape[:2], spacing_mm[-2:])
     extent, (low, high) = (0, width, height, 0), window or (0, 255)
-    ax.imshow(pixels, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="nearest")
+    ax.imshow(pixels, cmap=colours, vmin=low, vmax=high, extent=extent, interpolation="nearest")
     for colour, wide, values, level in lines:
         draw_contour(ax, values, colour, extent, level, wide / 2)
     mark_plane(ax, plane, name)
@@ -292,50 +292,6 @@ def patches(images: np.ndarray, labels: np.ndarray) -> Figure:
     return figure
 
 
-def heatmap_and_contours(
-    case_id: str,
-    region: np.ndarray,
-    truth: np.ndarray,
-    probabilities: Mapping[str, np.ndarray],
-    index: int,
-    spacing_mm: Sequence[float],
-) -> Figure:
-    """Fig. 1: for each network the foreground probability of one slice, and below it the two contours."""
-    size = (3.2 * len(probabilities), 6.4)
-    figure, axes = plt.subplots(2, len(probabilities), figsize=size, squeeze=False, layout="constrained")
-    for (top, bottom), (name, probability) in zip(axes.T, probabilities.items(), strict=True):
-        heat = colormaps[HEAT](probability[index])
-        draw_slice(top, heat, [], spacing_mm, name=f"axial, slice {index}", title=name)
-        masks = {TRUTH: truth, PREDICTION: probability > 0.5}
-        draw_plane(bottom, region, spacing_mm, "axial", index, masks, (0, 255))
-    figure.colorbar(ScalarMappable(cmap=HEAT), ax=axes[0], label="foreground probability")
-    figure.suptitle(f"{case_id}, slice {index}", fontsize=10)
-    contour_legend(figure, BOTH)
-    return figure
-
-
-def contours_side_by_side(
-    cases: Mapping[str, tuple[np.ndarray, np.ndarray, Sequence[float]]],
-    predictions: Mapping[str, Mapping[str, np.ndarray]],
-    scores: Mapping[str, Mapping[str, float]],
-) -> Figure:
-    """Fig. 8: truth and prediction on each case's slice with most prostate; a row a case, a column a configuration.
-
-    Args:
-        cases: name -> (region, truth, spacing_mm). predictions, scores: configuration -> case name -> mask, DSC.
-    """
-    size = (3 * len(predictions), 3.2 * len(cases) + 0.3)
-    figure, axes = plt.subplots(len(cases), len(predictions), figsize=size, squeeze=False, layout="constrained")
-    for row, (name, (region, truth, spacing_mm)) in zip(axes, cases.items(), strict=True):
-        index = int(np.argmax(truth.sum(axis=(1, 2))))
-        for ax, (configuration, masks) in zip(row, predictions.items(), strict=True):
-            outlines = {TRUTH: truth, PREDICTION: masks[name]}
-            draw_plane(ax, region, spacing_mm, "axial", index, outlines, (0, 255))
-            ax.set_title(f"{configuration}\n{name}, DSC {scores[configuration][name]:.3f}", fontsize=9)
-    contour_legend(figure, BOTH)
-    return figure
-
-
 # Tuples and embeddings
 
 
@@ -386,35 +342,6 @@ def mean(values: np.ndarray) -> str:
     return f"{values.mean():.2f}" if len(values) else "none"
 
 
-def samplers_at_work(
-    title: str,
-    image: np.ndarray,
-    label: np.ndarray,
-    probability: np.ndarray,
-    tuples: Mapping[str, VoxelTuples],
-    spacing_mm: Sequence[float],
-) -> Figure:
-    """Fig. 5: what each sampler draws on one slice; each anchor is joined to its positive and its negative."""
-    size = (2.7 * (len(tuples) + 1), 3.6)  # no wider than a page: what is shrunk cannot be read
-    figure, axes = plt.subplots(1, len(tuples) + 1, figsize=size, layout="constrained")
-    heat = axes[0].imshow(probability, cmap=HEAT, vmin=0, vmax=1)
-    axes[0].set_title("foreground probability", fontsize=11)
-    figure.colorbar(heat, ax=axes[0], location="bottom", shrink=0.8)
-    for ax, (name, drawn) in zip(axes[1:], tuples.items(), strict=True):
-        ax.imshow(image, cmap="gray", vmin=0, vmax=1)
-        TupleMarks(ax).show([indices.numpy() for indices in drawn], image.shape[1])
-        ax.set_title(f"{name}: {len(drawn.anchors)} tuples", fontsize=11)
-    for ax in axes:
-        draw_contour(ax, label, TRUTH)
-        mark_plane(ax, "axial", "axial", spacing_mm[2])
-        ax.set_aspect(spacing_mm[1] / spacing_mm[2])
-        ax.set_axis_off()
-    figure.suptitle(title, fontsize=12)
-    handles = [Line2D([], [], color=TRUTH, label="prostate"), *axes[-1].get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=11, facecolor="silver")
-    return figure
-
-
 def draw_points(
     ax: Axes, points: Float[np.ndarray, "n 2"], kind: np.ndarray, names: Sequence[str], **look: Any
 ) -> None:
@@ -435,27 +362,6 @@ def pc_names(pca: PCA) -> list[str]:
     return [f"PC {n} ({share:.0%} of the variance)" for n, share in enumerate(pca.explained_variance_ratio_, 1)]
 
 
-def embedding_scatter(
-    case_id: str, voxels: Mapping[str, EmbeddedVoxels], numbers: Mapping[str, Mapping[str, float]]
-) -> Figure:
-    """A case's voxels in each network's first two principal components, coloured by what the voxel is."""
-    columns = min(len(voxels), 3 if len(voxels) != 4 else 2)  # no wider than a page
-    rows = -(-len(voxels) // columns)
-    size = (3.6 * columns, 3.8 * rows + 0.6)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(voxels) :]:
-        ax.set_axis_off()
-    for ax, (name, sample) in zip(axes.flat, voxels.items(), strict=False):
-        pca = principal_axes(sample)
-        draw_points(ax, pca.transform(sample.embedding), sample.kind, pc_names(pca))
-        text = ", ".join(f"{key} {value:.2f}" for key, value in numbers[name].items())
-        ax.set_title(f"{name}, n = {len(sample.kind)} voxels\n{text}", fontsize=10)
-    figure.suptitle(f"voxels of {case_id}", fontsize=12)
-    handles = axes[0, 0].get_legend_handles_labels()[0]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS), fontsize=10, markerscale=3)
-    return figure
-
-
 # Curves, histograms and boxes
 
 
@@ -465,13 +371,10 @@ def histograms(
     """One panel a scan, one curve for each of two tissues; what lies under both curves is shaded.
 
     Args:
-        window: bins of 5 from here to there; None: 80 bins from the 1st to the 99th percentile of all values.
+        window: of 80 bins; None: from the 1st to the 99th percentile of all values.
     """
-    if window:
-        bins = np.arange(window[0], window[1] + 5, 5)
-    else:
-        every = np.concatenate([sample for tissues in values.values() for sample in tissues.values()])
-        bins = np.linspace(*np.percentile(every, [1, 99]), 81)
+    every = np.concatenate([sample for tissues in values.values() for sample in tissues.values()])
+    bins = np.linspace(*(window or np.percentile(every, [1, 99])), 81)
     size = (4 * len(values), 3.2)
     figure, axes = plt.subplots(1, len(values), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for ax, (name, tissues) in zip(axes[0], values.items(), strict=True):
@@ -512,26 +415,6 @@ def convergence(history: pd.DataFrame, by: str = "step") -> Figure:
     axes[1].set(ylim=(0, 1))
     title = "n trainings: median, lowest to highest"
     axes[1].legend(fontsize=8, title=title, title_fontsize=8, alignment="left")
-    return figure
-
-
-def active_shares(shares: pd.DataFrame) -> Figure:
-    """The share of active tuples against the training's steps: a line a column; those near are dashed."""
-    figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    colours, steps = dict(zip("RHC", LINES, strict=False)), pd.to_numeric(shares.index, errors="coerce")
-    places = range(len(shares)) if steps.isna().any() else steps.to_numpy()  # without a film there is one: "trained"
-    for name, column in shares.items():
-        near = name.endswith("N")
-        style = {"linestyle": "--" if near else "-", "marker": "s" if near else "o", "markersize": 4}
-        ax.plot(places, column, color=colours[name[0]], label=name, **style)
-    ax.set(xlabel="SGD step", ylabel="share of active tuples", ylim=(-0.02, 1.02))
-    if steps.isna().any():
-        ax.set_xticks(places, shares.index)
-    else:  # the first steps lie close together
-        ax.set_xscale("symlog", linthresh=10)
-        ticks = [0, *(10**power for power in range(1, len(str(int(steps.max()))))), int(steps.max())]
-        ax.set_xticks(ticks, ticks)
-    ax.legend(ncols=2, fontsize=8, title="dashed: negatives near the contour", title_fontsize=8)
     return figure
 
 

@@ -8,14 +8,11 @@ from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from mupkg.data.cohort import Cohort
-from mupkg.metrics import metric_of, with_unit
+from mupkg.metrics import metric_of
 from mupkg.parameters import Stage1Settings
 from mupkg.report import results
-from mupkg.report.figures import BLUE
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import HISTORY, METRICS_CSV, RUN, STAGE1, Shift, metrics_name, read_run
 from mupkg.trials import statistics
@@ -274,47 +271,3 @@ def promised(study: Study, cases: int = 100) -> pd.DataFrame:
         verdict = "not judged" if trial.descriptive else "can be reached" if reach else "CANNOT BE REACHED"
         rows.append({"contrast": f"{arm} - {against}", **row, "a verdict": verdict})
     return pd.DataFrame(rows).set_index("contrast")
-
-
-def boxes(metrics: pd.DataFrame, parameters: Mapping[str, Mapping[Any, str]], names: Sequence[str]) -> Figure:
-    """Fig. 6: one row a metric, one column a parameter, one box a value, over the cases' means over replicates.
-
-    Dots are the replicates' means over the cases: what one seed would have reported. Values that are not finite are
-    left out of a mean.
-
-    Args:
-        parameters: `Trial.parameters`.
-    """
-    size = (4.2 * len(parameters), 3.4 * len(names))
-    figure, axes = plt.subplots(len(names), len(parameters), figsize=size, squeeze=False, layout="constrained")
-    for line, metric in zip(axes, names, strict=True):
-        finite = metrics.assign(**{metric: metrics[metric].where(np.isfinite(metrics[metric]))})
-        of_case, of_replicate = (finite.groupby(["configuration", k])[metric].mean() for k in ("case_id", "seed"))
-        for ax, (parameter, arms) in zip(line, parameters.items(), strict=True):
-            values = [of_case[arm].dropna().to_numpy() for arm in arms.values()]
-            ax.boxplot(values, tick_labels=[f"{value:g}" for value in arms], flierprops={"markersize": 3})
-            for place, arm in enumerate(arms.values(), 1):
-                dots = of_replicate[arm]
-                ax.plot(np.full(len(dots), place), dots, "o", color=BLUE, alpha=0.6, label="one replicate")
-            ax.set(xlabel=parameter.replace("_", " "), title=f"{len(values[0])} cases, {len(dots)} replicates")
-        line[0].set_ylabel(with_unit(metric))
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    axes[0, 0].legend(handles[:1], labels[:1], fontsize=8)
-    return figure
-
-
-def replicate_means(metrics: pd.DataFrame, pairs: list[tuple[str, str]], metric: str, margin: float) -> Figure:
-    """Each contrast's mean difference in every replicate: what a study with one seed would have reported."""
-    figure, ax = plt.subplots(figsize=(7.5, 0.9 + 0.8 * len(pairs)))
-    ax.axvspan(-margin, margin, color="0.92", label=f"equivalent: within ± {margin:g}")
-    ax.axvline(0, color="0.4", linewidth=1)
-    for line, (arm, against) in enumerate(pairs):
-        means = differences(metrics, arm, against, metric).mean()
-        ax.plot(means, np.full(len(means), line), "o", color=BLUE, alpha=0.45, label="one replicate")
-        ax.plot(means.mean(), line, "D", color="black", label="mean")
-    ax.set(yticks=range(len(pairs)), yticklabels=[f"{arm} − {against}" for arm, against in pairs])
-    ax.set(xlabel=f"difference of the mean {metric} over cases", ylim=(len(pairs) - 0.5, -0.5))
-    handles, labels = ax.get_legend_handles_labels()
-    seen = dict(zip(labels, handles, strict=True))
-    ax.legend(seen.values(), seen.keys(), fontsize=8)
-    return figure

@@ -13,11 +13,9 @@ from mupkg.stages.training import HISTORY
 from mupkg.trials.protocol import Study
 from mupkg.trials.tables import (
     answers,
-    boxes,
     histories,
     promised,
     rankings,
-    replicate_means,
     shifts_tested,
     single_seeds,
     trial_metrics,
@@ -148,24 +146,6 @@ def test_learning_rates_are_summed_over_all_steps(study):
 def test_runs_of_no_trial_have_their_seeds_for_replicates(study):
     runs = trial_runs(study, RUNS, {}).drop(columns="replicate")
     assert sorted(set(histories(runs)["replicate"])) == [0, 1, 1000, 1001]
-
-
-def test_the_picture_shows_every_replicate(study):
-    runs = trial_runs(study, RUNS, {})
-    (ax,) = replicate_means(trial_metrics(runs, None, {"margin"}), [("B", "A")], "DSC", 0.01).axes
-    dots = next(line for line in ax.lines if line.get_label() == "one replicate")
-    assert dots.get_xdata() == pytest.approx([0.1, 0.3])
-
-
-def test_boxes_are_over_cases_and_dots_over_replicates(study):
-    metrics = trial_metrics(trial_runs(study, RUNS, {}), None, {"margin"})
-    metrics.loc[0, "DSC"] = np.inf  # of A, in replicate 0
-    (ax,) = boxes(metrics, {"margin": {0.7: "A", 1.0: "B"}}, ["DSC"]).axes
-    dots = [line.get_ydata().tolist() for line in ax.lines if line.get_label() == "one replicate"]
-    assert dots == [pytest.approx([0.6, 0.55]), pytest.approx([0.65, 0.85])]
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.7", "1"] and ax.get_xlabel() == "margin"
-    medians = [line.get_ydata()[0] for line in ax.lines if line.get_color() == "C1"]
-    assert medians == pytest.approx([0.55, 0.75])  # of the cases' means over replicates: .5 and .6; .7 and .8
 
 
 def test_of_a_distance_more_is_worse_and_the_papers_dsc_says_nothing():
