@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -55,77 +55,69 @@ def finished_runs(
     return table.sort_values(["configuration", "seed"], key=lambda c: c.map(order.index) if c.name != "seed" else c)
 
 
-def case_metrics(
-    table: pd.DataFrame, regions: Regions | None = None, may_differ: Iterable[str] = (), shift: Shift | None = None
-) -> pd.DataFrame:
+def case_metrics(table: pd.DataFrame, regions: Regions | None = None) -> pd.DataFrame:
+    """metrics.csv of a study's runs in one table: `tested_metrics`; ValueError as there and as `check_settings`."""
+    metrics = tested_metrics(table, regions)
+    check_settings({run.name: read_run(run / RUN)["parameters"] for run in table["folder"]})
+    return metrics
+
+
+def tested_metrics(table: pd.DataFrame, regions: Regions | None = None, shift: Shift | None = None) -> pd.DataFrame:
     """metrics.csv of all these runs in one table: configuration, seed, case_id and the metrics.
 
     Args:
         regions: the study's as they are now: what every run must have been trained on, and whose test cases it must
-            have been tested on, all of them.
+            have been tested on, all of them; None: those of the first run.
 
     Raises:
-        ValueError: if runs differ in their test cases, regions or settings, lack a test case, or a file is missing or
-            broken or lists a case twice.
+        ValueError: if runs differ in their test cases or regions, or a file is missing or broken or lists a case
+            twice.
     """
-    parts = [
-        _run_metrics(row.folder / metrics_name(shift), regions).assign(configuration=row.configuration, seed=row.seed)
-        for row in table.itertuples()
-    ]
-    metrics = pd.concat(parts, ignore_index=True)
-    cases = metrics.groupby(["configuration", "seed"])["case_id"].agg(frozenset)
-    if len(set(cases)) > 1:
-        raise ValueError("the runs were not tested on the same cases; evaluate runs of one study only")
-    records = {folder.name: read_run(folder / RUN, "data_fingerprint") for folder in table["folder"]}
-    trained_on = {record["data_fingerprint"] for record in records.values()}
+    parts, again = [], f"test the run again {WITH}"
+    for run in table.itertuples():
+        path = run.folder / metrics_name(shift)
+        part = read_cases(path, again).assign(configuration=run.configuration, seed=run.seed)
+        if "case_id" not in part or part["case_id"].duplicated().any():
+            raise ValueError(f"{path}: must have a case_id for every row, each once; {again}")
+        parts.append(part)
+        tested, wanted = {*part["case_id"]}, {*(regions.ids("test") if regions is not None else parts[0]["case_id"])}
+        faults = {"lacks the test case(s)": wanted - tested, "was tested on others:": tested - wanted}
+        if told := [f"{fault} {', '.join(sorted(cases))}" for fault, cases in faults.items() if cases]:
+            raise ValueError(f"{path}: {' and '.join(told)}; {again}")
+    trained_on = {read_run(folder / RUN, "data_fingerprint")["data_fingerprint"] for folder in table["folder"]}
     cure = "(data_fingerprint in run.json); after a new stage 1, train every run of the study again"
     if len(trained_on) > 1:
         raise ValueError(f"the runs were not trained on the same regions {cure}")
-    if regions is not None and regions.fingerprint() not in trained_on:
+    if regions is not None and {regions.fingerprint()} != trained_on:
         place = regions.folder / REGIONS
         raise ValueError(f"{place}: its regions are not those that the runs were trained on {cure}")
-    check_settings({run: record["parameters"] for run, record in records.items()}, may_differ)
-    return metrics
+    return pd.concat(parts, ignore_index=True)
 
 
-def check_settings(parameters: Mapping[str, Mapping[str, Any]], may_differ: Iterable[str] = ()) -> None:
+def check_settings(parameters: Mapping[str, Mapping[str, Any]]) -> None:
     """ValueError if runs, by name, were not trained alike.
 
     Names, places and speed may differ; so may, where there are no samplers, the options of the metric loss.
     """
-    may_differ = {*may_differ, *tagged(Stage2Settings, Tag.NAME, Tag.SPEED)}
-    values: dict[str, dict[str, str]] = {}  # of each parameter: value -> the first run that has it
+    values = {}  # of each run, as text: what may not differ
     for run, given in parameters.items():
-        name_of = str(given.get("configuration", run))  # an arm's name may be anything
-        unused = set() if name_of.startswith("Metric") else tagged(Stage2Settings, Tag.METRIC)
+        name_of = str(given.get("configuration", run))
+        free = tagged(Stage2Settings, Tag.NAME, Tag.SPEED)
+        free |= set() if name_of.startswith("Metric") else tagged(Stage2Settings, Tag.METRIC)
         in_3d = name_of in BACKBONES and BACKBONES[name_of].dimensions == 3
-        unused |= set() if in_3d else tagged(Stage2Settings, Tag.BLOCKS)
-        for name in given.keys() - may_differ - unused:
-            values.setdefault(name, {}).setdefault(json.dumps(given[name]), run)
-    differ = [
-        f"{name} is " + ", ".join(f"{value} in {run}" for value, run in run_of_value.items())
-        for name, run_of_value in sorted(values.items())
-        if len(run_of_value) > 1
-    ]
+        free |= set() if in_3d else tagged(Stage2Settings, Tag.BLOCKS)
+        values[run] = {name: json.dumps(value) for name, value in given.items() if name not in free}
+    table = pd.DataFrame.from_dict(values, orient="index")
+    differ = []
+    for name in sorted(table):
+        first = table[name].dropna().drop_duplicates()  # of each value the first run that has it
+        if len(first) > 1:
+            differ.append(f"{name} is " + ", ".join(f"{value} in {run}" for run, value in first.items()))
     if differ:
         raise ValueError(
             f"the runs were not trained with the same settings (parameters in run.json): {'; '.join(differ)}; "
             "train them alike, or put those trained otherwise into a study of their own"
         )
-
-
-def _run_metrics(path: Path, regions: Regions | None) -> pd.DataFrame:
-    metrics = read_cases(path, f"test the run again {WITH}")
-    if "case_id" not in metrics or metrics["case_id"].duplicated().any():
-        raise ValueError(f"{path}: must have a case_id for every row, each once; test the run again {WITH}")
-    if regions is not None:
-        wanted, tested = regions.ids("test"), set(metrics["case_id"])
-        missing, others = [i for i in wanted if i not in tested], sorted(tested - set(wanted))
-        if missing or others:
-            faults = [f"lacks the test case(s) {', '.join(missing)}"] if missing else []
-            faults += [f"has {', '.join(others)}, which the study does not test"] if others else []
-            raise ValueError(f"{path}: {' and '.join(faults)}; test the run again {WITH}")
-    return metrics
 
 
 def per_case(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,26 +76,19 @@ def kept_runs(
         runs, stages: by folder what they are told, `Study.run_parameters` and `Study.stages`.
         outputs: the study's folder; where it has regions already, a kept run must have seen these.
     """
-    kept = kept_folder(study)
-    other = {
-        name
-        for name, told in stages.items()
-        if (kept / name / REGIONS).is_file() and parameter_fault(kept / name, told, Stage1Settings)
-    }
+    kept, cut = kept_folder(study), {}  # of each stage 1: its regions' fingerprints; one, unless here are others
+    for name, told in stages.items():
+        if not (kept / name / REGIONS).is_file() or not parameter_fault(kept / name, told, Stage1Settings):
+            places = [place / name for place in (kept, outputs) if place and (place / name / FINGERPRINT).is_file()]
+            cut[name] = {recorded("regions", place, 2) for place in places}
 
-    @cache
-    def cut(stage1: str) -> set[str]:
-        """The fingerprints of its regions, kept and here: one, unless these are two different sets."""
-        places = (folder / stage1 for folder in (kept, outputs) if folder)
-        return {recorded("regions", place, 2) for place in places if (place / FINGERPRINT).is_file()}
-
-    def stands(name: str, told: Mapping[str, Any]) -> bool:
-        folder, stage1 = kept / name, told.get("stage1", STAGE1)
-        if not (folder / METRICS_CSV).is_file() or stage1 in other or parameter_fault(folder, told):
+    def stands(run: Path, told: Mapping[str, Any]) -> bool:
+        stage1 = told.get("stage1", STAGE1)
+        if stage1 not in cut or not (run / METRICS_CSV).is_file() or parameter_fault(run, told):
             return False
-        return cut(stage1) <= {read_run(folder / RUN, "data_fingerprint", cure=TRAIN_ANEW)["data_fingerprint"]}
+        return cut[stage1] <= {read_run(run / RUN, "data_fingerprint", cure=TRAIN_ANEW)["data_fingerprint"]}
 
-    return {name for name, told in runs.items() if stands(name, told)}
+    return {name for name, told in runs.items() if stands(kept / name, told)}
 
 
 def kept_stages(study: str, stages: Mapping[str, Mapping[str, Any]], outputs: Path) -> set[str]:
@@ -105,14 +97,9 @@ def kept_stages(study: str, stages: Mapping[str, Mapping[str, Any]], outputs: Pa
     Args:
         stages: by folder what they are told. outputs: the study's folder.
     """
-    folders = {name: kept_folder(study) / name for name in stages}
-    return {
-        name
-        for name, folder in folders.items()
-        if (folder / REGIONS).is_file()
-        and not parameter_fault(folder, stages[name], Stage1Settings)
-        and not (outputs / name / LAST).is_file()
-    }
+    kept = {name for name in stages if (kept_folder(study) / name / REGIONS).is_file()}
+    same = {n for n in kept if not parameter_fault(kept_folder(study) / n, stages[n], Stage1Settings)}
+    return {name for name in same if not (outputs / name / LAST).is_file()}
 
 
 def keep(study: Path, destination: Path) -> list[str]:

@@ -6,7 +6,7 @@ METHOD.md, "How a difference is judged": d(case, replicate) = difference + case 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -141,13 +141,8 @@ def nadeau_bengio(fold_differences: Float[np.ndarray, " trainings"], folds: int)
     Args:
         fold_differences: of each training the mean difference over its own test cases.
         folds: k, so test cases / training cases = 1 / (k - 1).
-
-    Raises:
-        ValueError: if the trainings are not whole repeats of k folds.
     """
     d = np.asarray(fold_differences, dtype=float)
-    if folds < 2 or len(d) == 0 or len(d) % folds:
-        raise ValueError(f"{len(d)} trainings are not whole repeats of {folds} folds; train the missing folds")
     variance = np.nan if _all_the_same(d, axis=0) else d.var(ddof=1)
     return Estimate(d.mean(), (1 / len(d) + 1 / (folds - 1)) * variance, len(d) - 1)
 
@@ -200,32 +195,34 @@ def replicates_needed(measured: Estimate, effect: float, cases: int) -> float:
 # Tables of runs: `metrics` is what results.case_metrics gives (configuration, seed, case_id, metrics)
 
 
-def differences(metrics: pd.DataFrame, arm: str, against: str, metric: str) -> pd.DataFrame:
-    """One metric of `arm` minus that of `against`: case x replicate.
+def of_arms(metrics: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+    """The rows of these arms, which can be compared: the same cases in the same seeds and folds, each once.
 
     Raises:
-        ValueError: if the table is not balanced; it names every run and case that is missing or there twice.
+        ValueError: if they cannot; it names every run and case that is missing, or there twice, or in two folds.
     """
-    both = _of_both(metrics, arm, against)
-    cases, key = both["case_id"].unique(), ["configuration", "seed", "case_id"]
-    wanted = pd.MultiIndex.from_product([(arm, against), sorted(both["seed"].unique()), cases], names=key)
-    times = both.value_counts(key).reindex(wanted, fill_value=0).rename("times").reset_index()
-    faults = [
-        f"{run_name(name, seed)} has {'every case' if len(odd) == len(cases) else ', '.join(map(str, odd))} {n} times"
-        for (name, seed, n), odd in times[times["times"] != 1].groupby(["configuration", "seed", "times"])["case_id"]
-    ]
-    if faults or both.empty:
+    rows, run = metrics[metrics["configuration"].isin(arms)], ["configuration", "seed"]
+    wanted = pd.MultiIndex.from_product([arms, *(sorted(rows[name].unique()) for name in ("seed", "case_id"))])
+    times = rows.value_counts([*run, "case_id"]).reindex(wanted, fill_value=0).rename_axis([*run, "case_id"])
+    odd = times[times != 1].rename("times").reset_index().groupby([*run, "times"])["case_id"]
+    faults = [f"{run_name(arm, seed)} has {', '.join(cases)} {n} times" for (arm, seed, n), cases in odd]
+    if "fold" in rows:
+        folds = rows.groupby(["seed", "case_id"])["fold"].nunique()
+        faults += [f"{case} is in {n} folds of repeat {seed}" for (seed, case), n in folds[folds > 1].items()]
+    if faults or rows.empty:
         raise ValueError(
-            f"{arm} against {against}: both need the same seeds and cases, each once, but "
-            f"{'; '.join(faults) or 'there is no run of either'}; "
-            "train or test what is missing with notebook 03, or take that seed or case out of both"
+            f"{', '.join(arms)}: all need the same seeds and cases, each once, but "
+            f"{'; '.join(faults) or 'there is no run of them'}; train or test what is missing with notebook 03, or "
+            "take that seed or case out of all"
         )
-    values = both.pivot_table(metric, "case_id", ["configuration", "seed"], dropna=False)
+    return rows
+
+
+def differences(metrics: pd.DataFrame, arm: str, against: str, metric: str) -> pd.DataFrame:
+    """One metric of `arm` minus that of `against`: case x replicate; ValueError as `of_arms`."""
+    rows = of_arms(metrics, (arm, against))
+    values = rows.pivot_table(metric, "case_id", ["configuration", "seed"], dropna=False)
     return values[arm] - values[against]
-
-
-def _of_both(metrics: pd.DataFrame, arm: str, against: str) -> pd.DataFrame:
-    return metrics[metrics["configuration"].isin([arm, against])]
 
 
 def with_means(metrics: pd.DataFrame, means: Mapping[str, Sequence[str]]) -> pd.DataFrame:
@@ -237,18 +234,12 @@ def with_means(metrics: pd.DataFrame, means: Mapping[str, Sequence[str]]) -> pd.
         means: `Trial.means`: pooled controls, and the levels of a design's factors.
 
     Raises:
-        ValueError: if a case is missing, or there twice, in a run of one of the arms.
+        ValueError: as `of_arms`.
     """
     parts = [metrics]
     for name, arms in means.items():
-        rows = metrics[metrics["configuration"].isin(arms)].drop(columns="configuration")
-        key = [*trainings(rows), "case_id"]
-        of = rows.groupby(key, sort=False)
-        if n := int((of.size() != len(arms)).sum()):
-            raise ValueError(
-                f"{name}: a mean needs every case of every run once from each of {', '.join(arms)}; {n} are missing "
-                "or there twice; train or test what is missing with notebook 03"
-            )
+        rows = of_arms(metrics, arms).drop(columns="configuration")
+        of = rows.groupby([*trainings(rows), "case_id"], sort=False)
         mean = of.sum(min_count=len(arms)) / len(arms)
         parts.append(mean.reset_index().assign(configuration=name))
     return pd.concat(parts, ignore_index=True)
@@ -277,18 +268,10 @@ def aliases(levels: Mapping[str, Mapping[str, Sequence[str]]]) -> pd.Series:
 def fold_differences(metrics: pd.DataFrame, arm: str, against: str, metric: str) -> pd.Series:
     """The mean difference of every training of a repeated k-fold: seed is the repeat, and there is a column `fold`.
 
-    Raises:
-        ValueError: as `differences`, and if the arms tested a case in different folds.
+    ValueError as `of_arms`.
     """
-    differences(metrics, arm, against, metric)
-    rows = metrics.set_index(["seed", "fold", "case_id"])
-    ours, theirs = (rows.loc[rows["configuration"] == name, metric] for name in (arm, against))
-    odd = ours.index.symmetric_difference(theirs.index).unique("case_id")
-    if len(odd):
-        raise ValueError(
-            f"{arm} and {against} tested {', '.join(map(str, odd))} in different folds; split both alike"
-        )
-    return (ours - theirs).groupby(["seed", "fold"]).agg(lambda values: values.mean(skipna=False))
+    values = of_arms(metrics, (arm, against)).set_index(["configuration", "seed", "fold", "case_id"])[metric]
+    return (values[arm] - values[against]).groupby(["seed", "fold"]).agg(lambda d: d.mean(skipna=False))
 
 
 def papers_t_test(table: pd.DataFrame) -> pd.Series:
@@ -296,11 +279,8 @@ def papers_t_test(table: pd.DataFrame) -> pd.Series:
 
     It takes the draw of the seed for an effect: METHOD.md says how often. Only to compare with.
     """
-    p = {}
-    for seed, d in table.items():
-        testable = len(d) > 1 and np.isfinite(d).all() and d.std() > 0
-        p[seed] = ttest_1samp(d, 0).pvalue if testable else np.nan
-    return pd.Series(p, name=PAPERS_T_TEST)
+    testable = np.isfinite(table).all() & (table.max() > table.min())
+    return pd.Series({seed: ttest_1samp(table[seed], 0).pvalue if testable[seed] else np.nan for seed in table})
 
 
 def holm(p: Sequence[float]) -> Float[np.ndarray, " tests"]:
@@ -317,13 +297,13 @@ def contrasts(
     names: Sequence[str],
     *,
     margins: Mapping[str, float] = MARGINS,
-    named: Collection[tuple[str, str, str]] = (),
+    primary: str | None = None,
     means: Mapping[str, Sequence[str]] | None = None,
     descriptive: bool = False,
 ) -> pd.DataFrame:
     """Every pair (arm, against) on every metric: a row each, with its test, verdict and answer in one sentence.
 
-    `p_adjusted` is Holm's over the contrasts of `named`, Benjamini-Hochberg's (1995) over the rest;
+    `p_adjusted` is Holm's over the contrasts on `primary`, Benjamini-Hochberg's (1995) over the rest;
     `p_equivalence_adjusted` likewise. The verdict rests on these two: "equivalent" if the difference is surely
     smaller than the margin, *even if it is surely not zero* (`answer` then says both); else "benefit" or "harm" if
     it is surely not zero; else "undecided". One replicate has no p, only the paper's, in a column that says so.
@@ -341,28 +321,20 @@ def contrasts(
 
     Args:
         margins: by metric; a metric without one is never equivalent.
-        named: (arm, against, metric) of the contrasts that the protocol names.
+        primary: the metric on which the protocol names all of these pairs.
         means: what is compared beside the table's own arms: `Trial.means`.
         descriptive: intervals alone; the verdict is "not judged".
 
     Raises:
-        ValueError: as `differences` and `with_means`; a named contrast that is not compared; an unknown metric.
+        ValueError: as `of_arms`; an unknown metric.
     """
-    planned, named = [(*pair, name) for name in names for pair in pairs], [tuple(contrast) for contrast in named]
-    absent = [f"{arm} against {against} on {metric}" for arm, against, metric in set(named) - set(planned)]
-    if absent:
-        raise ValueError(f"the protocol names {'; '.join(sorted(absent))}: add this to what is compared")
-    unknown = [name for name in names if name.removesuffix("_all") not in METRICS]
-    if unknown:
+    if unknown := [name for name in names if name.removesuffix("_all") not in METRICS]:
         raise ValueError(f"{', '.join(unknown)}: is more of it better or worse? Say so in metrics.METRICS")
-    if not planned:
-        effect = ["mean_difference", "low", "high", PAPERS_T_TEST]
-        counts = ["cases", "replicates", "failed", "failed_against"]
-        return pd.DataFrame(columns=["configuration", "against", "metric", *effect, *counts, "answer"])
     counts = _collapses(metrics, means or {})
     metrics = with_means(metrics, means or {})
-    table = pd.DataFrame([_contrast(metrics, *c, margins.get(c[2], np.nan), counts) for c in planned])
-    table["correction"] = ["Holm" if contrast in named else "Benjamini-Hochberg" for contrast in planned]
+    table = [_contrast(metrics, *pair, name, margins.get(name, np.nan), counts) for name in names for pair in pairs]
+    table = pd.DataFrame(table)
+    table["correction"] = np.where(table["metric"] == primary, "Holm", "Benjamini-Hochberg")
     return judged(table, descriptive)
 
 
@@ -403,7 +375,7 @@ def _contrast(
     metrics: pd.DataFrame, arm: str, against: str, metric: str, margin: float, counts: pd.DataFrame
 ) -> dict[str, Any]:
     """One row of `contrasts`, without what depends on the other rows."""
-    both, table = _of_both(metrics, arm, against), differences(metrics, arm, against, metric)
+    both, table = of_arms(metrics, (arm, against)), differences(metrics, arm, against, metric)
     table = table.drop(index=both.loc[both[metric].isna(), "case_id"].unique())
     d, (cases, replicates) = table.to_numpy(), table.shape
     folds = both["fold"].nunique() if "fold" in both else 0
@@ -417,9 +389,9 @@ def _contrast(
     elif finite:
         estimate = random_effects(d) if replicates > 1 else one_replicate(d, PILOT_SD.get(metric, np.nan))
     (low, high), (low_90, high_90) = estimate.interval, estimate.interval_at(1 - 2 * LEVEL)
-    collapsed, runs = (dict(zip(("", "_against"), counts.loc[[arm, against], c], strict=True)) for c in counts)
-    flips = finite and any(collapsed.values()) and replicates >= FEWEST_SIGNS and not folds
     failed = (~np.isfinite(both[metric])).groupby(both["configuration"]).sum()
+    counts = counts.loc[[arm, against]].assign(failed=failed)
+    flips = finite and counts["collapsed"].any() and replicates >= FEWEST_SIGNS and not folds
     return {
         "configuration": arm,
         "against": against,
@@ -441,10 +413,11 @@ def _contrast(
         "folds": folds,
         **{f"{part}_sd": float(getattr(estimate, part)) ** 0.5 for part in ("case", "replicate", "rest")},
         "replicates_needed": replicates_needed(estimate, margin, cases),
-        "failed": failed[arm],
-        "failed_against": failed[against],
-        **{f"collapsed{side}": int(n) for side, n in collapsed.items()},
-        **{f"runs{side}": int(n) for side, n in runs.items()},
+        **{
+            name if side == arm else f"{name}_against": counts.loc[side, name]
+            for name in ("failed", "collapsed", "runs")
+            for side in (arm, against)
+        },
     }
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
-from mupkg.data.cohort import Cohort
+from mupkg.data.cohort import Cohort, read_cases
 from mupkg.metrics import metric_of
 from mupkg.parameters import Stage1Settings
 from mupkg.report import results
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import HISTORY, METRICS_CSV, RUN, STAGE1, Shift, metrics_name, read_run
+from mupkg.stages.runs import HISTORY, METRICS_CSV, RUN, STAGE1, Shift, metrics_name
 from mupkg.trials import statistics
 from mupkg.trials.kept import parameter_fault
 from mupkg.trials.protocol import Study, Trial
@@ -37,38 +37,27 @@ def trial_runs(
     Raises:
         ValueError: naming every run of the protocol that is not there, or was told something else.
     """
-    study, folders = Path(study), {}
-    for name in planned:
-        places = [study, *([kept] if kept else [])]
-        folders[name] = next((place / name for place in places if (place / name / METRICS_CSV).is_file()), None)
-    if missing := [name for name, folder in folders.items() if folder is None]:
-        raise ValueError(
-            f"{study}: {len(missing)} of the protocol's {len(planned)} runs are missing: {', '.join(missing)}; "
-            "start the batch again, it trains only these"
-        )
-    odd = {name: fault for name, folder in folders.items() if (fault := parameter_fault(folder, planned[name]))}
-    for folder in {folder.parent for folder in folders.values()}:
-        for name, told in stages.items():
-            if (folder / name / RUN).is_file() and (fault := parameter_fault(folder / name, told, Stage1Settings)):
-                odd[name] = fault
-    if odd:
-        raise ValueError(
-            f"{study}: runs were not trained as the protocol says: "
-            f"{'; '.join(f'{name}: {fault}' for name, fault in odd.items())}; remove these runs and start the batch "
-            "again, or give the changed arm a name of its own"
-        )
-    rows = []
+    study, faults, rows = Path(study), {}, []
     for name, own in planned.items():
+        places = [place / name for place in (study, kept) if place and (place / name / METRICS_CSV).is_file()]
+        folder = next(iter(places), study / name)
+        faults[name] = parameter_fault(folder, own) if places else "is missing"
         rows.append({"configuration": own["arm"], "seed": own["seed"], "replicate": own["replicate"]})
-        rows[-1] |= {"stage1": study / own.get("stage1", STAGE1), "folder": folders[name]}
-        rows[-1] |= {"kept": folders[name].parent != study}
+        rows[-1] |= {"stage1": study / own.get("stage1", STAGE1), "folder": folder, "kept": folder.parent != study}
+    for stage1 in {row["folder"].parent / name for row in rows for name in stages}:
+        if (stage1 / RUN).is_file():
+            faults[str(stage1)] = parameter_fault(stage1, stages[stage1.name], Stage1Settings)
+    if told := [f"{name}: {fault}" for name, fault in faults.items() if fault]:
+        raise ValueError(
+            f"{study}: the protocol plans {len(planned)} runs, but {'; '.join(told)}; remove what was told something "
+            "else, or give a changed arm a name of its own, and start the batch again: it trains what is missing"
+        )
     return pd.DataFrame(rows)
 
 
 def trial_metrics(
     table: pd.DataFrame,
     cohort: Cohort | None,
-    may_differ: Iterable[str],
     shift: Shift | None = None,
     folds: int | None = None,
 ) -> pd.DataFrame:
@@ -76,21 +65,18 @@ def trial_metrics(
 
     Args:
         cohort: as it is now; every run must have been trained and tested on the regions that its stage 1 cut from it.
-        may_differ: the parameters in which the arms differ on purpose, `Trial.set_by_arms`.
         shift: on shifted test scans instead. Else `validation_area` is there as well, the mean validation DSC over
             the whole training, and `active_share`, the mean share of the samplers' tuples that were active in its
             last tenth (NaN without samplers): a run's own, so the same for all its cases.
         folds: of a repeated k-fold. `seed` is then the repeat, and there is a column `fold`.
 
     Raises:
-        ValueError: as `results.case_metrics`, and if a run's history is missing or broken.
+        ValueError: as `results.tested_metrics`, and if a run's history is missing or broken.
     """
-    if len(set(table["stage1"])) > 1:  # else case_metrics looks at all of them
-        results.check_settings({run.name: read_run(run / RUN)["parameters"] for run in table["folder"]}, may_differ)
     parts = []
     for stage1, rows in table.groupby("stage1", sort=False):  # one, or in a k-fold one a fold
         regions = Regions.read(stage1, cohort) if cohort is not None else None
-        parts.append(results.case_metrics(rows, regions, may_differ, shift))
+        parts.append(results.tested_metrics(rows, regions, shift))
     metrics = pd.concat(parts, ignore_index=True)
     runs = table.set_index(["configuration", "seed"])
     keys, replicate = pd.MultiIndex.from_frame(metrics[["configuration", "seed"]]), runs["replicate"]
@@ -118,14 +104,11 @@ def _active_share(run: Path) -> float:
 
 
 def _history(run: Path) -> pd.DataFrame:
-    needed = {"step", "learning_rate", "cross_entropy", "validation_dsc"}
-    try:
-        table = pd.read_csv(run / HISTORY)
-        if missing := needed - {*table}:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return table
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{run / HISTORY}: cannot be read ({error}); train this run again") from error
+    cure = "train this run again"
+    table = read_cases(run / HISTORY, cure)
+    if missing := {"step", "learning_rate", "cross_entropy", "validation_dsc"} - {*table}:
+        raise ValueError(f"{run / HISTORY}: lacks {', '.join(sorted(missing))}; {cure}")
+    return table
 
 
 def shifts_tested(table: pd.DataFrame) -> list[Shift]:
@@ -179,9 +162,8 @@ def answers(trial: Trial, metrics: pd.DataFrame, names: Sequence[str], *, shifte
     Args:
         shifted: on harder scans, of which no protocol names a contrast.
     """
-    named = [] if shifted else [(*pair, trial.primary) for pair in trial.pairs if trial.primary in names]
-    options = {"margins": trial.margins, "means": trial.means}
-    return statistics.contrasts(metrics, trial.pairs, names, named=named, descriptive=trial.descriptive, **options)
+    options = {"margins": trial.margins, "means": trial.means, "descriptive": trial.descriptive}
+    return statistics.contrasts(metrics, trial.pairs, names, primary=None if shifted else trial.primary, **options)
 
 
 def arm_means(metrics: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

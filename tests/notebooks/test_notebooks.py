@@ -162,7 +162,7 @@ def without_its_last_case(run: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda run: (run / "metrics.csv").unlink(), "1 of the protocol's 4 runs are missing: HCNP-seed1001"),
+        (lambda run: (run / "metrics.csv").unlink(), "plans 4 runs, but HCNP-seed1001: is missing"),
         (
             without_its_last_case,
             r"HCNP-seed1001.metrics\.csv: lacks the test case\(s\) phantom-\d+; test the run again",

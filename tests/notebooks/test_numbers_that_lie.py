@@ -465,11 +465,11 @@ TRAPS = {
     ),
     "other settings in one table": (
         check_settings,
-        attribute(results, "check_settings", lambda parameters, may_differ=(): None),
+        attribute(results, "check_settings", lambda parameters: None),
     ),
     "other settings in one picture": (
         partial(check_settings, notebook="05"),
-        attribute(results, "check_settings", lambda parameters, may_differ=(): None),
+        attribute(results, "check_settings", lambda parameters: None),
     ),
     "spacing ignored": (check_rows, attribute(evaluation, "array_spacing", lambda image: (1.0, 1.0, 1.0))),
     "spacing transposed": (check_rows, attribute(evaluation, "array_spacing", lambda image: image.GetSpacing())),

@@ -57,9 +57,9 @@ def test_a_kept_run_that_had_other_parameters_is_replaced(study):
     (of_the_other := kept.kept_folder("s") / "A-seed0" / "metrics_noise.csv").touch()
     shutil.rmtree(study / "A-seed0")
     trained(study / "A-seed0", told["A-seed0"], dsc=0.75)
-    assert kept.kept_runs("s", told, {}) == {*TOLD} - {"A-seed0"}
+    assert kept.kept_runs("s", told, {"stage1": {}}) == {*TOLD} - {"A-seed0"}
     assert kept.keep(study, kept.kept_folder("s")) == ["A-seed0"]
-    assert kept.kept_runs("s", told, {}) == {*TOLD}
+    assert kept.kept_runs("s", told, {"stage1": {}}) == {*TOLD}
     assert pd.read_csv(kept.kept_folder("s") / "A-seed0" / METRICS_CSV)["DSC"].tolist() == [0.75, 0.5]
     assert not of_the_other.exists()
 
@@ -82,9 +82,9 @@ def test_a_broken_record_of_a_kept_run_is_named_with_a_cure_that_works(study):
     kept.keep(study, kept.kept_folder("s"))
     (broken := kept.kept_folder("s") / "A-seed0" / RUN).write_text("{")
     with pytest.raises(ValueError, match=r"A-seed0.run\.json: .*; remove its folder, and the batch trains it anew"):
-        kept.kept_runs("s", TOLD, {})
+        kept.kept_runs("s", TOLD, {"stage1": {}})
     shutil.rmtree(broken.parent)
-    assert kept.kept_runs("s", TOLD, {}) == {*TOLD} - {"A-seed0"}
+    assert kept.kept_runs("s", TOLD, {"stage1": {}}) == {*TOLD} - {"A-seed0"}
 
 
 def test_what_is_kept_stays_and_only_more_is_added(study):
@@ -98,14 +98,14 @@ def test_what_is_kept_stays_and_only_more_is_added(study):
 
 
 def test_only_runs_that_were_told_the_same_are_taken_for_done(study):
-    assert kept.kept_runs("s", TOLD, {}) == set()
+    assert kept.kept_runs("s", TOLD, {"stage1": {}}) == set()
     kept.keep(study, kept.kept_folder("s"))
-    assert kept.kept_runs("s", TOLD, {}) == {*TOLD}
+    assert kept.kept_runs("s", TOLD, {"stage1": {}}) == {*TOLD}
     longer = {name: told | {"steps": 31} for name, told in TOLD.items()}
-    assert kept.kept_runs("s", longer, {}) == set()
+    assert kept.kept_runs("s", longer, {"stage1": {}}) == set()
     filmed = {name: told | {"film": True, "test_last": True} for name, told in TOLD.items()}
-    assert kept.kept_runs("s", filmed, {}) == {*TOLD}  # what changes no weight may differ
-    assert kept.kept_runs("another", TOLD, {}) == set()
+    assert kept.kept_runs("s", filmed, {"stage1": {}}) == {*TOLD}  # what changes no weight may differ
+    assert kept.kept_runs("another", TOLD, {"stage1": {}}) == set()
 
 
 @pytest.mark.parametrize(
@@ -123,18 +123,18 @@ def test_a_kept_run_answers_for_no_protocol_with_other_data_or_defaults(study, m
     path.write_text(json.dumps({"data_fingerprint": "f", "parameters": TOLD["A-seed0"] | made}))
     kept.keep(study, kept.kept_folder("s"))
     asked = TOLD | {"A-seed0": TOLD["A-seed0"] | told}
-    assert kept.kept_runs("s", asked, {}) == {*TOLD} - {"A-seed0"}
-    with pytest.raises(ValueError, match=r"A-seed0: .*; remove these runs"):
+    assert kept.kept_runs("s", asked, {"stage1": {}}) == {*TOLD} - {"A-seed0"}
+    with pytest.raises(ValueError, match=r"A-seed0: .*; remove what was told something else"):
         trial_runs(study, asked, {})
 
 
 def test_a_trial_is_read_from_kept_runs_alone_as_from_the_runs(study):
-    there = trial_metrics(trial_runs(study, TOLD, {}), None, ())
+    there = trial_metrics(trial_runs(study, TOLD, {}), None)
     kept.keep(study, kept.kept_folder("s"))
     shutil.rmtree(study)
     runs = trial_runs(study, TOLD, {}, kept.kept_folder("s"))
     assert runs["kept"].all()
-    pd.testing.assert_frame_equal(trial_metrics(runs, None, ()), there, atol=1e-6)
+    pd.testing.assert_frame_equal(trial_metrics(runs, None), there, atol=1e-6)
     assert there["active_share"].unique().tolist() == [0.25]
 
 
@@ -151,7 +151,7 @@ def test_kept_runs_of_other_regions_are_refused(study):
     (study / "A-seed0" / RUN).write_text(json.dumps(record | {"data_fingerprint": "another"}))
     shutil.rmtree(study / "B-seed0")
     with pytest.raises(ValueError, match="not trained on the same regions"):
-        trial_metrics(trial_runs(study, TOLD, {}, kept.kept_folder("s")), None, ())
+        trial_metrics(trial_runs(study, TOLD, {}, kept.kept_folder("s")), None)
 
 
 # A study's first stage
@@ -227,4 +227,4 @@ def test_a_kept_run_stands_for_one_on_the_regions_that_are_here(study, regions_h
     kept.keep(study, kept.kept_folder("s"))
     (study / "stage1").mkdir()
     (study / "stage1" / "fingerprint.json").write_text(json.dumps({"cohort": "c", "regions": regions_here}))
-    assert kept.kept_runs("s", TOLD, {}, study) == stand
+    assert kept.kept_runs("s", TOLD, {"stage1": {}}, study) == stand
