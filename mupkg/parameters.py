@@ -110,14 +110,18 @@ class SizedSettings(Settings):
 
 
 FILES = ("pattern", "table", "promise12", "decathlon")  # sources whose labels are volumes
-READ_BY = {  # parameters of notebook 00 that some sources alone have a use for
-    "image_pattern": ("pattern",),
-    "label_pattern": ("pattern",),
-    "label_values": FILES,
-    "channel": FILES,
-    "roi": ("dicom_rt",),
-    "hash_patients": ("dicom_rt",),
-    "fill_gaps": ("dicom_rt",),
+NEEDS = {  # parameters of notebook 00: the other one without which they do nothing, and its values (none: any)
+    "image_pattern": ("source", ("pattern",)),
+    "label_pattern": ("source", ("pattern",)),
+    "label_values": ("source", FILES),
+    "channel": ("source", FILES),
+    "roi": ("source", ("dicom_rt",)),
+    "hash_patients": ("source", ("dicom_rt",)),
+    "fill_gaps": ("source", ("dicom_rt",)),
+    "replicates": ("source", ("phantoms",)),
+    "test_phantoms": ("replicates", ()),
+    "repeats": ("folds", ()),
+    "window_hu": ("modality", ("CT",)),  # an MR is scaled by its percentiles
 }
 
 
@@ -146,30 +150,23 @@ class CohortSettings(SizedSettings):
     seed: Seed = 0
     data_folder: AnyPath = "data"
 
-    def _is_set(self, name: str) -> bool:
-        """Whether a parameter has another value than its default."""
-        return getattr(self, name) != type(self).model_fields[name].default
-
     @model_validator(mode="after")
     def _a_folder_to_read(self) -> Self:
         if self.source != "phantoms" and self.source_folder is None:
             raise ValueError(f"source {self.source!r} needs source_folder, the folder to read from")
         if self.source != "phantoms" and self.source_path.resolve().is_relative_to(self.cohort_path.resolve()):
             raise ValueError(f"source_folder lies in {self.cohort_path}, which is about to be written; move it")
-        if self.replicates and self.source != "phantoms":
-            raise ValueError(f"replicates are made of phantoms; for source {self.source!r} set folds (and repeats)")
+        return self
+
+    @model_validator(mode="after")
+    def _parameters_that_do_something(self) -> Self:
+        for name, (other, values) in NEEDS.items():
+            value, is_default = getattr(self, other), getattr(self, name) == type(self).model_fields[name].default
+            if not is_default and not (value in values if values else value):
+                to = f" to {' or '.join(map(repr, values))}" if values else ", too"
+                raise ValueError(f"{name} does nothing with {other} {value!r}; leave it out, or set {other}{to}")
         if self.replicates and self.folds:
             raise ValueError("replicates and folds are two ways to make training sets; leave one of them out")
-        if self._is_set("test_phantoms") and not self.replicates:
-            raise ValueError("test_phantoms are those of replicates, and there are none; set replicates, too")
-        if self.modality == "MR" and self._is_set("window_hu"):
-            raise ValueError("window_hu is for CT; an MR is scaled by its percentiles, so leave it out")
-        if self.repeats > 1 and not self.folds:
-            raise ValueError("repeats deals out the folds anew, and there are none; set folds, too")
-        for name, sources in READ_BY.items():
-            if self.source not in sources and self._is_set(name):
-                theirs = " or ".join(map(repr, sources))
-                raise ValueError(f"{name} is for source {theirs}; source {self.source!r} has no use for it")
         modality = {"phantoms": "CT", "promise12": "MR", "decathlon": "MR"}.get(self.source, self.modality)
         if self.modality != modality:
             raise ValueError(f"source {self.source!r} is {modality}; set modality to {modality!r}")

@@ -166,14 +166,11 @@ class Trial(Settings):
                     "must differ in one number of the metric loss"
                 )
         for pair in self.contrasts:
-            sides = [[side] if isinstance(side, str) else [*side] for side in pair]
-            arms = [arm for side in sides for arm in side]
+            arms = [arm for side in pair for arm in ([side] if isinstance(side, str) else side)]
             if unknown := [arm for arm in arms if arm not in self.arms]:
                 raise ValueError(f"contrasts: there is no arm {', '.join(unknown)}; there are {', '.join(self.arms)}")
-            if len(arms) == 2 and self.arms[arms[0]] == self.arms[arms[1]]:
-                raise ValueError(f"contrasts: {' and '.join(arms)} are the same; they must differ in something")
-            if len({*arms}) < len(arms):
-                raise ValueError(f"contrasts: {' and '.join(map(side_name, pair))} share an arm; name each one once")
+            if len({*arms}) < len(arms) or (len(arms) == 2 and self.arms[arms[0]] == self.arms[arms[1]]):
+                raise ValueError(f"contrasts: {' and '.join(map(side_name, pair))} must not share or equal an arm")
         if len({frozenset(pair) for pair in self.contrasts}) < len(self.contrasts):
             raise ValueError("contrasts: must name each one once, in one direction")
         if not (self.contrasts or self.factors):
@@ -194,20 +191,13 @@ class Trial(Settings):
                     f"R, N, P, Sep) that some have, or a setting; what varies is {', '.join(varying)}"
                 )
         sign = {name: np.where(values == values.iloc[0], 1, -1) for name, values in varying.items()}
-        for name in self.factors:
-            if sign[name].sum():
-                raise ValueError(f"factors: {name} must have each of its values in half of the arms")
-        for name, other in combinations(self.factors, 2):
-            if sign[name] @ sign[other]:
-                raise ValueError(
-                    f"factors: {name} and {other} do not vary independently; every pair of their values must be in "
-                    "as many arms"
-                )
+        for name, other in combinations(["", *self.factors], 2):
+            if np.sum(sign.get(name, 1) * sign[other]):
+                half = f"the arms with either value of {name}" if name else "the arms"
+                raise ValueError(f"factors: {other} must have each of its values in half of {half}")
         for name in varying.keys() - {*self.factors}:
             if features[name].nunique() != 2 or all(abs(sign[name] @ sign[f]) < len(features) for f in self.factors):
                 raise ValueError(f"factors: arms differ in {name} as well; name it, or let all arms have the same")
-        if taken := {level for of in self.levels.values() for level in of} & {*self.arms}:
-            raise ValueError(f"arm {', '.join(sorted(taken))}: is what a factor's level is called; name it otherwise")
         return self
 
 

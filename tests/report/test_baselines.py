@@ -5,7 +5,8 @@ import pytest
 import SimpleITK as sitk
 
 from mupkg.data.preprocessing import to_scan_grid
-from mupkg.report.baselines import THRESHOLDS, Threshold, best_threshold, mean_shape, measure_baseline
+from mupkg.metrics import dice
+from mupkg.report.baselines import THRESHOLDS, best_threshold, by_threshold, mean_shape, measure_baseline
 from mupkg.stages.evaluation import mask_metrics
 
 SHAPE = (8, 12, 12)
@@ -31,13 +32,12 @@ def box(z, y, x, shape=SHAPE):
 def test_a_threshold_keeps_the_largest_component_on_its_side():
     region = np.full(SHAPE, 100, np.uint8)
     region[1:3, 1:4, 1:4], region[5:7, 8, 8], region[6:8, 1:3, 1:3] = 200, 210, 20
-    above, below = Threshold(150, True, 0), Threshold(50, False, 0)
-    np.testing.assert_array_equal(above(region), box((1, 3), (1, 4), (1, 4)))
-    np.testing.assert_array_equal(below(region), box((6, 8), (1, 3), (1, 3)))
-    for rule in (above, below):
-        assert rule(region).dtype == bool
-    assert not Threshold(250, True, 0)(region).any() and not Threshold(10, False, 0)(region).any()
-    assert not Threshold(200, True, 0)(np.full(SHAPE, 200, np.uint8)).any()
+    above, below = by_threshold(region, 150, True), by_threshold(region, 50, False)
+    np.testing.assert_array_equal(above, box((1, 3), (1, 4), (1, 4)))
+    np.testing.assert_array_equal(below, box((6, 8), (1, 3), (1, 3)))
+    assert above.dtype == below.dtype == bool
+    assert not by_threshold(region, 250, True).any() and not by_threshold(region, 10, False).any()
+    assert not by_threshold(np.full(SHAPE, 200, np.uint8), 200, True).any()
 
 
 @pytest.mark.parametrize("above", [True, False])
@@ -50,15 +50,17 @@ def test_the_best_threshold_is_found(above):
         )
         labels.append(label)
     rule = best_threshold(ByHand(images, labels))
-    assert rule.training_dsc == 1 and rule.above == above
-    assert rule.value in THRESHOLDS and 90 <= rule.value <= 120
+    assert all((rule(image) == label).all() for image, label in zip(images, labels, strict=True))
+    assert rule.keywords["above"] == above
+    assert rule.keywords["value"] in THRESHOLDS and 90 <= rule.keywords["value"] <= 120
 
 
 def test_the_best_threshold_is_best_on_the_mean_of_the_cases():
     label = box((2, 5), (3, 9), (4, 8))
     halves = label * (np.arange(12) < 6)  # half the label is bright in the second case
     images = [np.where(label, 200, 50).astype(np.uint8), np.where(halves, 200, 50).astype(np.uint8)]
-    assert best_threshold(ByHand(images, [label, label])).training_dsc == pytest.approx((1 + 2 / 3) / 2)
+    rule = best_threshold(ByHand(images, [label, label]))
+    assert [dice(rule(image), label) for image in images] == pytest.approx([1, 2 / 3])
 
 
 def test_the_mean_shape_is_the_majority_of_centred_labels():
