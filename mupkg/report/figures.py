@@ -260,18 +260,18 @@ def three_planes(
     for line, (name, (image, label)) in zip(axes, rows.items(), strict=True):
         image = sitk.DICOMOrient(image, "LPS")
         volume = sitk.GetArrayFromImage(image)
-        mask = None if label is None else sitk.GetArrayFromImage(sitk.DICOMOrient(label, "LPS")) > 0
-        seen = mask is not None and mask.any()
-        middle = np.argwhere(mask).mean(axis=0).round().astype(int) if seen else np.array(volume.shape) // 2
+        mask = np.zeros(volume.shape, bool)
+        if label is not None:
+            mask = sitk.GetArrayFromImage(sitk.DICOMOrient(label, "LPS")) > 0
+        middle = np.argwhere(mask).mean(axis=0).round().astype(int) if mask.any() else np.array(volume.shape) // 2
         if through and name in through:
             middle = np.array(image.TransformPhysicalPointToIndex(through[name]))[::-1]
         shown = window or tuple(np.percentile(volume, [1, 99]))
         for ax, plane, index in zip(line, PLANES, middle, strict=True):
-            masks = {colour: mask} if seen else {}
-            draw_plane(ax, volume, image.GetSpacing()[::-1], plane, int(index), masks, shown)
+            draw_plane(ax, volume, image.GetSpacing()[::-1], plane, int(index), {colour: mask}, shown)
         unit = " HU" if shown == CT_WINDOW else ""
         line[0].set_title(f"{name}, grey from {shown[0]:.0f} to {shown[1]:.0f}{unit}", loc="left", fontsize=10)
-        outlined |= seen
+        outlined |= mask.any()
     if outlined:
         contour_legend(figure, {"prediction" if colour == PREDICTION else "prostate": colour})
     return figure
@@ -362,32 +362,7 @@ def pc_names(pca: PCA) -> list[str]:
     return [f"PC {n} ({share:.0%} of the variance)" for n, share in enumerate(pca.explained_variance_ratio_, 1)]
 
 
-# Curves, histograms and boxes
-
-
-def histograms(
-    values: Mapping[str, Mapping[str, np.ndarray]], unit: str, window: tuple[float, float] | None = None
-) -> Figure:
-    """One panel a scan, one curve for each of two tissues; what lies under both curves is shaded.
-
-    Args:
-        window: of 80 bins; None: from the 1st to the 99th percentile of all values.
-    """
-    every = np.concatenate([sample for tissues in values.values() for sample in tissues.values()])
-    bins = np.linspace(*(window or np.percentile(every, [1, 99])), 81)
-    size = (4 * len(values), 3.2)
-    figure, axes = plt.subplots(1, len(values), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for ax, (name, tissues) in zip(axes[0], values.items(), strict=True):
-        shares = []
-        for colour, (tissue, sample) in zip((BLUE, ORANGE), tissues.items(), strict=True):
-            shares.append(np.histogram(sample, bins)[0] / len(sample))
-            ax.stairs(shares[-1], bins, color=colour, label=f"{tissue}, n = {len(sample)}")
-        both = np.minimum(*shares)
-        ax.stairs(both, bins, fill=True, color="lightgray", label=f"overlap {both.sum():.0%}", zorder=0)
-        ax.set(title=name, xlabel=unit, ylim=(0, None))
-        ax.legend(fontsize=7, loc="upper right")
-    axes[0, 0].set_ylabel(f"share of voxels per {bins[1] - bins[0]:.3g} {unit}")
-    return figure
+# Curves and boxes
 
 
 def convergence(history: pd.DataFrame, by: str = "step") -> Figure:
@@ -426,10 +401,8 @@ def metric_boxes(tables: Mapping[str, pd.DataFrame]) -> Figure:
         finite = table.where(np.isfinite(table))
         places = np.arange(1, len(finite.columns) + 1)
         ax.plot(places, finite.T, color="gray", marker=".", markersize=4, linewidth=0.6, alpha=0.7)
-        boxes = [finite[name].dropna().to_numpy() for name in finite]
-        ax.boxplot(boxes, tick_labels=list(finite), showfliers=False, medianprops={"color": VERMILLION})
+        finite.plot.box(ax=ax, rot=30, showfliers=False, medianprops={"color": VERMILLION})
         lost = int(finite.isna().sum(axis=None))
         ax.set_title(f"n = {len(finite)} cases" + (f" ({lost} not finite)" if lost else ""), fontsize=10)
         ax.set_ylabel(with_unit(metric))
-        ax.tick_params("x", rotation=30)
     return figure

@@ -36,22 +36,16 @@ def finished_runs(
     Raises:
         ValueError: if there is none, or one that was asked for is missing.
     """
-    rows = []
-    for path in sorted(Path(study).glob("*-seed*/metrics.csv")):
-        name, number = parse_run_name(path.parent)
-        if configurations or name not in NNUNET_RUNS:
-            rows.append({"configuration": name, "seed": number, "folder": path.parent})
+    rows = [(*parse_run_name(path.parent), path.parent) for path in sorted(Path(study).glob("*-seed*/metrics.csv"))]
     table = pd.DataFrame(rows, columns=["configuration", "seed", "folder"])
-    of_seed, way_out = "", f"train it {WITH}"
-    if seed is not None:
-        table = table[table["seed"] == seed]
-        of_seed, way_out = f" with seed {seed}", f"{way_out}, or choose another seed"
-    order = list(configurations or ()) or [*TABLE_II, *sorted(set(table["configuration"]) - set(TABLE_II))]
+    ours = [*TABLE_II, *sorted({*table["configuration"]} - {*TABLE_II, *NNUNET_RUNS})]
+    order = list(configurations or ours)
+    table = table[table["configuration"].isin(order) & (True if seed is None else table["seed"] == seed)]
     missing = [name for name in configurations or () if name not in set(table["configuration"])]
     if table.empty or missing:
+        of_seed, other = ("", "") if seed is None else (f" with seed {seed}", ", or choose another seed")
         what = ", ".join(missing) or "any configuration"
-        raise ValueError(f"{study}: no finished run of {what}{of_seed}; {way_out}")
-    table = table[table["configuration"].isin(order)]
+        raise ValueError(f"{study}: no finished run of {what}{of_seed}; train it {WITH}{other}")
     return table.sort_values(["configuration", "seed"], key=lambda c: c.map(order.index) if c.name != "seed" else c)
 
 

@@ -147,19 +147,6 @@ def test_the_patients_left_is_on_the_right():
         assert np.argwhere(axial.images[0].get_array() == 100).tolist() == [[2, 6]]
 
 
-def test_what_lies_under_both_curves_is_shaded_and_told():
-    inside, around = np.repeat([-12.0, 3.0, 7.0], [10, 30, 60]), np.repeat([3.0, 90.0, 1000.0], [20, 20, 60])
-    ax = figures.histograms({"scan": {"prostate": inside, "around": around}}, "HU", (-20, 100)).axes[0]
-    first, second, both = ax.patches
-    edges = np.linspace(-20, 100, 81)
-    for stairs, sample in ((first, inside), (second, around)):
-        values, bins, _ = stairs.get_data()
-        assert bins.tolist() == edges.tolist()
-        np.testing.assert_allclose(values, np.histogram(sample, edges)[0] / len(sample))
-    assert sum(both.get_data()[0]) == pytest.approx(0.2)  # what lies outside the window counts in the share
-    assert [text.get_text() for text in ax.get_legend().get_texts()][2] == "overlap 20%"
-
-
 def test_heat_glows_where_there_is_any_and_chosen_voxels_are_lit():
     grey = np.full((2, 3), 100, np.uint8)
     heat = np.array([[0, 0.01, 0.5], [1, 0, 0]], np.float32)
