@@ -20,7 +20,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     StringConstraints,
-    field_validator,
     model_validator,
 )
 
@@ -39,6 +38,7 @@ PatchSize = Annotated[int, Field(ge=8, le=1024, multiple_of=8)]
 Steps = Annotated[PositiveInt, Field(le=10**7)]
 BatchSize = Annotated[PositiveInt, Field(le=4096)]
 Pattern = Annotated[str, AfterValidator(cohorts.check_pattern)]
+ConfigurationName = Annotated[str, AfterValidator(lambda name: configuration(name).name)]  # letters in their order
 RoiName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
@@ -326,7 +326,7 @@ class Stage2Settings(MetricOptions, TrainingSettings):
     """Notebook 03: one configuration, one seed."""
 
     stage: ClassVar[str] = "stage2"
-    configuration: Annotated[str, Tag.NAME, Tag.NETWORK] = "MetricUNet-HCP"
+    configuration: Annotated[ConfigurationName, Tag.NAME, Tag.NETWORK] = "MetricUNet-HCP"
     arm: Annotated[FolderName | None, Tag.NAME] = None
     training_cases: PositiveInt | None = None
     label_noise_mm: Annotated[float, Field(ge=0, le=20)] = 0.0
@@ -344,11 +344,6 @@ class Stage2Settings(MetricOptions, TrainingSettings):
     film: Annotated[bool, Tag.SPEED] = False
     test_last: Annotated[bool, Tag.SPEED] = False
     test_shifts: Annotated[tuple[Shift, ...], Tag.SPEED] = ()
-
-    @field_validator("configuration")
-    @classmethod
-    def _valid_configuration(cls, value: str) -> str:
-        return configuration(value).name
 
     @model_validator(mode="after")
     def _options_that_do_something(self) -> Self:

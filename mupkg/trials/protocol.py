@@ -19,6 +19,7 @@ from mupkg.parameters import (
     NUMBERS_OF_THE_LOSS,
     AnyPath,
     CohortSettings,
+    ConfigurationName,
     ExploreSettings,
     ExternalSettings,
     FolderName,
@@ -38,6 +39,8 @@ from mupkg.stages.shifts import check_ct
 from mupkg.trials.kept import kept_folder
 from mupkg.trials.statistics import EQUIVALENT_DSC
 
+OF_THE_STUDY = ("study", "cohort", "size", "data_folder", "outputs_folder")  # what it tells every notebook
+OF_A_TRAINING = {*Stage2Settings.model_fields} - tagged(Stage2Settings, Tag.NAME) - {*OF_THE_STUDY}
 Side = str | Annotated[tuple[str, ...], Field(min_length=2)]  # of a contrast: an arm, or arms whose mean it is
 
 
@@ -65,7 +68,7 @@ class Trial(Settings):
     descriptive: bool = False
     primary: Literal[*(name for name, metric in METRICS.items() if metric.of)] = "DSC"
     margin: PositiveFloat = EQUIVALENT_DSC
-    varies: tuple[str, ...] = ()
+    varies: tuple[Literal[*sorted(OF_A_TRAINING)], ...] = ()
     by_parameter: bool = False
 
     @property
@@ -103,11 +106,6 @@ class Trial(Settings):
         return [*contrasts, *(tuple(of) for of in self.levels.values())]
 
     @property
-    def margins(self) -> dict[str, float]:
-        """The margin of each outcome that has one: the primary, with and without the largest-component step."""
-        return {self.primary: self.margin, f"{self.primary}_all": self.margin}
-
-    @property
     def means(self) -> dict[str, list[str]]:
         """What `pairs` names that is the mean of several arms: the pooled sides and the factors' levels."""
         pooled = {side_name(side): [*side] for pair in self.contrasts for side in pair if not isinstance(side, str)}
@@ -143,12 +141,6 @@ class Trial(Settings):
     @model_validator(mode="after")
     def _arms_that_can_be_compared(self) -> Self:
         allowed = ("configuration", "seed_offset", "learning_rate", *MetricOptions.model_fields, *self.varies)
-        fixed = {*tagged(Stage2Settings, Tag.NAME), *OF_THE_STUDY}
-        if wrong := [name for name in self.varies if name in fixed or name not in Stage2Settings.model_fields]:
-            raise ValueError(
-                f"varies: arms cannot differ in {', '.join(wrong)}; it must name parameters of notebook 03 that say "
-                "how a run is trained"
-            )
         for name, given in self.arms.items():
             if "configuration" not in given:
                 raise ValueError(f"arm {name}: must name its configuration")
@@ -201,7 +193,6 @@ class Trial(Settings):
         return self
 
 
-OF_THE_STUDY = ("study", "cohort", "size", "data_folder", "outputs_folder")  # what it tells every notebook
 SECTIONS: dict[str, tuple[type[Settings], tuple[str, ...]]] = {  # and what it tells this one beside
     "prepare": (CohortSettings, ()),
     "stage1": (Stage1Settings, ()),
@@ -243,7 +234,7 @@ class Study(Settings):
     study: FolderName
     cohort: FolderName
     size: Size = "quick"
-    configurations: tuple[str, ...] = ()
+    configurations: tuple[ConfigurationName, ...] = ()
     trial: Trial | None = None
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     data_folder: AnyPath = "data"
@@ -271,11 +262,6 @@ class Study(Settings):
         """A study file that says the same, with all that was told on the command line or by a second file."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
 
-    @field_validator("configurations")
-    @classmethod
-    def _valid_configurations(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(configuration(name).name for name in value)
-
     @field_validator("configurations", "seeds")
     @classmethod
     def _each_once(cls, value: tuple) -> tuple:
@@ -297,11 +283,8 @@ class Study(Settings):
     @property
     def _prepared(self) -> CohortSettings:
         """What notebook 00 is told."""
-        return CohortSettings.checked(self._source | {"size": self.size} | self.prepare)
-
-    @property
-    def _source(self) -> dict[str, Any]:
-        return {"source_folder": self.source_folder or "given later"}
+        known = {"source_folder": self.source_folder or "given later", "size": self.size}
+        return CohortSettings.checked(known | self.prepare, without=OF_THE_STUDY)
 
     @property
     def runs(self) -> dict[str, dict[str, Any]]:
@@ -344,7 +327,7 @@ class Study(Settings):
                 )
             sized = {"size": self.size} if "size" in model.model_fields else {}
             try:
-                model.checked((self._source if section == "prepare" else {}) | sized | given, without=fixed)
+                _ = self._prepared if section == "prepare" else model.checked(sized | given, without=fixed)
             except ValueError as error:
                 raise ValueError(f"{section}: {error}") from None
         return self

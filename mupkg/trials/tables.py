@@ -78,12 +78,12 @@ def trial_metrics(
         regions = Regions.read(stage1, cohort) if cohort is not None else None
         parts.append(results.tested_metrics(rows, regions, shift))
     metrics = pd.concat(parts, ignore_index=True)
-    runs = table.set_index(["configuration", "seed"])
-    keys, replicate = pd.MultiIndex.from_frame(metrics[["configuration", "seed"]]), runs["replicate"]
+    of_run = table[["configuration", "seed", "replicate"]]
     if shift is None:
-        for column, of_run in {"validation_area": _validation_area, "active_share": _active_share}.items():
-            metrics[column] = runs["folder"].map(of_run).loc[keys].to_numpy()
-    metrics["seed"] = replicate.loc[keys].to_numpy()
+        of_run = of_run.assign(validation_area=table["folder"].map(_validation_area))
+        of_run = of_run.assign(active_share=table["folder"].map(_active_share))
+    metrics = metrics.merge(of_run, "left", on=["configuration", "seed"])
+    metrics["seed"] = metrics.pop("replicate")
     if folds is not None:
         metrics["seed"], metrics["fold"] = divmod(metrics["seed"], folds)
     return metrics
@@ -162,7 +162,8 @@ def answers(trial: Trial, metrics: pd.DataFrame, names: Sequence[str], *, shifte
     Args:
         shifted: on harder scans, of which no protocol names a contrast.
     """
-    options = {"margins": trial.margins, "means": trial.means, "descriptive": trial.descriptive}
+    margins = dict.fromkeys((trial.primary, f"{trial.primary}_all"), trial.margin)
+    options = {"margins": margins, "means": trial.means, "descriptive": trial.descriptive}
     return statistics.contrasts(metrics, trial.pairs, names, primary=None if shifted else trial.primary, **options)
 
 
