@@ -114,12 +114,12 @@ class Trial(Settings):
     @property
     def _features(self) -> pd.DataFrame:
         """What tells arms apart: a row an arm, a column a letter of the configuration or a setting of the arms."""
-        rows = {}
+        rows, set_by_arms = {}, {name for given in self.arms.values() for name in given} - {"seed_offset"}
         for arm, given in self.arms.items():
             chosen = configuration(given["configuration"])
             letters = {letter: letter in chosen.samplers for letter in SAMPLERS}
             letters |= {"N": chosen.near_negatives, "P": chosen.positive_pair, "Sep": chosen.separate}
-            usual = {name: Stage2Settings.model_fields[name].default for name in self.set_by_arms - {"seed_offset"}}
+            usual = {name: Stage2Settings.model_fields[name].default for name in set_by_arms}
             values = {name: str(value) if isinstance(value, list | dict) else value for name, value in given.items()}
             rows[arm] = letters | {"backbone": chosen.backbone, "seed_offset": 0} | usual | values
         return pd.DataFrame.from_dict(rows, orient="index").drop(columns="configuration").astype(object)
@@ -132,11 +132,6 @@ class Trial(Settings):
             arm: {*given} - ({"margin"} if given.get("margin") == 1.0 else {*()}) for arm, given in self.arms.items()
         }
         return {arm: self.arms[arm]["configuration"] for arm, names in plain.items() if names <= alone}
-
-    @property
-    def set_by_arms(self) -> set[str]:
-        """The parameters in which its runs differ on purpose."""
-        return {name for given in self.arms.values() for name in given}
 
     @model_validator(mode="after")
     def _arms_that_can_be_compared(self) -> Self:

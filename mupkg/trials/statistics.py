@@ -285,10 +285,8 @@ def papers_t_test(table: pd.DataFrame) -> pd.Series:
 
 def holm(p: Sequence[float]) -> Float[np.ndarray, " tests"]:
     """p adjusted so that the chance of any false alarm among these tests is at most 5 % (Holm 1979)."""
-    p, order = np.asarray(p, dtype=float), np.argsort(p)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
-    return adjusted
+    smallest_first = pd.Series(np.asarray(p, dtype=float)).sort_values()
+    return (smallest_first * np.arange(len(p), 0, -1)).cummax().clip(upper=1).sort_index().to_numpy()
 
 
 def contrasts(
