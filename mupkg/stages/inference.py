@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,18 +73,23 @@ def region_probability(
     voxels = sitk.GetArrayFromImage(region)
     array, shape = np.zeros(voxels.shape, np.float32), voxels.shape
     step = np.maximum(2, np.round(STEP_MM / np.array(array_spacing(region)))).astype(int)
-    box, done = _box(np.zeros(3), shape, shape), ()
+    wanted = _box(np.zeros(3), shape, shape)
     if start is not None and not is_3d(network):
         low, high = (np.array(region.TransformPhysicalPointToContinuousIndex(c)[::-1]) + 0.5 for c in start)
-        box = _box(low - step, high + step, shape)
-    while box != done:
-        for part in _beyond(done, box):
-            array[part] = predict_volume(network, voxels, channels=CHANNELS, precision=precision, box=part)
-        done = box
+        wanted = _box(low - step, high + step, shape)
+    box = tuple(slice(edge.stop, edge.stop) for edge in wanted)  # what was looked at: nothing yet
+    while box != wanted:
+        for axis in (2, 1, 0):  # each way, what lies beyond the box
+            own, wide = box[axis], wanted[axis]
+            for beyond in (slice(wide.start, own.start), slice(own.stop, wide.stop)):
+                part = (*box[:axis], beyond, *box[axis + 1 :])
+                if array[part].size:
+                    array[part] = predict_volume(network, voxels, channels=CHANNELS, precision=precision, box=part)
+            box = (*box[:axis], wide, *box[axis + 1 :])
         seen = array[box] > 0.5
         touched = np.array([[seen.take(end, axis).any() for axis in range(3)] for end in (0, -1)])
         low, high = np.array([[edge.start, edge.stop] for edge in box]).T + [[-1], [1]] * touched * step
-        box, step = _box(low, high, shape) if seen.any() else _box(np.zeros(3), shape, shape), 2 * step
+        wanted, step = _box(low, high, shape) if seen.any() else _box(np.zeros(3), shape, shape), 2 * step
     probability = sitk.GetImageFromArray(array)
     probability.CopyInformation(region)
     return probability
@@ -95,18 +100,6 @@ def _box(low: np.ndarray, high: Sequence[float], shape: tuple[int, ...]) -> Box:
     ends = zip(2 * np.floor(low / 2), 2 * np.ceil(np.divide(high, 2)), shape, strict=True)
     box = tuple(slice(int(max(0, a)), int(min(b, size))) for a, b, size in ends)
     return box if all(edge.start < edge.stop for edge in box) else tuple(slice(0, size) for size in shape)
-
-
-def _beyond(done: Box | tuple[()], box: Box) -> Iterator[Box]:
-    """Boxes that together fill what `box` has more than `done`, the box within it; all of it if there is none."""
-    rest = list(box)
-    if not done:
-        yield box
-    for axis, (old, new) in enumerate(zip(done, box, strict=False)):
-        for beyond in (slice(new.start, old.start), slice(old.stop, new.stop)):
-            if beyond.start < beyond.stop:
-                yield (*rest[:axis], beyond, *rest[axis + 1 :])
-        rest[axis] = old
 
 
 def keep_largest(probability: sitk.Image) -> sitk.Image:
