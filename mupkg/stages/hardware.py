@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import signal
-import sys
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +22,8 @@ def join_processes(precision: str, compile: bool) -> Accelerator:
     """This process's device and its place among those of a launcher; from now on it ends when the launcher ends.
 
     Raises:
-        ValueError: if a launcher started several processes that do not see each other, and as in `check_speed`.
+        ValueError: if a launcher started several processes that do not see each other, or the device cannot do what
+            is asked of it.
     """
     accelerator = Accelerator()  # without a precision: it would hold for the whole kernel, and patch the network
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -39,41 +34,26 @@ def join_processes(precision: str, compile: bool) -> Accelerator:
         )
     if launched > 1:
         # Torch asks for SIGINT when the launcher dies, and a process forked from a notebook's kernel hangs on that.
-        call_private(torch.multiprocessing, "_prctl_pr_set_pdeathsig", signal.SIGKILL)  # acts on Linux only
-    check_speed(accelerator.device, precision, compile)
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # acts on Linux only
+    able = [name for name in AUTOCAST if name != "fp16" or accelerator.device.type != "cpu"]
+    if precision not in able:
+        where = accelerator.device.type
+        raise ValueError(f"precision {precision!r} cannot be on a {where}; choose {' or '.join(able)}")
+    if compile:
+        _try_to_compile(accelerator.device)
     return accelerator
 
 
-def call_private(owner: Any, name: str, *arguments: Any) -> None:
-    """Call a private function of PyTorch's; does nothing in a version that lacks it."""
-    getattr(owner, name, lambda *_: None)(*arguments)
-
-
-def check_speed(device: torch.device, precision: str, compile: bool) -> None:
-    """ValueError for an unknown precision, and for what PyTorch would refuse late and at great length."""
-    if precision not in AUTOCAST:
-        raise ValueError(f'precision must be "no", "bf16" or "fp16", not {precision!r}')
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError('precision "fp16" needs a GPU, and there is none; choose "bf16" or "no"')
-    if compile and device.type == "cpu":
-        _check_compiler()
-
-
-def _check_compiler() -> None:
-    """ValueError if torch.compile could not build for this processor."""
-    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
-    if not shutil.which(compiler):
+def _try_to_compile(device: torch.device) -> None:
+    """ValueError if torch.compile fails on the smallest of functions; later it would fail at great length."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except RuntimeError as error:
         raise ValueError(
-            f"compile needs a C++ compiler on a CPU, and there is no {compiler}; install one (its name may be given "
-            "in the environment variable CXX), or set compile to False"
-        )
-    # PyTorch hands these folders to the linker unquoted, and splits its command as a shell does.
-    for folder in (str(Path(torch.__file__).parent / "lib"), sysconfig.get_config_var("LIBDIR") or ""):
-        if sys.platform != "win32" and re.search(r"[\s'\"\\]", folder):
-            raise ValueError(
-                f"compile cannot link on a CPU with {folder}, a folder whose path holds a blank, a quote or a "
-                "backslash; move the Python environment to a path without, or set compile to False"
-            )
+            f"compile does not work here ({' '.join(str(error).splitlines()[:2])}); on a CPU it needs a C++ compiler "
+            "(its name may be given in the environment variable CXX) and a Python environment whose path has no "
+            "blank, quote or backslash; or set compile to False"
+        ) from error
 
 
 def machine_name(device: torch.device) -> str:
@@ -100,19 +80,17 @@ def batches(
 
     `workers` processes cut them ahead, unless the source lies on the device.
     """
-    cut_here = source.device.type == "cpu"
-    pin = device.type == "cuda" and cut_here  # then a GPU fetches them while the CPU goes on
-    if workers and cut_here:
+    workers = workers if source.device.type == "cpu" else 0
+    cut = map(source.batch, numbers)
+    if workers:
         # A batch follows from its number alone, so the workers need no seeds; they are not to come from torch's own
-        # generator. "Collating" a number is cutting its batch.
+        # generator. "Collating" a number is cutting its batch. Pinned, a GPU fetches it while the CPU goes on.
         options = {"batch_size": None, "collate_fn": source.batch, "generator": torch.Generator()}
-        cut = iter(DataLoader(numbers, num_workers=workers, pin_memory=pin, **options))
-    else:
-        cut = map(source.batch, numbers)
+        cut = iter(DataLoader(numbers, num_workers=workers, pin_memory=device.type == "cuda", **options))
     try:
-        for batch in cut:
-            images, labels = (tensor.pin_memory() for tensor in batch) if pin else batch
+        for images, labels in cut:
             images = images.to(device, memory_format=layout, non_blocking=True)
             yield images, labels.to(device, non_blocking=True)
-    finally:  # at once: a notebook keeps an error's traceback, and with it the loader and its processes
-        call_private(cut, "_shutdown_workers")
+    finally:
+        if workers:  # at once: a notebook keeps an error's traceback, and with it the loader and its processes
+            cut._shutdown_workers()

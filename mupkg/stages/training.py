@@ -185,12 +185,11 @@ def _loop(
         row = {"step": done, "learning_rate": rates[step]}
         row |= {name: float(sum(values[name] for values in window)) / len(window) for name in window[0]}
         row["seconds"] = round((time.perf_counter() - began) / len(window), 5)  # per step
-        if not math.isfinite(row["loss"]):
-            fault = f"the loss is {row['loss']} at step {done}"
-            raise FloatingPointError(f"{run.folder}: {fault}; lower the learning rate")
         run.history.append(row)
+        run.check_finite("loss")
         if validating and main:
             row["validation_dsc"] = validate(network)
+            run.check_finite("validation_dsc")
             bar.set_postfix(ce=f"{row['cross_entropy']:.3f}", dsc=f"{row['validation_dsc']:.3f}", refresh=False)
             if on_validation:
                 on_validation(network, done)
@@ -239,11 +238,13 @@ class _Run:
 
     def begin(self, steps: int) -> None:
         """Go on from the checkpoint, or start afresh if there is none."""
+        checkpoint, made_on = self.folder / CHECKPOINT, []
         self.metadata = json.loads(json.dumps(self.metadata))  # as it comes back from a file: lists for tuples
         if self.accelerator.num_processes > 1:  # another number of processes would take other batches
             self.metadata["processes"] = self.accelerator.num_processes
-        made_on = self._resume() if (self.folder / CHECKPOINT).exists() else []
-        if not self.history and self.accelerator.is_main_process:  # else old results would be taken for this run's
+        if checkpoint.exists():
+            made_on = self._resume(checkpoint)
+        elif self.accelerator.is_main_process:  # else old results would be taken for this run's
             for path in (self.folder / name for name in RUN_FILES):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         machine = machine_name(self.accelerator.device)
@@ -256,28 +257,21 @@ class _Run:
             made_on.append(machine)
         self.metadata["made_on"] = made_on
 
-    def _resume(self) -> list[str]:
+    def _resume(self, path: Path) -> list[str]:
         """Put the checkpoint's state back; returns the machines that it was made on."""
-        path = self.folder / CHECKPOINT
         tensors, stored = load_tensors(path)
-        history, scale, made_on = (stored.pop(name, None) for name in ("history", "scaler", "made_on"))
-        if not history:
-            raise ValueError(f"{path}: is no checkpoint (it has no history); delete it to train anew")
+        self.history, made_on = (stored.pop(name, []) for name in ("history", "made_on"))
+        self.scaler.load_state_dict(stored.pop("scaler", {}))
         if stored != self.metadata:
             changed = sorted(k for k in {*stored, *self.metadata} if stored.get(k) != self.metadata.get(k))
             raise ValueError(
                 f"{path}: belongs to a run with other settings ({', '.join(changed)}); "
                 "give this run another name or study, or delete the folder to start anew"
             )
-        self.history = history
         if self.scores and not (self.folder / BEST).exists():
             raise ValueError(
                 f"{self.folder / BEST}: is missing beside its checkpoint; delete {CHECKPOINT} to train anew"
             )
-        if self.scaler.is_enabled():
-            if scale is None:
-                raise ValueError(f"{path}: lacks the loss scale of its fp16 training; delete it to train anew")
-            self.scaler.load_state_dict(scale)
         weights, momentum = (
             {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
             for kind in ("network.", "momentum.")
@@ -285,14 +279,17 @@ class _Run:
         load_weights(self.network, weights, path)
         state = {int(number): {"momentum_buffer": tensor} for number, tensor in momentum.items()}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-        return made_on or []
+        return made_on
+
+    def check_finite(self, name: str) -> None:
+        """FloatingPointError if the last row's loss or validation DSC is not finite."""
+        if not math.isfinite(value := self.history[-1][name]):
+            fault = f"the {name} is {value} at step {self.done}"
+            raise FloatingPointError(f"{self.folder}: {fault}; lower the learning rate, or see to `validate`")
 
     def keep_if_best(self) -> None:
-        """Keep these weights if no earlier validation DSC is as high; FloatingPointError if it is not finite."""
+        """Keep these weights if no earlier validation DSC is as high."""
         dsc = self.history[-1]["validation_dsc"]
-        if not math.isfinite(dsc):
-            fault = f"the validation DSC is {dsc} at step {self.done}"
-            raise FloatingPointError(f"{self.folder}: {fault}; see `validate`")
         if self.done >= self.choose_from and dsc > max(self.scores[:-1], default=-1.0):
             about = self.metadata | {"step": self.done, "validation_dsc": dsc}
             save_tensors(self.network.state_dict(), self.folder / BEST, about)

@@ -2,12 +2,8 @@
 
 import json
 import multiprocessing
-import os
-import re
-import shlex
 import shutil
 import sysconfig
-from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
@@ -16,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import _inductor as inductor
 from watching import Watch
 
 from mupkg.configurations import build, configuration
@@ -241,13 +238,6 @@ def test_an_error_in_a_worker_is_raised_and_leaves_none(tmp_path, monkeypatch):
     assert not multiprocessing.active_children(), kept
 
 
-def test_private_names_of_pytorch_are_called_where_they_are_there(capsys):
-    owner = SimpleNamespace(_there=print)
-    hardware.call_private(owner, "_there", "called", 1)
-    hardware.call_private(owner, "_gone", "called", 2)
-    assert capsys.readouterr().out == "called 1\n"
-
-
 def test_workers_and_training_leave_torchs_own_draws_alone(tmp_path):
     after = []
     for workers in (0, 2):
@@ -322,25 +312,15 @@ class Tiny(torch.nn.Module):
         return SegmentationOutput(self.head(embeddings), embeddings)
 
 
-def unquotable():
-    """Whether PyTorch lies in a folder whose path its own command for the linker would tear apart."""
-    folders = Path(torch.__file__).parent / "lib", sysconfig.get_config_var("LIBDIR")
-    try:
-        return any(shlex.split(f"-L{folder}") != [f"-L{folder}"] for folder in folders)
-    except ValueError:  # a quote that never ends
-        return True
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # checked signatures do not compile
 @pytest.mark.parametrize("options", [{"channels_last": False}, {"compile": True}])
 def test_layout_and_compiler_change_rounding_alone(tmp_path, options):
-    if "compile" in options and not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("torch.compile needs a C++ compiler on a CPU, and there is none here")
-    if "compile" in options and unquotable():
-        with pytest.raises(ValueError, match="compile cannot link"):
-            run(tmp_path / "run", **options)
-        return
+    if "compile" in options:
+        try:
+            hardware.join_processes("no", True)
+        except ValueError as error:
+            pytest.skip(str(error))
     # At a higher rate a rounding soon makes the hard sampler draw another voxel, and from there losses part.
     wanted = run(tmp_path / "plain", network=Tiny(), learning_rate=0.01)
     history = run(tmp_path / "run", network=Tiny(), learning_rate=0.01, **options)
@@ -367,7 +347,6 @@ def test_layout_is_what_was_asked(tmp_path):
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_compiled_goes_on_after_a_break(tmp_path, monkeypatch):
     """With the compiler's front end alone: wrapped, the network must still be stored under its plain names."""
-    monkeypatch.setattr(hardware, "check_speed", lambda *_: None)  # which asks for the whole compiler
     wrap = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: wrap(model, backend="eager"))
     run(tmp_path / "whole", compile=True)
@@ -377,37 +356,18 @@ def test_what_is_compiled_goes_on_after_a_break(tmp_path, monkeypatch):
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("place", ["torch", "interpreter"])
-@pytest.mark.parametrize("folder", ["a new clone", "it's", 'in "quotes"', "a\\b", "tab\there"])
-def test_folders_that_cannot_be_linked_with_are_refused_before_any_work(tmp_path, monkeypatch, place, folder):
-    """Regression: PyTorch hands them to g++ unquoted, which ended late in a page of its compiler's words."""
-    monkeypatch.setenv("CXX", "python3")  # any program that is there
-    monkeypatch.setattr(torch, "__file__", "/plain/torch/__init__.py")
-    monkeypatch.setattr(sysconfig, "get_config_var", lambda _name: "/plain/lib")
-    hardware.check_speed(torch.device("cpu"), "no", True)
-    if place == "torch":
-        monkeypatch.setattr(torch, "__file__", f"/plain/{folder}/torch/__init__.py")
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", ["no compiler", "a quote in the path of the libraries"])
+def test_what_cannot_be_compiled_is_refused_before_any_work(tmp_path, monkeypatch, reason):
+    """Regression: PyTorch hands such a path to g++ unquoted, which ended late in a page of its compiler's words."""
+    if reason == "no compiler":
+        monkeypatch.setattr(inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+        told = "InvalidCxxCompiler: No working C\\+\\+ compiler"
     else:
-        monkeypatch.setattr(sysconfig, "get_config_var", lambda _name: f"/plain/{folder}/lib")
-    path = re.escape(f"/plain/{folder}/")
-    with pytest.raises(ValueError, match=rf"compile cannot link .* {path}(torch/)?lib, .*move .*, or set compile to"):
-        run(tmp_path / "run", compile=True)
-    assert not (tmp_path / "run").exists()
-    for plain in ({"device": "cuda", "compile": True}, {"device": "cpu", "compile": False}):  # nothing is linked
-        hardware.check_speed(torch.device(plain["device"]), "no", plain["compile"])
-
-
-@pytest.mark.parametrize("folder", ["umläute", "(brackets)", "dots.and-signs_+~@#", "$HOME"])
-def test_folders_that_can_be_linked_with_are_not_refused(monkeypatch, folder):
-    monkeypatch.setenv("CXX", "python3")
-    monkeypatch.setattr(torch, "__file__", f"/plain/{folder}/torch/__init__.py")
-    monkeypatch.setattr(sysconfig, "get_config_var", lambda _name: f"/plain/{folder}/lib")
-    hardware.check_speed(torch.device("cpu"), "no", True)
-
-
-def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"there is no no-such-compiler; install one .*or set compile to False"):
+        monkeypatch.setattr(sysconfig, "get_config_var", lambda _name: "/plain/it's/lib")
+        told = "backend='inductor' raised: "
+    torch.compiler.reset()
+    with pytest.raises(ValueError, match=rf"compile does not work here \({told}.* or set compile to False"):
         run(tmp_path, compile=True)
     assert not list(tmp_path.iterdir())
 
@@ -475,7 +435,7 @@ def test_a_frame_shows_the_network_as_it_was_validated(tmp_path):
 
 @pytest.mark.parametrize(
     ("precision", "told"),
-    [("fp16", '"fp16" needs a GPU, and there is none; choose "bf16" or "no"'), ("fp8", "must be .*, not 'fp8'")],
+    [("fp16", "precision 'fp16' cannot be on a cpu; choose no or bf16"), ("fp8", "precision 'fp8' cannot be")],
 )
 def test_a_precision_that_cannot_be_is_refused_not_passed_over(tmp_path, precision, told):
     with pytest.raises(ValueError, match=told):
@@ -556,7 +516,7 @@ def test_a_break_keeps_the_loss_scale(tmp_path, with_scaler):
 
 def test_a_checkpoint_without_its_loss_scale_is_not_resumed(tmp_path, whole, with_scaler):
     shutil.copytree(whole, tmp_path / "run")
-    with pytest.raises(ValueError, match=rf"{CHECKPOINT}: lacks the loss scale .*; delete it"):
+    with pytest.raises(RuntimeError, match=r"state dict is empty, .* saved from a disabled instance of GradScaler"):
         run(tmp_path / "run")
 
 
@@ -597,7 +557,7 @@ def test_a_cut_checkpoint_is_named(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run" / CHECKPOINT
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: cannot be read as a file of this suite"):
         run(tmp_path / "run")
 
 
@@ -755,7 +715,7 @@ def test_a_loss_that_is_not_finite_ends_it_before_weights_are_written(tmp_path, 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_validation_that_is_no_number_ends_it(tmp_path, value):
-    with pytest.raises(FloatingPointError, match=r"the validation DSC is (nan|inf) at step 3; see `validate`"):
+    with pytest.raises(FloatingPointError, match=r"the validation_dsc is (nan|inf) at step 3; .* see to `validate`"):
         run(tmp_path, validate=lambda network: value)
     assert not (tmp_path / BEST).exists()
 
@@ -820,5 +780,5 @@ def test_training_never_touches_a_test_case(cohort, regions, tmp_path):
 
 def test_weights_in_the_checkpoints_place_are_refused_by_name(tmp_path, whole):
     shutil.copy(whole / LAST, tmp_path / CHECKPOINT)
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: is no checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: .*other settings \(step\).*delete the folder"):
         run(tmp_path)
