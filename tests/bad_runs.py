@@ -133,12 +133,10 @@ TRAIN, COPY, NOTEBOOK_2 = "train", "copy", "run notebook 02"
 RUNS = [
     bad_run("no weights", on_loading(Path.unlink), BEST, TRAIN),
     bad_run("no localizer", on_loading(Path.unlink, LOCALIZER), LOCALIZER, TRAIN),
-    bad_run("weights cut short", on_loading(shorter), BEST, "copy it again"),
-    bad_run("localizer cut short", on_loading(shorter, LOCALIZER), LOCALIZER, "copy it again"),
-    bad_run("empty weights", on_loading(write("")), BEST, "copy it again"),
-    bad_run(
-        "a pickle for weights", on_loading(lambda p: torch.save({"w": torch.zeros(3)}, p)), BEST, "copy it again"
-    ),
+    bad_run("weights cut short", on_loading(shorter), BEST, COPY),
+    bad_run("localizer cut short", on_loading(shorter, LOCALIZER), LOCALIZER, COPY),
+    bad_run("empty weights", on_loading(write("")), BEST, COPY),
+    bad_run("a pickle for weights", on_loading(lambda p: torch.save({"w": torch.zeros(3)}, p)), BEST, COPY),
     bad_run("safetensors of another program", on_loading(foreign(None)), BEST, TRAIN),
     bad_run("safetensors with its own metadata", on_loading(foreign({"format": "pt"})), BEST, TRAIN),
     bad_run("metadata that is no JSON", on_loading(foreign({"mupkg": "{"})), BEST, TRAIN),

@@ -58,6 +58,7 @@ RUN_FILES = (BEST, LAST, HISTORY, RUN, *TEST_FILES, REGIONS, CARD, FINGERPRINT, 
 
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at
 MAX_CHANNELS = {"base_filters": MOST_CHANNELS // MULTIPLE, "embedding_dim": MOST_CHANNELS, "filters": MOST_CHANNELS}
+OWN_FILE = "copy this run's own file there, see to its permissions, or train the run again (notebooks 02 and 03)"
 PACKAGES = ("mupkg", "torch", "SimpleITK", "numpy", "monai", "accelerate")
 
 
@@ -78,58 +79,37 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: naming the file, if it is not there, may not be read, is cut short, or is not such a file (a
             pickle, say).
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file; train the run first (notebooks 02 and 03)")
     try:
         with Path(path).open("rb"):  # safetensors would say that a file it may not read is not there
             pass
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); see to its permissions") from error
-    try:
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("mupkg")
+            metadata = dict(json.loads((file.metadata() or {})["mupkg"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: is not a whole safetensors file ({error}); train again or copy it again"
-        ) from error
-    try:
-        settings = json.loads(metadata or "null")
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"{path}: was not written by this suite (its metadata lacks the network's settings); train the run here"
-        )
-    return tensors, settings
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: cannot be read as a file of this suite ({error!r}); {OWN_FILE}") from error
+    return tensors, metadata
 
 
 def require(metadata: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
-    """ValueError naming the file if its metadata lacks something: it is of the other stage, say."""
-    missing = [name for name in names if name not in metadata]
-    if missing:
-        lacks = f"its metadata lacks {', '.join(missing)}"
-        raise ValueError(f"{path}: holds weights of another network ({lacks}); copy this run's own file there")
+    """ValueError naming the file if its metadata lacks something (it is of the other stage, say), or cannot be."""
+    faults = [f"lacks {name}" for name in names if name not in metadata]
     for name, most in MAX_CHANNELS.items():
         if name in metadata and not (isinstance(metadata[name], int) and 0 < metadata[name] <= most):
-            raise ValueError(f"{path}: cannot be a network of {name} {metadata[name]!r}; copy the file again")
+            faults.append(f"says {name} {metadata[name]!r}")
+    if faults:
+        raise ValueError(f"{path}: holds weights of another network (it {', '.join(faults)}); {OWN_FILE}")
 
 
 def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Put weights into a network; ValueError naming the file if they belong to another one or are not finite."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():  # every mask would be empty, without a word
-            raise ValueError(
-                f"{path}: its {name} holds numbers that are not finite (NaN or infinity); train again, with a lower "
-                "learning_rate if the training diverged, or copy the file again"
-            )
+            raise ValueError(f"{path}: its {name} is not finite (NaN or infinity); {OWN_FILE}")
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ValueError(
-            f"{path}: holds weights of another network ({reason}); copy this run's own file there, or train it again"
-        ) from error
+        reason = " ".join(str(error).split()[:40])  # it lists every layer
+        raise ValueError(f"{path}: holds weights of another network ({reason}); {OWN_FILE}") from error
 
 
 def processor_name() -> str:

@@ -246,16 +246,16 @@ def test_a_missing_or_broken_part_is_named(scan, copied, name):
     path = copied / name
     whole = path.read_bytes()
     path.unlink()
-    with pytest.raises(ValueError, match=rf"{name}: there is no such file"):
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read .*No such file"):
         segment(scan, copied)
     path.write_bytes(whole[:-30])
-    with pytest.raises(ValueError, match=rf"{name}: is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read as a file of this suite"):
         segment(scan, copied)
     torch.save(load_tensors(copied / LAST)[0], path)
-    with pytest.raises(ValueError, match=rf"{name}: is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read as a file of this suite"):
         segment(scan, copied)
     save_file(load_tensors(copied / LAST)[0], path)
-    with pytest.raises(ValueError, match=rf"{name}: was not written by this suite"):
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read as a file of this suite"):
         segment(scan, copied)
 
 
@@ -293,7 +293,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(scan, copied, file):
     tensors, metadata = load_tensors(copied / file)
     tensors["head.1.bias"][1] = float("nan")
     save_tensors(tensors, copied / file, metadata)
-    with pytest.raises(ValueError, match=rf"{file}: its head.1.bias holds numbers that are not finite"):
+    with pytest.raises(ValueError, match=rf"{file}: its head.1.bias is not finite"):
         segment(scan, copied)
 
 

@@ -25,7 +25,7 @@ def test_tensors_and_metadata_come_back_as_they_were(tmp_path):
 
 
 def test_a_missing_file_is_named_with_the_way_out(tmp_path):
-    with pytest.raises(ValueError, match=r"w\.safetensors: there is no such file; train the run first"):
+    with pytest.raises(ValueError, match=r"w\.safetensors: cannot be read .*No such file.*, or train the run"):
         load_tensors(tmp_path / "w.safetensors")
 
 
@@ -35,7 +35,7 @@ def test_a_broken_file_is_named_with_the_way_out(tmp_path, kind):
     save_tensors(TENSORS, path, {})
     content = {"cut": path.read_bytes()[:-5], "empty": b"", "pickle": pickle.dumps(TENSORS), "text": b"hello" * 9}
     path.write_bytes(content[kind])
-    with pytest.raises(ValueError, match=r"w\.safetensors: is not a whole safetensors file .*; train again or copy"):
+    with pytest.raises(ValueError, match=r"w\.safetensors: cannot be read as a file of this suite .*; copy .*train"):
         load_tensors(path)
 
 
@@ -46,7 +46,7 @@ def test_a_pickle_is_never_unpacked(tmp_path):
 
     for write in (lambda path: path.write_bytes(pickle.dumps(Trap())), lambda path: torch.save(Trap(), path)):
         write(tmp_path / "w.safetensors")
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
+        with pytest.raises(ValueError, match="cannot be read as a file of this suite"):
             load_tensors(tmp_path / "w.safetensors")
     assert not (tmp_path / "sprung").exists()
 
@@ -55,7 +55,7 @@ def test_a_file_of_somebody_else_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file(TENSORS, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"w\.safetensors: was not written by this suite"):
+    with pytest.raises(ValueError, match=r"w\.safetensors: cannot be read as a file of this suite \(KeyError"):
         load_tensors(tmp_path / "w.safetensors")
 
 
@@ -71,13 +71,13 @@ def test_weights_that_are_not_finite_are_refused_and_the_network_stays_as_it_was
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     load_weights(UNet(3, 2, 4), tensors, Path("w.safetensors"))
     tensors["head.0.0.weight"][1, 2] = value
-    with pytest.raises(ValueError, match=r"^w\.safetensors: its head\.0\.0\.weight holds .* not finite .*; train"):
+    with pytest.raises(ValueError, match=r"^w\.safetensors: its head\.0\.0\.weight is not finite .*; copy"):
         load_weights(network, tensors, Path("w.safetensors"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_a_file_that_may_not_be_read_is_not_called_broken(tmp_path, monkeypatch):
-    """Regression: it was told to train again."""
+    """Regression: it was told to train again, and nothing of the permissions."""
     path = tmp_path / "w.safetensors"
     save_tensors(TENSORS, path, {})
 
@@ -85,13 +85,13 @@ def test_a_file_that_may_not_be_read_is_not_called_broken(tmp_path, monkeypatch)
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "open", refuse)  # not by its permissions: root may read everything
-    with pytest.raises(ValueError, match=r"w\.safetensors: cannot be read \(Permission denied\); see to its perm"):
+    with pytest.raises(ValueError, match=r"w\.safetensors: cannot be read .*Permission denied.*; .*see to its perm"):
         load_tensors(path)
 
 
 def test_lacking_metadata_is_named():
     require({"filters": 4}, ("filters",), Path("w"))
-    with pytest.raises(ValueError, match=r"^w: holds weights of another network \(its metadata lacks a, b\)"):
+    with pytest.raises(ValueError, match=r"^w: holds weights of another network \(it lacks a, lacks b\)"):
         require({"filters": 4}, ("a", "filters", "b"), Path("w"))
 
 
