@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,28 +110,28 @@ def card(run_folder: str | Path) -> str:
     """
     run_folder = Path(run_folder)
     record = read_run(run_folder / RUN)
-    parameters, data = record.get("parameters") or {}, record.get("data") or {}
+    data = record.get("data") or {}
     source = data.get("source")
     facts = {"run": run_folder.name, "results": _results(run_folder, record), "unfit": UNFIT.get(source, "")}
-    facts |= {"source": SOURCES.get(source, source or UNKNOWN), "split": _split(data)}
-    facts |= {"voxels": _shown(data.get("spacing_mm")), "field": _shown(data.get("extent_mm"))}
-    facts |= {"commit": record.get("commit") or UNKNOWN}
-    return TEMPLATE.format_map(defaultdict(lambda: UNKNOWN, record | data | parameters | facts))
+    facts |= {"source": SOURCES.get(source, source or UNKNOWN), "commit": record.get("commit") or UNKNOWN}
+    if data:
+        facts |= {"split": _split(**data), "voxels": _shown(data["spacing_mm"]), "field": _shown(data["extent_mm"])}
+    return TEMPLATE.format_map(defaultdict(lambda: UNKNOWN, record | data | record["parameters"] | facts))
 
 
 def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:
-    """In what a scan is unlike those a run was trained on, a sentence each; also what cannot be compared.
+    """In what a scan is unlike those a run was trained on, a sentence each; also that they cannot be compared.
 
     The modality is the DICOM header's where the scan is a series (see `read_series`), else it is judged by the
     values. Spacing and field of view are compared in the order in which the slices are stored.
     """
-    data, differences = read_run(Path(run_folder) / RUN).get("data") or {}, []
-    trained = data.get("modality")
+    data, differences = read_run(Path(run_folder) / RUN).get("data"), []
+    if not data:
+        return [f"What the training scans were like is {UNKNOWN}: this scan was not compared with them."]
+    trained = data["modality"]
     modality = image.GetMetaData("modality") if image.HasMetaDataKey("modality") else None
     in_hu = not not_in_hu(sitk.GetArrayViewFromImage(image))
-    if trained is None:
-        differences.append(f"The modality of the training scans is {UNKNOWN}: it was not compared.")
-    elif modality not in (None, trained):
+    if modality not in (None, trained):
         differences.append(f"This scan is {modality}; the run was trained on {trained}.")
     elif in_hu != (trained == "CT"):
         values = "like those" if in_hu else "unlike those"
@@ -139,9 +139,6 @@ def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:
     spacing = np.array(array_spacing(image))
     extent = spacing * image.GetSize()[::-1]
     for what, key, value in (("voxels", "spacing_mm", spacing), ("field of view", "extent_mm", extent)):
-        if key not in data:
-            differences.append(f"The {what} of the training scans: {UNKNOWN}, so not compared.")
-            continue
         low, high = np.array(data[key])
         if (value < low * (1 - RANGE_TOLERANCE)).any() or (value > high * (1 + RANGE_TOLERANCE)).any():
             own = _shown([value.round(3).tolist()] * 2)
@@ -149,18 +146,14 @@ def unlike(run_folder: str | Path, image: sitk.Image) -> list[str]:
     return differences
 
 
-def _split(data: dict[str, Any]) -> str:
-    if "cases" not in data:
-        return UNKNOWN
-    patients = data.get("patients", {})
-    of = {split: f" of {patients[split]} patient(s)" if split in patients else "" for split in SPLITS}
-    return ", ".join(f"{split} {data['cases'][split]} case(s){of[split]}" for split in SPLITS)
+def _split(cases: Mapping[str, int], patients: Mapping[str, int] | None = None, **_: Any) -> str:
+    """How many cases, and patients where they are known, each split has."""
+    of = {split: f" of {count} patient(s)" for split, count in (patients or {}).items()}
+    return ", ".join(f"{split} {cases[split]} case(s){of.get(split, '')}" for split in SPLITS)
 
 
-def _shown(span: list[list[float]] | None) -> str:
+def _shown(span: list[list[float]]) -> str:
     """A range of sizes as text: "3 × 0.9 × 0.9 mm", or "2 to 3 × 0.9 to 1 × 0.9 to 1 mm"."""
-    if span is None:
-        return UNKNOWN
     parts = [f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in zip(*span, strict=True)]
     return " × ".join(parts) + " mm"
 
@@ -188,16 +181,13 @@ def _results(run_folder: Path, record: dict[str, Any]) -> str:
     if not (run_folder / METRICS_CSV).is_file():
         return "\n\n".join([*said, UNTESTED])
     metrics = read_cases(run_folder / METRICS_CSV, "test the run again with notebook 03")
-    seed = (record.get("parameters") or {}).get("seed", UNKNOWN)
+    seed = record["parameters"].get("seed", UNKNOWN)
     said.append(
         f"{len(metrics)} test case(s), one training (seed {seed}); mean ± standard deviation over cases, with the "
         "largest component alone, on the scans' own grids. n is less where a metric is undefined. Another seed would "
         "give other numbers."
     )
-    rows = []
-    for name in headline():
-        values = metrics[name].dropna() if name in metrics else ()
-        if len(values):
-            rows.append([with_unit(name), mean_and_sd(values), len(values)])
-    lowest = [f"Lowest DSC of a case: {metrics['DSC'].min():.3f}."] if "DSC" in metrics else []
-    return "\n\n".join([*said, markdown_table(["metric", "mean ± sd", "n"], rows), *lowest])
+    values = {name: metrics[name].dropna() for name in headline() if name in metrics}
+    rows = [[with_unit(name), mean_and_sd(known), len(known)] for name, known in values.items() if len(known)]
+    lowest = f"Lowest DSC of a case: {metrics['DSC'].min():.3f}."
+    return "\n\n".join([*said, markdown_table(["metric", "mean ± sd", "n"], rows), lowest])

@@ -13,7 +13,7 @@ from torch import nn
 from mupkg.stages.inference import CHANNELS
 from mupkg.stages.prediction import run_slices
 from mupkg.stages.regions import Regions
-from mupkg.stages.runs import FILM, load_tensors, require, save_tensors
+from mupkg.stages.runs import FILM, load_tensors, save_tensors
 from mupkg.stages.voxels import embed_voxels, sample_voxels
 
 EARLY = (5, 10, 20, 40, 80)  # steps to be filmed beside the validations: most tuples stop teaching between them
@@ -27,7 +27,7 @@ class Film:
 
     Args:
         folder: the run's; frames go to film/<step>.safetensors in it.
-        region, label: of one validation case, prepared.
+        region, label: of one validation case that has a prostate, prepared.
         per_kind: voxels of each of `KINDS`. patch: edge of the patch in voxels.
     """
 
@@ -40,17 +40,13 @@ class Film:
         *,
         per_kind: int = 100,
         patch: int = 32,
-        seed: int = 0,
     ):
         self.folder, self.case_id, self.region = Path(folder) / FILM, case_id, region
-        self.index, self.kind = sample_voxels(label, per_kind, seed)
-        if not len(self.index):
-            raise ValueError(f"case {case_id}: its region holds no prostate, so no film can be made of it")
+        self.index, self.kind = sample_voxels(label, per_kind)
         self.z = int(np.argmax((label == 1).sum(axis=(1, 2))))
         middle = np.argwhere(label[self.z] == 1).mean(axis=0).round().astype(int)
-        extent = np.minimum(patch, label.shape[1:])
-        self.corner = np.clip(middle - extent // 2, 0, np.array(label.shape[1:]) - extent)
-        self.extent = extent
+        self.extent = np.minimum(patch, label.shape[1:])
+        self.corner = np.clip(middle - self.extent // 2, 0, label.shape[1:] - self.extent)
 
     @classmethod
     def of_validation(cls, folder: str | Path, regions: Regions) -> Film:
@@ -110,26 +106,18 @@ def read_film(run_folder: str | Path) -> Frames:
     """The frames of a run in their order.
 
     Raises:
-        ValueError: naming the folder or file, if there is no film or its frames do not belong together.
+        ValueError: naming the folder or file, if there is no film or a frame of it is broken.
     """
     folder = Path(run_folder) / FILM
-    paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    paths = sorted(folder.glob("[!.]*.safetensors"), key=lambda path: int(path.stem))
     if not paths:
         raise ValueError(f"{folder}: holds no film; set film to True in notebook 03 (delete a run trained without)")
-    frames = []
-    for path in sorted(paths, key=lambda path: int(path.stem) if path.stem.isdecimal() else 0):
-        tensors, about = load_tensors(path)
-        require(about, ("case_id", "slice", "corner", "step"), path)
-        frames.append(({name: tensor.numpy() for name, tensor in tensors.items()}, about))
-        same = all(np.array_equal(frames[0][0][name], frames[-1][0][name]) for name in ("index", "kind"))
-        if not same or any(frames[0][1][name] != about[name] for name in ("case_id", "slice", "corner")):
-            raise ValueError(f"{path}: is of another film than {paths[0].name}; delete {folder} and train again")
-    first, about = frames[0]
+    frames, about = zip(*map(load_tensors, paths), strict=True)
     stacked = {
-        name: np.stack([tensors[name] for tensors, _ in frames]).astype(np.float32)
+        name: np.stack([frame[name].numpy() for frame in frames]).astype(np.float32)
         for name in ("embeddings", "patch_embeddings", "probability")
     }
     stacked["probability"] /= 255
-    steps = [frame["step"] for _, frame in frames]
-    place = about["case_id"], about["slice"], tuple(about["corner"])
-    return Frames(*place, steps, first["index"], first["kind"], **stacked)
+    place = about[0]["case_id"], about[0]["slice"], tuple(about[0]["corner"])
+    index, kind = (frames[0][name].numpy() for name in ("index", "kind"))
+    return Frames(*place, [frame["step"] for frame in about], index, kind, **stacked)
