@@ -74,12 +74,14 @@ def on_gpu_if_it_fits(source: PatchSource, accelerator: Accelerator) -> PatchSou
 
 
 def batches(
-    source: PatchSource, numbers: range, workers: int, device: torch.device, layout: torch.memory_format
+    source: PatchSource, steps: range, workers: int, accelerator: Accelerator, layout: torch.memory_format
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches with these numbers, in their order, on the device; to be closed at the end.
+    """This process's batch for each of these steps, on its device; to be closed at the end.
 
     `workers` processes cut them ahead, unless the source lies on the device.
     """
+    device, processes, own = accelerator.device, accelerator.num_processes, accelerator.process_index
+    numbers = range(steps.start * processes + own, steps.stop * processes, processes)
     workers = workers if source.device.type == "cpu" else 0
     cut = map(source.batch, numbers)
     if workers:

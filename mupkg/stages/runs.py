@@ -53,8 +53,8 @@ def metrics_name(shift: Shift | None = None) -> str:
 
 METRICS_LAST = "metrics_last.csv"  # of the last weights
 SHIFT_FILES = tuple(map(metrics_name, get_args(Shift)))
-TEST_FILES = (METRICS_CSV, METRICS_LAST, *SHIFT_FILES, PREDICTIONS)
-RUN_FILES = (BEST, LAST, HISTORY, RUN, *TEST_FILES, REGIONS, CARD, FINGERPRINT, FILM)  # of a run
+RUN_FILES = (BEST, LAST, HISTORY, RUN, REGIONS, CARD, FINGERPRINT, FILM, PREDICTIONS)  # of a run
+RUN_FILES += (METRICS_CSV, METRICS_LAST, *SHIFT_FILES)
 
 MOST_CHANNELS = 4096  # of any layer; a file that says more would take all memory before its weights are looked at
 MAX_CHANNELS = {"base_filters": MOST_CHANNELS // MULTIPLE, "embedding_dim": MOST_CHANNELS, "filters": MOST_CHANNELS}
@@ -128,13 +128,12 @@ def provenance() -> dict[str, Any]:
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
-            check=True,
         ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # an installed package outside its repository has none
+    except OSError:
+        commit = ""
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
+        "commit": commit or None,  # an installed package outside its repository has none
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",

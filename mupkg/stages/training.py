@@ -1,4 +1,8 @@
-"""Training: SGD with poly decay, validation DSC, best and last weights, checkpoint and resume (Section IV-B)."""
+"""Training: SGD with poly decay, validation DSC, best and last weights, checkpoint and resume (Section IV-B).
+
+Under Accelerate's launchers each process has its own batches, batch norm and draws, and gradients are averaged. The
+first process validates and writes; history.csv is about its batches.
+"""
 
 from __future__ import annotations
 
@@ -85,8 +89,6 @@ def train(
     The folder then holds the weights with the best validation DSC (used at test, reading R15), the last weights,
     the checkpoint and history.csv; a fresh training first removes what an earlier one left. On a CPU with the same
     number of threads, a training that was interrupted ends with the same bits as one that was not.
-    Under Accelerate's launchers each process has its own batches, batch norm and draws, and gradients are averaged.
-    The first process validates and writes; history.csv is about its batches.
 
     Args:
         network: trained in place, on a GPU if there is one; it maps images to a `SegmentationOutput`.
@@ -114,16 +116,17 @@ def train(
         run = _Run(Path(folder), accelerator, network, optimizer, precision, dict(metadata), choose_from * steps)
         run.begin(steps)
         source = on_gpu_if_it_fits(source, accelerator)
-        with closing(batches(source, run.numbers(steps), workers, accelerator.device, layout)) as feed:
-            _loop(run, run.model(compile), loss, feed, rates, seed, validate, validate_every, on_validation, on_step)
+        model = DistributedDataParallel(network) if accelerator.num_processes > 1 else network
+        model = torch.compile(model) if compile else model
+        with closing(batches(source, range(run.done, steps), workers, accelerator, layout)) as feed:
+            _loop(run, model, loss, feed, rates, seed, validate, validate_every, on_validation, on_step)
         return run.finish()
 
 
 def _check(steps: int, validate_every: int, choose_from: float) -> None:
-    if steps < 1 or validate_every < 1:
-        raise ValueError(f"steps and validate_every must be at least 1, not {steps} and {validate_every}")
-    if not 0 <= choose_from <= 1:
-        raise ValueError(f"choose_from must be a share of the steps, from 0 to 1, not {choose_from}")
+    if min(steps, validate_every) < 1 or not 0 <= choose_from <= 1:
+        bad = f"not {steps}, {validate_every} and {choose_from}"
+        raise ValueError(f"steps and validate_every must be at least 1, choose_from a share of the steps, {bad}")
 
 
 def _forward(model: nn.Module, images: Tensor, precision: str) -> SegmentationOutput:
@@ -214,16 +217,6 @@ class _Run:
     @cached_property
     def scaler(self) -> GradScaler:
         return GradScaler(self.accelerator.device.type, enabled=self.precision == "fp16")
-
-    def model(self, compile: bool) -> nn.Module:
-        """What computes with the weights of `network`, which keep their names."""
-        model = DistributedDataParallel(self.network) if self.accelerator.num_processes > 1 else self.network
-        return torch.compile(model) if compile else model
-
-    def numbers(self, steps: int) -> range:
-        """The numbers of the batches that are left for this process."""
-        processes, own = self.accelerator.num_processes, self.accelerator.process_index
-        return range(self.done * processes + own, steps * processes, processes)
 
     @property
     def done(self) -> int:

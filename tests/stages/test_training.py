@@ -616,7 +616,7 @@ def test_a_break_before_weights_may_be_the_best_leaves_no_trace(tmp_path, number
 
 @pytest.mark.parametrize("choose_from", [-0.1, 1.5, float("nan")])
 def test_a_share_of_the_steps_that_is_none_is_refused(tmp_path, choose_from):
-    with pytest.raises(ValueError, match="choose_from must be a share of the steps"):
+    with pytest.raises(ValueError, match=f"choose_from a share of the steps, not 9, 3 and {choose_from}"):
         run(tmp_path, choose_from=choose_from)
 
 
