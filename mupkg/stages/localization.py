@@ -10,7 +10,7 @@ from torch import nn
 
 from mupkg.data.preprocessing import array_spacing, box_corners, centroid, largest_component, resample
 from mupkg.scans.cases import Case, Point
-from mupkg.stages.landmarks import femoral_heads
+from mupkg.stages.landmarks import FemoralHeads, femoral_heads
 from mupkg.stages.prediction import predict_volume
 
 if TYPE_CHECKING:  # a new scan needs no cohort
@@ -75,23 +75,20 @@ def locate(case: Case, prepared: sitk.Image, network: nn.Module, *, coarse_mm: f
     """
     seen = coarse_mask(network, prepared, coarse_mm)
     rough = centroid(seen)
-    heads_centre, reason = None, "MR: no femoral heads are sought"
-    if case.modality == "CT":
-        heads = femoral_heads(case.image)
-        reason = heads.reason
-        if heads.left is not None:
-            heads_centre = tuple(np.mean([heads.left, heads.right], axis=0).tolist())
+    sought = case.modality == "CT"
+    heads = femoral_heads(case.image) if sought else FemoralHeads(reason="MR: no femoral heads are sought")
+    heads_centre = None if heads.left is None else tuple(np.mean([heads.left, heads.right], axis=0).tolist())
     parts = [part for part in (rough, heads_centre) if part is not None]
     if not parts:
         raise NotLocated(
-            f"case {case.case_id}: the prostate cannot be located: the coarse mask is empty, and there is no centre "
-            f"of the femoral heads ({reason}). Check its field of view and intensities, or train stage 1 longer."
+            f"case {case.case_id}: the prostate cannot be located: the coarse mask is empty, and there are no "
+            f"femoral heads ({heads.reason}). Check its field of view and intensities, or train stage 1 longer."
         )
     fallback = ""
     if rough is None:
         fallback = "heads alone: the coarse mask is empty"
     elif heads_centre is None:
-        fallback = f"coarse centre alone: {reason}"
+        fallback = f"coarse centre alone: {heads.reason}"
     # as regions.csv holds it: the same region, to the voxel, when it is cut again
     centre = tuple(np.mean(parts, axis=0).round(4).tolist())
     return Location(centre, rough, heads_centre, fallback, box_corners(seen))

@@ -44,7 +44,7 @@ def run_slices(
     Args:
         window: rows and columns of which the network gives its output; None for all, which any network does.
     """
-    height, width = volume.shape[1:]
+    rows, columns = window or (slice(0, size) for size in volume.shape[1:])
     device = next(network.parameters()).device
     if whole := is_3d(network):
         deep = np.pad(volume, [(0, -len(volume) % VNET_MULTIPLE), (0, 0), (0, 0)], "edge")  # as in its training
@@ -58,11 +58,10 @@ def run_slices(
             output = network(images)
         else:
             output = network(images, tuple(slice(w.start, w.stop + w.stop % 2) for w in window))
-            height, width = (w.stop - w.start for w in window)
+            rows, columns = (slice(0, w.stop - w.start) for w in window)
     if whole:
-        rows, columns = window or (slice(0, height), slice(0, width))
-        return SegmentationOutput(*(tensor[0, :, middle, rows, columns].movedim(1, 0).float() for tensor in output))
-    return SegmentationOutput(*(tensor[..., :height, :width].float() for tensor in output))
+        output = [tensor[0, :, middle].movedim(1, 0) for tensor in output]
+    return SegmentationOutput(*(tensor[..., rows, columns].float() for tensor in output))
 
 
 def predict_volume(

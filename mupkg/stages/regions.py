@@ -67,15 +67,14 @@ class Regions:
             raise ValueError(f"{path}: lacks the column(s) {', '.join(missing)}; run notebook 02 again")
         table = table.fillna({"fallback": ""}).set_index("case_id", drop=False).rename_axis(None)
         regions = cls(path.parent, table)
-        if cohort is not None and recorded("cohort", path.parent, 2) != recorded("cohort", cohort.folder, 0):
+        if cohort is None:
+            return regions
+        moved = regions._moved(cohort)
+        if moved or recorded("cohort", path.parent, 2) != recorded("cohort", cohort.folder, 0):
+            why = f"{', '.join(moved[:3])} no longer in the split of {TABLE}" if moved else "prepared anew since"
             raise ValueError(
-                f"{path}: its regions were not cut from {cohort.folder} as it is now (another cohort, or prepared "
-                "anew since); run notebook 02 again"
-            )
-        if cohort is not None and (moved := regions._moved(cohort)):
-            raise ValueError(
-                f"{path}: {', '.join(moved[:3])} no longer in the split of {cohort.folder / TABLE}, which was "
-                "changed since; run notebook 00 again if that is meant, and then notebook 02"
+                f"{path}: its regions were not cut from {cohort.folder} as it is now ({why}); run notebook 02 again, "
+                f"and before it notebook 00 if it was {TABLE} that was changed"
             )
         return regions
 
@@ -198,13 +197,12 @@ def write_regions(
         location = locate(case, prepared.image, network, coarse_mm=coarse_mm)
         region = save_region(prepared, location.centre, region_mm, folder, case_id)
         truth = np.array(centroid(case.label))
-        row: dict[str, object] = {"case_id": case_id, "split": cohort.table.loc[case_id, "split"]}
-        row |= {"replicate": cohort.table.loc[case_id, "replicate"]} if "replicate" in cohort.table else {}
-        row["fallback"] = location.fallback
+        told = cohort.table.loc[case_id, [c for c in ("split", "replicate") if c in cohort.table]]
+        row: dict[str, object] = {"case_id": case_id, **told, "fallback": location.fallback}
         for name, point in zip(("centre", "coarse", "heads"), location[:3], strict=True):
-            coordinates = (None,) * 3 if point is None else np.round(point, 4)
-            row |= {f"{name}_{axis}": value for axis, value in zip("xyz", coordinates, strict=True)}
-            row[f"{name}_distance_mm"] = None if point is None else round(float(np.linalg.norm(truth - point)), 3)
+            place = np.full(3, np.nan) if point is None else np.array(point)
+            row |= dict(zip((f"{name}_{axis}" for axis in "xyz"), place.round(4), strict=True))
+            row[f"{name}_distance_mm"] = round(float(np.linalg.norm(truth - place)), 3)
         whole = whole_label(case, cohort.preparation)
         row |= {name: json.dumps(getattr(region, f"Get{name.capitalize()}")()) for name in GEOMETRY}
         left = label_on(prepared.label, whole)  # sampled from `whole`, so that no tie between two voxels tells
