@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mupkg import progress
 from mupkg.data.patches import PatchSource
-from mupkg.losses import LossTerms, SegmentationMetricLoss
+from mupkg.losses import SegmentationMetricLoss
 from mupkg.models import SegmentationOutput, layout_of
 from mupkg.scans.writing import machine_lock, save_table
 from mupkg.stages.hardware import AUTOCAST, batches, join_processes, machine_name, on_gpu_if_it_fits
@@ -136,14 +136,6 @@ def _forward(model: nn.Module, images: Tensor, precision: str) -> SegmentationOu
     return SegmentationOutput(*(tensor.float() for tensor in output))
 
 
-def _to_record(terms: LossTerms, active_shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What history.csv says of a step, by column, without its graph."""
-    values = {"loss": terms.total, "cross_entropy": terms.cross_entropy}
-    values |= {f"metric_{letter}": value for letter, value in terms.metric.items()}
-    values |= {f"active_{letter}": share for letter, share in active_shares.items()}
-    return {name: value.detach() for name, value in values.items()}
-
-
 def _loop(
     run: _Run,
     model: nn.Module,
@@ -178,7 +170,11 @@ def _loop(
         scaler.update()
 
         # Values stay on the device until a row is written, so that a GPU need not wait for the CPU.
-        window.append(_to_record(terms, getattr(loss, "active_shares", {})))  # a loss of somebody's own may have none
+        values = {"loss": terms.total, "cross_entropy": terms.cross_entropy}
+        values |= {f"metric_{letter}": value for letter, value in terms.metric.items()}
+        active_shares = getattr(loss, "active_shares", {})  # a loss of somebody's own may have none
+        values |= {f"active_{letter}": share for letter, share in active_shares.items()}
+        window.append({name: value.detach() for name, value in values.items()})
         done = step + 1
         if on_step and main:
             on_step(network, done)
@@ -186,7 +182,7 @@ def _loop(
         if not validating and done % log_every:
             continue
         row = {"step": done, "learning_rate": rates[step]}
-        row |= {name: float(sum(values[name] for values in window)) / len(window) for name in window[0]}
+        row |= {name: float(sum(step_values[name] for step_values in window)) / len(window) for name in window[0]}
         row["seconds"] = round((time.perf_counter() - began) / len(window), 5)  # per step
         run.history.append(row)
         run.check_finite("loss")
