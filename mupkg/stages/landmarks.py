@@ -196,27 +196,21 @@ def _refined(image: sitk.Image, centre: np.ndarray, side: int) -> Point:
     sphere = np.moveaxis(radii[:, None, None] * directions, -1, 0)[::-1].copy()  # (z, y, x), layer, direction
     middle, corner = (point[::-1, None, None] for point in (centre, first))
 
-    def unexplained(shift: np.ndarray, reaches_mm: tuple[float, ...] = REFINE_RADII_MM[1]) -> list[float]:
-        """A number for each reach: the smaller one looks at the first of the same layers."""
-        layers = np.count_nonzero(radii < max(reaches_mm))
-        index = (middle + shift[::-1, None, None] + sphere[:, :layers] - corner) / grid_mm
+    def unexplained(shift: np.ndarray, outer_mm: float) -> float:
+        """The share of the variance within `outer_mm` of the shifted centre that the distance leaves over."""
+        part = slice(np.count_nonzero(radii < outer_mm))
+        index = (middle + shift[::-1, None, None] + sphere[:, part] - corner) / grid_mm
         density = ndimage.map_coordinates(volume, index, order=1, mode="nearest")
-        layer, shares = density.mean(1), []
-        for outer_mm in reaches_mm:
-            part = slice(np.count_nonzero(radii < outer_mm))
-            area = radii[part] ** 2 / (radii[part] ** 2).sum()
-            mean = area @ layer[part]
-            total = area @ ((density[part] - mean) ** 2).mean(1)
-            shares.append(1 - float(area @ (layer[part] - mean) ** 2 / max(total, 1e-6)))
-        return shares
+        layer, area = density.mean(1), radii[part] ** 2 / (radii[part] ** 2).sum()
+        mean = area @ layer
+        total = area @ ((density - mean) ** 2).mean(1)
+        return 1 - float(area @ (layer - mean) ** 2 / max(total, 1e-6))
 
-    steps = np.arange(-REFINE_REACH_MM, REFINE_REACH_MM + 1, 4.0)
+    steps, fits = np.arange(-REFINE_REACH_MM, REFINE_REACH_MM + 1, 4.0), []
     shifts = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
-    starts = shifts[np.argmin([unexplained(shift) for shift in shifts], axis=0)]
-    fits = [
-        optimize.fmin(lambda shift, mm=reach_mm: unexplained(shift, (mm,))[0], start, full_output=True, disp=False)
-        for start, reach_mm in zip(starts, REFINE_RADII_MM[1], strict=True)
-    ]
+    for outer_mm in REFINE_RADII_MM[1]:
+        start = shifts[np.argmin([unexplained(shift, outer_mm) for shift in shifts])]
+        fits.append(optimize.fmin(unexplained, start, (outer_mm,), full_output=True, disp=False))
     shift, rest, *_ = min(fits, key=lambda fit: fit[1])
     if 1 - rest >= MIN_EXPLAINED and np.linalg.norm(shift) <= REFINE_REACH_MM:
         centre = centre + shift

@@ -84,8 +84,7 @@ class Regions:
         if fold_columns(told) and (cut_for := self._cut_for()) is not None:
             told = of_replicate(told, cut_for)
         now, then = told.reindex(index=self.table.index, columns=columns), self.table[columns]
-        same = (now == then) | (now.isna() & then.isna())
-        return list(self.table.index[~same.all(axis=1)])
+        return list(then.compare(now).index)
 
     def _cut_for(self) -> int | None:
         """The replicate that a stage 1 was trained for; None if for none."""
