@@ -69,9 +69,9 @@ class Regions:
         regions = cls(path.parent, table)
         if cohort is None:
             return regions
-        moved = regions._moved(cohort)
-        if moved or recorded("cohort", path.parent, 2) != recorded("cohort", cohort.folder, 0):
-            why = f"{', '.join(moved[:3])} no longer in the split of {TABLE}" if moved else "prepared anew since"
+        anew = recorded("cohort", path.parent, 2) != recorded("cohort", cohort.folder, 0)
+        if anew or (moved := regions._moved(cohort)):
+            why = "another cohort, or prepared anew" if anew else f"{', '.join(moved[:3])} no longer in its split"
             raise ValueError(
                 f"{path}: its regions were not cut from {cohort.folder} as it is now ({why}); run notebook 02 again, "
                 f"and before it notebook 00 if it was {TABLE} that was changed"
