@@ -61,7 +61,7 @@ IMAGES = [
     bad_image(
         "complex",
         lambda: sitk.RealAndImaginaryToComplex(*[sitk.Cast(scan(), sitk.sitkFloat32)] * 2),
-        "choose one volume",
+        "choose a channel",
         ending=".nii.gz",
     ),
     bad_image("CT without its intercept", lambda: scan(low=0), "apply its rescale intercept"),

@@ -24,7 +24,7 @@ PROSTATE_ML = (2.0, 500.0)  # what a prostate's contour may measure
 MOST_VOXELS = 2**30  # what claims more is broken, or no scan of a pelvis
 WHOLE_NUMBER = 1e-3  # how far label values may be off (files that store them with a slope)
 MOST_LETTERS = 225  # of a case's name: names of files add some to it, and have 255 at most
-_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SAFE_ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{,{MOST_LETTERS - 1}}}")
 _NUMBER = re.compile(r"(\d{1,3}(?:[ .,'\u2019]\d{3})+|\d+)(?:[.,]0{1,2})?")  # as table programs write whole numbers
 
 
@@ -56,11 +56,11 @@ def one_volume(image: sitk.Image, channel: int | None, name: str | Path) -> sitk
             last = size[3] - 1
             raise ValueError(f"{name}: has {last + 1} channels, no channel {channel}; choose one from 0 to {last}")
         image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, channel or 0])
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        components = image.GetNumberOfComponentsPerPixel()
+    kind = image.GetPixelIDTypeAsString()
+    if image.GetDimension() != 3 or kind.startswith(("vector", "complex", "label")) or not all(image.GetSize()):
         raise ValueError(
-            f"{name}: {image.GetDimension()}D with {components} component(s) per voxel, not a 3D scalar volume; "
-            "of a 4D file choose a channel when the cohort is made (notebook 00), or save the volume alone"
+            f"{name}: is {len(size)}D, {size}, of {kind}: no 3D volume of single values; of a 4D file choose a "
+            "channel when the cohort is made (notebook 00), or save the volume alone"
         )
     return image
 
@@ -130,11 +130,6 @@ def not_in_hu(voxels: np.ndarray) -> str:
     return f"{bone:.0%} of the body would be bone, and {fat:.0%} fat" if bone > max(0.1, 5 * fat) else ""
 
 
-def _is_scalar_volume(image: sitk.Image) -> bool:
-    real = not sitk.GetPixelIDValueAsString(image.GetPixelID()).startswith("complex")
-    return image.GetDimension() == 3 and image.GetNumberOfComponentsPerPixel() == 1 and real and all(image.GetSize())
-
-
 def checked_case(
     case_id: str,
     image: sitk.Image,
@@ -150,9 +145,9 @@ def checked_case(
     Raises:
         ValueError: with one line for every fault, each naming the case, the file, what is wrong and what to do.
     """
-    for name, volume in ((image_name, image), (label_name, label)):
-        if volume is not None and not _is_scalar_volume(volume):
-            raise ValueError(f"case {case_id}: {name}: is no 3D volume of single values; choose one volume")
+    image = one_volume(image, None, f"case {case_id}: {image_name}")
+    if label is not None:
+        label = one_volume(label, None, f"case {case_id}: {label_name}")
     faults = []
     spacing, origin = np.array(image.GetSpacing()), np.array(image.GetOrigin())
     if not (SPACING_MM[0] <= spacing.min() and spacing.max() <= SPACING_MM[1] and np.abs(origin).max() < FARTHEST_MM):
@@ -183,7 +178,7 @@ def checked_case(
             )
         try:
             label = binary_label(label, label_values)
-            _check_foreground(label, label_values)
+            _check_foreground(label)
         except ValueError as error:
             faults.append(f"{label_name}: {error}")
     if faults:
@@ -193,17 +188,13 @@ def checked_case(
     return Case(case_id, image, label, **fields)
 
 
-def _check_foreground(label: sitk.Image, values: Sequence[int] | None) -> None:
+def _check_foreground(label: sitk.Image) -> None:
     """ValueError if a binary label cannot be that of a prostate."""
-    mask, volume, (least, most) = sitk.GetArrayViewFromImage(label), label_volume_ml(label), PROSTATE_ML
-    if mask.all() or not mask.any():
-        wanted = "" if values is None else f" of value {tuple(values)}"
-        fault = "is foreground everywhere" if mask.all() else f"has no foreground{wanted}"
-        raise ValueError(f"{fault}; correct the contour or leave the case out")
-    if not least <= volume <= most:
+    volume, whole, (least, most) = label_volume_ml(label), label_volume_ml(sitk.Equal(label, label)), PROSTATE_ML
+    if not least <= volume <= most or volume == whole:
         raise ValueError(
-            f"its foreground measures {volume:.3g} ml, a prostate {least:g} to {most:g}; correct the contour, "
-            "label_values or the spacing, or leave the case out"
+            f"its foreground measures {volume:.3g} of the scan's {whole:.3g} ml, a prostate {least:g} to {most:g}; "
+            "correct the contour, label_values or the spacing, or leave the case out"
         )
 
 
@@ -241,8 +232,6 @@ def name_faults(case_ids: Iterable[object]) -> Iterator[str]:
             yield f"case {case_id}: is listed {times} times; give every scan a name of its own"
         if not isinstance(case_id, str) or not _SAFE_ID.fullmatch(case_id):
             yield (
-                f"case {case_id} (number {number}): the name must be letters, digits, '.', '_' or '-', "
-                "a letter or digit first; rename it"
+                f"case {case_id} (number {number}): the name must be letters, digits, '.', '_' or '-', a letter or "
+                f"digit first, and no more than {MOST_LETTERS}; rename it"
             )
-        elif len(case_id) > MOST_LETTERS:
-            yield f"case {case_id}: the name has {len(case_id)} letters, a file's takes {MOST_LETTERS}; shorten it"

@@ -215,7 +215,7 @@ def test_several_broken_cases_are_all_told_at_once(folder):
     for line, parts in zip(
         error.value.faults,
         (
-            ("case a: ", "a_label.nii.gz: has no foreground", "correct the contour"),
+            ("case a: ", "a_label.nii.gz: its foreground measures 0 of", "correct the contour"),
             ("case b: ", "b.nii.gz: cannot be read"),
             ("case c: ", "c.nii.gz: 1 slice(s)", "leave it out"),
             ("case c: ", "c_label.nii.gz: is not on its image's grid", "resample it onto"),

@@ -212,8 +212,8 @@ def test_the_precision_of_stage_2_is_an_option(scan, run_folder, heads):
         (lambda scan: scan[:, :, :2], r"case P1: image: 2 slice\(s\)"),
         (lambda scan: sitk.Cast(scan + 1024, sitk.sitkUInt16), "case P1: image: .*no CT in HU"),
         (lambda scan: sitk.Log(sitk.Cast(scan, sitk.sitkFloat32)), "case P1: image: holds NaN"),
-        (lambda scan: sitk.JoinSeries([scan, scan]), "case P1: image: is no 3D volume"),
-        (lambda scan: scan[:, :, 0], "case P1: image: is no 3D volume"),
+        (lambda scan: sitk.JoinSeries([scan, scan]), "case P1: image: .* no 3D volume"),
+        (lambda scan: scan[:, :, 0], "case P1: image: .* no 3D volume"),
     ],
 )
 def test_a_scan_that_is_unfit_is_refused_by_name(scan, run_folder, spoil, fault):
