@@ -84,18 +84,14 @@ def binary_label(label: sitk.Image, values: Sequence[int] | None) -> sitk.Image:
         ValueError: if without `values` more than one foreground value is found, or values are not whole numbers.
     """
     voxels = sitk.GetArrayFromImage(label)
-    present = np.unique(voxels)
-    if not np.isfinite(present).all() or np.abs(present - np.round(present)).max() > WHOLE_NUMBER:
+    whole = np.round(voxels)
+    if not np.abs(voxels - whole).max() <= WHOLE_NUMBER:  # so that NaN is found too
         raise ValueError("holds values that are not whole numbers; export a mask, not probabilities")
-    voxels, present = np.round(voxels), np.unique(np.round(present))
-    if values is None:
-        foreground = present[present != 0]
-        if len(foreground) > 1:
-            shown = ", ".join(f"{v:g}" for v in present[:8]) + (", ..." if len(present) > 8 else "")
-            raise ValueError(f"holds {len(present)} values ({shown}); choose which are prostate (label_values)")
-        mask = voxels != 0
-    else:
-        mask = np.isin(voxels, list(values))
+    present = np.unique(whole)
+    if values is None and np.count_nonzero(present) > 1:
+        shown = ", ".join(f"{v:g}" for v in present[:8]) + (", ..." if len(present) > 8 else "")
+        raise ValueError(f"holds {len(present)} values ({shown}); choose which are prostate (label_values)")
+    mask = whole != 0 if values is None else np.isin(whole, list(values))
     binary = sitk.GetImageFromArray(mask.astype(np.uint8))
     binary.CopyInformation(label)
     return binary

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from pydicom import dcmread
 
 from mupkg.scans.cases import MOST_VOXELS, CohortError, one_volume
 from mupkg.scans.geometry import RESAMPLE, check_affines, dicom_header, image_affine, series_geometry, series_image
@@ -150,9 +149,8 @@ def read_series(path: Path, files: Iterable[Path] | None = None) -> sitk.Image:
         try:
             voxels[file] = sitk.GetArrayFromImage(reader.Execute()).reshape(-1, *series.size[::-1])
         except RuntimeError as error:
-            if "PixelData" not in dcmread(file, force=True):
-                raise ValueError(f"{file}: has no pixel data; export the series again, with its voxels") from error
-            raise ValueError(f"{file}: cannot be read as an image ({_reason(error)}); copy it again") from error
+            cure = "copy it again, or export the series again, with its voxels"
+            raise ValueError(f"{file}: cannot be read as an image ({_reason(error)}); {cure}") from error
     image = series_image(series, np.stack([voxels[at][k] for at, k in zip(series.files, series.frames, strict=True)]))
     image.SetMetaData("modality", str(dicom_header(series.files[0]).get("Modality") or ""))
     if image.HasMetaDataKey("resampled"):

@@ -154,12 +154,12 @@ def spoilt(folder: Path) -> dict[str, str]:
         "missing": "patient missing: has no ROIs 'Prostate', but Bladder",
         "empty": "patient empty has no RTSTRUCT",  # an empty one is a template: told of, and passed over
         "open": f"patient open, ROI 'Prostate': the contour at {at} mm is OPEN_PLANAR",
-        "points": f"patient points, ROI 'Prostate': the contour at {at} mm is a POINT",
-        "above": f"patient above, ROI 'Prostate': the contour at {middle[2] + 1000:.2f} mm lies on no slice",
-        "outside": f"patient outside, ROI 'Prostate': the contour at {at} mm leads out of its slice",
+        "points": "patient points, ROI 'Prostate': has no contours that enclose anything",
+        "above": f"patient above, ROI 'Prostate': the contour at {middle[2] + 1000:.2f} mm does not lie on one",
+        "outside": f"patient outside, ROI 'Prostate': the contour at {at} mm does not lie on one",
         "other": "patient other, ROI 'Prostate': was drawn on series 1.2.3 of frame of reference 1.2.4",
         "twice": "patient twice: has 2 ROIs 'Prostate'",
-        "voxelless": "has no pixel data",
+        "voxelless": "export the series again, with its voxels",
         "packed": "cannot be read as an image",
     }
 
