@@ -195,6 +195,8 @@ def read_cases(path: Path, advice: str) -> pd.DataFrame:
     Raises:
         CohortError: naming the file, with this advice if it is no such table.
     """
+    if not path.exists():
+        raise CohortError([f"{path}: there is no such table; {advice}"])
     try:
         with access_named(path), warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header

@@ -205,7 +205,11 @@ def of_arms(metrics: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     wanted = pd.MultiIndex.from_product([arms, *(sorted(rows[name].unique()) for name in ("seed", "case_id"))])
     times = rows.value_counts([*run, "case_id"]).reindex(wanted, fill_value=0).rename_axis([*run, "case_id"])
     odd = times[times != 1].rename("times").reset_index().groupby([*run, "times"])["case_id"]
-    faults = [f"{run_name(arm, seed)} has {', '.join(cases)} {n} times" for (arm, seed, n), cases in odd]
+    count = rows["case_id"].nunique()
+    faults = [
+        f"{run_name(arm, seed)} has {'every case' if len(cases) == count else ', '.join(cases)} {n} times"
+        for (arm, seed, n), cases in odd
+    ]
     if "fold" in rows:
         folds = rows.groupby(["seed", "case_id"])["fold"].nunique()
         faults += [f"{case} is in {n} folds of repeat {seed}" for (seed, case), n in folds[folds > 1].items()]

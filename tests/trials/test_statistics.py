@@ -516,10 +516,10 @@ def test_differences_are_case_by_replicate():
     ("spoil", "told"),
     [
         (lambda m: m.drop(index=m.index[m["configuration"] == "B"][-1]), "B-seed2 has 003 0 times"),
-        (lambda m: m[(m["configuration"] != "B") | (m["seed"] != 1)], "B-seed1 has 000, 001, 002, 003 0 times"),
+        (lambda m: m[(m["configuration"] != "B") | (m["seed"] != 1)], "B-seed1 has every case 0 times"),
         (lambda m: m[(m["configuration"] != "A") | (m["case_id"] > "001")], "A-seed0 has 000, 001 0 times; A-seed1"),
         (lambda m: pd.concat([m, m.iloc[:1]]), "A-seed0 has 000 2 times"),
-        (lambda m: m[m["configuration"] != "B"], "B-seed0 has 000, 001, 002, 003 0 times; B-seed1 has"),
+        (lambda m: m[m["configuration"] != "B"], "B-seed0 has every case 0 times; B-seed1 has"),
         (lambda m: m[m["configuration"] == "C"], "there is no run of them"),
     ],
 )
@@ -692,7 +692,7 @@ def test_one_seed_has_the_papers_test_alone():
 
 def test_a_configuration_with_other_seeds_is_not_compared():
     metrics = metrics_of(UNet=[[0.8, 0.7], [0.9, 0.8]], HCP=[[0.8], [0.9]])
-    with pytest.raises(ValueError, match=r"HCP, UNet: .*HCP-seed1 has 000, 001 0 times"):
+    with pytest.raises(ValueError, match=r"HCP, UNet: .*HCP-seed1 has every case 0 times"):
         paired_tests(metrics, ["DSC"])
 
 
