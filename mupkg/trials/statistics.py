@@ -441,16 +441,25 @@ def _verdict(row: Any) -> str:
     return "undecided"
 
 
+def effect(row: Any) -> str:
+    """A difference with its interval in the metric's digits and unit: "+2.24 [-1.24, +5.72] mm".
+
+    An equivalence shows its 90 % interval, any other answer the 95 % interval.
+    """
+    if np.isnan(row.mean_difference):
+        return "unknown, because both sides have cases without prediction"
+    unit, digits, equal = metric_of(row.metric).unit, metric_of(row.metric).digits, row.verdict == "equivalent"
+    number = f"+.{digits if unit else 4}f"  # a hundredth of DSC is much, and its hundredth is not nothing
+    low, high = (row.low_90, row.high_90) if equal else (row.low, row.high)
+    interval = f" [{low:{number}}, {high:{number}}]" if np.isfinite(row.p) else ""
+    return f"{row.mean_difference:{number}}{interval}" + f" {unit}" * bool(unit) + " (90 %)" * equal
+
+
 def _answer(row: Any) -> str:
-    """The row as one sentence. An equivalence shows its 90 % interval, any other answer the 95 % interval."""
+    """The row as one sentence."""
     verdict = "" if row.verdict == "not judged" else f" {row.verdict},"
-    known = not np.isnan(row.mean_difference)
-    effect = f"{row.mean_difference:+.4f}" if known else "unknown, as both sides have cases without prediction"
-    answer = [f"{row.configuration} against {row.against}, {row.metric}:{verdict} {effect}"]
+    answer = [f"{row.configuration} against {row.against}, {row.metric}:{verdict} {effect(row)}"]
     if np.isfinite(row.p):
-        equal = row.verdict == "equivalent"
-        low, high = (row.low_90, row.high_90) if equal else (row.low, row.high)
-        answer[0] += f" [{low:+.4f}, {high:+.4f}]" + " (90 %)" * equal
         how = f"{row.correction}, sign flip" if np.isfinite(row.p_sign_flip) else row.correction
         answer += [f"p = {row.p_adjusted:.2g} ({how})"] * bool(verdict)
     times = "repeat" if row.folds else "replicate"

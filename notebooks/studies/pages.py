@@ -244,13 +244,8 @@ def result_row(spec: Mapping[str, Any]) -> list[str]:
     if verdict != spec.get("verdict"):
         expected = spec.get("verdict", "an answer that the sentence knows of")
         raise ValueError(f"questions.yaml: {contrast} is {verdict}, not {expected}; change sentence and verdict")
-    equal = verdict == "equivalent"
-    low, high = row[["low_90", "high_90"] if equal else ["low", "high"]]
-    metric = metric_of(outcome)
-    digits, unit = (metric.digits, f" {metric.unit}") if metric.unit else (4, "")
-    effect = f"{row['mean_difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{unit}"
-    effect += " (90 %)" if equal else ""
-    verdict += f" within {row['margin']:g}" if equal else ""
+    effect = statistics.effect(row)
+    verdict += f" within {row['margin']:g}" if verdict == "equivalent" else ""
     verdict += " (sign flip)" if np.isfinite(row["p_sign_flip"]) and verdict != "not judged" else ""
     verdict += " (post hoc)" if spec.get("post_hoc") else ""
     counts = f"{row['cases']} × {row['replicates']}{f' × {row.folds} folds' if row['folds'] else ''}"
