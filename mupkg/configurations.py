@@ -18,7 +18,7 @@ from mupkg.losses import (
     VoxelMetricLoss,
 )
 from mupkg.models import BACKBONES
-from mupkg.samplers import SAMPLERS, whole_number
+from mupkg.samplers import ANCHORS, SAMPLERS, TAU, whole_number
 
 Control = Literal["voxels", "balanced", "shuffled"]  # of what the metric loss does; METHOD.md, "Beyond the paper"
 OF_VOXELS = ("voxels", "balanced")  # the controls that put `DrawnCrossEntropy` in place of the metric loss
@@ -83,9 +83,9 @@ def build(
     base_filters: int = 32,
     embedding_dim: int = 256,
     *,
-    anchors: int = 20,
+    anchors: int = ANCHORS,
     pairs: int = 1,
-    threshold: float = 0.1,
+    threshold: float = TAU,
     margin: float = MARGIN,
     weight: float = 0.01,
     pair_weight: float = 0.1,

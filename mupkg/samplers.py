@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+ANCHORS, TAU = 20, 0.1  # the paper's k and the threshold of Eq. (1)
 Labels = Integer[Tensor, "n *spatial"] | Bool[Tensor, "n *spatial"]
 Mask = Bool[Tensor, "n *spatial"]
 Probability = Float[Tensor, "n *spatial"]
@@ -112,7 +113,7 @@ class Sampler:
     letter: str  # its name in a configuration's; N and P are taken
     title: str
 
-    def __init__(self, anchors: int = 20, pairs: int = 1, *, near_negatives: bool = False):
+    def __init__(self, anchors: int = ANCHORS, pairs: int = 1, *, near_negatives: bool = False):
         self.anchors, self.pairs = whole_number("anchors", anchors), whole_number("pairs", pairs)
         self.near_negatives = switch("near_negatives", near_negatives)
 
@@ -186,7 +187,9 @@ class HardNegativeSampler(Sampler):
 
     letter, title = "H", "focal hard negative"
 
-    def __init__(self, anchors: int = 20, pairs: int = 1, threshold: float = 0.1, *, near_negatives: bool = False):
+    def __init__(
+        self, anchors: int = ANCHORS, pairs: int = 1, threshold: float = TAU, *, near_negatives: bool = False
+    ):
         super().__init__(anchors, pairs, near_negatives=near_negatives)
         self.threshold = real_number("threshold", threshold, below=1)
 

@@ -27,7 +27,7 @@ import pandas as pd
 import SimpleITK as sitk
 
 from mupkg.data.preprocessing import Preparation, Prepared, array_spacing
-from mupkg.scans.cases import Case, CohortError, grid_difference, name_faults, patient_key, spelt_alike
+from mupkg.scans.cases import PHANTOM, Case, CohortError, grid_difference, name_faults, patient_key, spelt_alike
 from mupkg.scans.files import access_named, read_scan
 from mupkg.scans.writing import FINGERPRINT, fingerprint
 
@@ -116,7 +116,7 @@ class Cohort:
     @property
     def of_phantoms(self) -> bool:
         """Whether all its scans are made up: phantoms are no patients."""
-        return bool(self.table["case_id"].str.startswith("phantom-").all())
+        return bool(self.table["case_id"].str.startswith(PHANTOM).all())
 
     @property
     def described(self) -> str:

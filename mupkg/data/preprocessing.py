@@ -13,10 +13,9 @@ import numpy as np
 import SimpleITK as sitk
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
-from mupkg.scans.cases import MOST_VOXELS, Case, Point
+from mupkg.scans.cases import BODY_HU, MOST_VOXELS, Case, Point
 
 BODY_GRID_MM = 4.0  # the body's outline is needed to a few mm only
-BODY_THRESHOLD_HU = -400.0
 TABLE_OPENING_MM = 12.0  # what is thinner than twice this (table top, sheets, tubes) is not body
 ROUNDING = 1e-6  # of a voxel
 AIR = 0  # the prepared volume's value outside the scan
@@ -99,7 +98,7 @@ def body_mask(image: sitk.Image, modality: str) -> sitk.Image:
         span = float(high - low)
         lifted = sitk.Clamp(sitk.Cast(coarse, sitk.sitkFloat32) - float(low), sitk.sitkFloat32, 0.0, span)
         return largest_component(sitk.OtsuThreshold(sitk.Log(lifted / max(span, 1e-6) + 0.01), 0, 1))
-    body = sitk.Cast(coarse, sitk.sitkFloat32) > BODY_THRESHOLD_HU  # an unsigned image would wrap the threshold round
+    body = sitk.Cast(coarse, sitk.sitkFloat32) > BODY_HU  # an unsigned image would wrap the threshold round
     radius = [max(1, round(TABLE_OPENING_MM / s)) for s in coarse.GetSpacing()[:2]] + [0]
     return largest_component(sitk.BinaryMorphologicalOpening(body, radius))
 

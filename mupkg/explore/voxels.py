@@ -20,6 +20,7 @@ from mupkg.explore.predictions import CasePredictions, Cases
 from mupkg.report import embeddings
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, Projection
 from mupkg.report.figures import CHOSEN, TRUTH, pixels_png
+from mupkg.samplers import TAU
 from mupkg.scans.writing import whole_file
 from mupkg.stages.voxels import KINDS, draw, sample_voxels
 
@@ -28,7 +29,7 @@ NEAREST = 10  # neighbours of a voxel that are shown, and kept of each saved one
 PLACE = ["z", "y", "x"]
 
 
-def draw_voxels(case: CasePredictions, per_kind: int = 300, tau: float = 0.1, seed: int = 0) -> pd.DataFrame:
+def draw_voxels(case: CasePredictions, per_kind: int = 300, tau: float = TAU, seed: int = 0) -> pd.DataFrame:
     """Up to `per_kind` voxels of every kind and as many hard ones, which a run gets wrong by more than tau.
 
     A row a voxel, the same for all runs: case, split, z, y, x, kind and its number in KINDS, "mm to contour"

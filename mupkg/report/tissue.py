@@ -7,6 +7,8 @@ import pandas as pd
 import SimpleITK as sitk
 from scipy import ndimage
 
+from mupkg.scans.cases import BODY_HU
+
 TREND_MM = 9.0  # structure slower than this (Gaussian sigma) is anatomy and is taken off before noise is measured
 FAT_WINDOW_HU = (-130.0, -70.0)
 MUSCLE_WINDOW_HU = (20.0, 80.0)
@@ -20,7 +22,7 @@ def fat_and_muscle(image: sitk.Image) -> dict[str, np.ndarray]:
     real scan and a phantom. "muscle" holds every soft tissue of that density.
     """
     smooth = ndimage.median_filter(sitk.GetArrayViewFromImage(image).astype(np.float32), 3)
-    body = ndimage.binary_erosion(ndimage.binary_fill_holes(smooth > -400), iterations=2)
+    body = ndimage.binary_erosion(ndimage.binary_fill_holes(smooth > BODY_HU), iterations=2)
     windows = {"fat": FAT_WINDOW_HU, "muscle": MUSCLE_WINDOW_HU}
     return {
         name: ndimage.binary_erosion(body & (smooth > low) & (smooth < high), ndimage.generate_binary_structure(3, 1))

@@ -22,12 +22,11 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import fft, ndimage, optimize
 
-from mupkg.scans.cases import Point, not_in_hu
+from mupkg.scans.cases import BODY_HU, Point, not_in_hu
 
 GRID_MM, MAX_VOXELS = 3.0, 2_000_000  # working grid; coarser for very large scans, so that the work is bounded
 SMOOTHING_MM = 2.0  # standard deviation; calms noise and bridges small marrow holes (R3: bone, filled)
 SOFT_HU, BONE_HU = 50.0, 200.0  # likeness to bone rises from 0 to 1 between these
-AIR_HU = -400.0  # below: outside the body
 RADII_MM = (14.0, 17.0, 20.0, 23.0, 26.0)  # a template fits heads up to about 15 % larger: R3's 13 to 30 mm
 NECK_AXIS = (0.73, -0.10, -0.68)  # (lateral, back, up): where the socket opens and the neck leaves
 DISTANCE_MM = (130.0, 175.0, 230.0)  # between the two centres: least, usual, most
@@ -63,7 +62,7 @@ def femoral_heads(image: sitk.Image) -> FemoralHeads:
     volume, first = _upright(image, low, high - low, grid_mm)
     volume = ndimage.gaussian_filter(volume, SMOOTHING_MM / grid_mm)
     bone = np.clip((volume - SOFT_HU) / (BONE_HU - SOFT_HU), 0, 1)
-    body, solid = volume > AIR_HU, bone > 0.5
+    body, solid = volume > BODY_HU, bone > 0.5
     if not 0 < solid.sum() < 0.5 * body.sum():
         return FemoralHeads(reason="no bone found" if not solid.any() else "more than half would be bone")
     box = ndimage.find_objects(solid.astype(np.uint8))[0]
