@@ -129,4 +129,4 @@ def _padded(volume: Volume, smallest: tuple[int, int, int]) -> UInt8[Tensor, "z 
         volume = np.pad(np.pad(volume, [across, (0, 0), (0, 0)], mode="edge"), [(0, 0), *in_plane])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anybody write
-        return torch.from_numpy(volume.view(np.uint8))
+        return torch.from_numpy(np.ascontiguousarray(volume).view(np.uint8))  # also of a volume that was flipped

@@ -98,6 +98,14 @@ def test_iterating_gives_the_batches_in_order_without_end():
         assert torch.equal(images, source.batch(step)[0])
 
 
+def test_a_flipped_volume_is_cut_as_it_lies():
+    """Regression: PyTorch takes no array of negative strides."""
+    image, label = np.random.default_rng(0).integers(0, 2, (2, 6, 16, 16), dtype=np.uint8)
+    as_it_lies = PatchSource([np.flip(image)], [np.flip(label)], patch_size=(8, 8))
+    copied = PatchSource([np.flip(image).copy()], [np.flip(label).copy()], patch_size=(8, 8))
+    assert all(torch.equal(*parts) for parts in zip(as_it_lies.batch(0), copied.batch(0), strict=True))
+
+
 def test_a_small_volume_is_padded_with_air_in_plane_and_its_end_slices_across():
     image = np.arange(1, 13, dtype=np.uint8).reshape(2, 2, 3)
     source = PatchSource([image], [image % 2], patch_size=(4, 6), channels=5, batch_size=2)

@@ -154,9 +154,9 @@ def spoilt(folder: Path) -> dict[str, str]:
         "missing": "patient missing: has no ROIs 'Prostate', but Bladder",
         "empty": "patient empty has no RTSTRUCT",  # an empty one is a template: told of, and passed over
         "open": f"patient open, ROI 'Prostate': the contour at {at} mm is OPEN_PLANAR",
-        "points": "patient points, ROI 'Prostate': has no contours that enclose anything",
-        "above": f"patient above, ROI 'Prostate': the contour at {middle[2] + 1000:.2f} mm does not lie on one",
-        "outside": f"patient outside, ROI 'Prostate': the contour at {at} mm does not lie on one",
+        "points": f"patient points, ROI 'Prostate': the contour at {at} mm is a POINT",
+        "above": f"patient above, ROI 'Prostate': the contour at {middle[2] + 1000:.2f} mm lies on no slice",
+        "outside": f"patient outside, ROI 'Prostate': the contour at {at} mm leads out of its slice",
         "other": "patient other, ROI 'Prostate': was drawn on series 1.2.3 of frame of reference 1.2.4",
         "twice": "patient twice: has 2 ROIs 'Prostate'",
         "voxelless": "export the series again, with its voxels",
@@ -189,9 +189,11 @@ def test_a_name_that_is_none_is_refused_before_any_work(roi, tmp_path: Path) -> 
 
 
 def test_pseudonyms_are_not_promised_where_none_are_given() -> None:
-    with pytest.raises(ValueError, match="hash_patients is for source 'dicom_rt'"):
+    with pytest.raises(
+        ValueError, match=r"hash_patients does nothing with source 'phantoms'; .* set source to 'dicom_rt'"
+    ):
         CohortSettings.checked({"source": "phantoms", "hash_patients": True})
-    with pytest.raises(ValueError, match="fill_gaps is for source 'dicom_rt'"):
+    with pytest.raises(ValueError, match="fill_gaps does nothing with source 'pattern'"):
         CohortSettings.checked({"source": "pattern", "source_folder": "scans", "fill_gaps": True})
 
 

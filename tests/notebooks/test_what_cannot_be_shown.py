@@ -24,7 +24,7 @@ def test_a_test_region_without_prostate_has_an_empty_row_and_no_picture(study, m
     monkeypatch.setattr(inference, "load_network", LOAD_NETWORK)
     names = study.notebook("05")
     assert "test regions that hold no prostate: d\n" in capsys.readouterr().out
-    assert set(names["ranked"]) == {"e", "f"} and set(names["shown"]) == {"e", "f"}
+    assert set(names["ranked"]) == {"e", "f"} and set(names["chosen"]) == {"e", "f"}
     table = pd.read_csv(study.root / "study" / "report" / "embedding_separation.csv", index_col="case_id")
     assert len(table) == 6
     assert table.loc["d", ["silhouette", "Fisher ratio"]].isna().all(axis=None)

@@ -311,7 +311,7 @@ def test_when_a_case_fails_no_table_of_before_is_left(cohort, regions, tmp_path,
     heads_at(monkeypatch)
     with pytest.raises(ValueError, match=r"case phantom-.* cannot be located"):
         write_regions(cohort, NOTHING, tmp_path / "stage1", coarse_mm=8.0, region_mm=(96, 120, 120))
-    with pytest.raises(ValueError, match=r"regions\.csv: .*No such file.*; run notebook 02"):
+    with pytest.raises(ValueError, match=r"regions\.csv: there is no such table; run notebook 02"):
         Regions.read(tmp_path / "stage1")
 
 
