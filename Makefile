@@ -170,7 +170,9 @@ PAGES := outputs/pages/notebooks
 SITE_LESSONS := $(patsubst notebooks/lessons/solutions/%,$(PAGES)/lessons/%,$(wildcard notebooks/lessons/solutions/*.ipynb))
 SITE_LESSONS += $(patsubst notebooks/%,$(PAGES)/%,$(wildcard notebooks/lessons/slides.ipynb))
 SITE_NOTEBOOKS := $(addprefix $(PAGES)/,00_prepare_cohort.ipynb 01_data_exploration.ipynb 08_explore.ipynb 09_segment_a_patient.ipynb)
-# Trials whose runs are all kept as tables, for notebooks 10 and 06: make site SITE_TRIAL=e1 SITE_PARAMETERS=parameters
+# Trials whose runs are all kept as tables, for notebooks 10 and 06
+SITE_TRIAL ?= e1_new
+SITE_PARAMETERS ?= parameters
 SITE_NOTEBOOKS += $(SITE_TRIAL:%=$(PAGES)/10_does_it_help.ipynb) $(SITE_PARAMETERS:%=$(PAGES)/06_parameter_studies.ipynb)
 PACKAGE := $(wildcard mupkg/*.py mupkg/*/*.py notebooks/lessons/*.py)
 site: $(SITE_LESSONS) $(SITE_NOTEBOOKS) .venv-site/installed

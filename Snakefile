@@ -54,7 +54,7 @@ if GPUS > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
 
 
 # Where the runs' own parameters name a stage 1 (one a fold), it is theirs; else the study has one.
-STAGE1_OF = {run: told.get("stage1", STAGE1) for run, told in STUDY.runs.items()}
+STAGE1_OF = {run: parameters.get("stage1", STAGE1) for run, parameters in STUDY.runs.items()}
 # A kept stage 1 is not trained again: another machine would round otherwise, and cut other regions.
 KEPT_STAGES = kept_stages(STUDY.study, STUDY.stages, Path(OUT)) if STUDY.trial else {*()}
 

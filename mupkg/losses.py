@@ -153,7 +153,7 @@ def voxel_cross_entropy(logits: Float[Tensor, "n classes *spatial"], labels: Int
         ValueError: on a CPU, for labels that are no class. To look for them, a GPU would wait in every step; there
             the kernel's own assertion, `t >= 0 && t < n_classes`, ends the training.
     """
-    known, classes = (labels != IGNORED).any(), logits.shape[1]
+    any_voxel, classes = (labels != IGNORED).any(), logits.shape[1]
     if torch.are_deterministic_algorithms_enabled():  # CUDA has no deterministic kernel for images, but one for lists
         logits, labels = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
     try:
@@ -162,7 +162,7 @@ def voxel_cross_entropy(logits: Float[Tensor, "n classes *spatial"], labels: Int
         wrong = sorted({*labels.unique().tolist()} - {IGNORED, *range(classes)})
         cure = f"to ignore voxels, labels.long().masked_fill(labels == {wrong[-1]}, {IGNORED})"
         raise ValueError(f"labels must be 0 to {classes - 1} or {IGNORED}, but hold {wrong}; {cure}") from None
-    return loss.where(known, 0.0)  # the mean of nothing is NaN
+    return loss.where(any_voxel, 0.0)  # the mean of nothing is NaN
 
 
 class LossTerms(NamedTuple):
@@ -223,8 +223,8 @@ class SegmentationMetricLoss(nn.Module):
         logits, targets = output.logits.float(), labels.long()
         cross_entropy = total = voxel_cross_entropy(logits, targets)
         if self.soft_dice is not None:
-            known = (targets != IGNORED)[:, None]
-            soft_dice = self.soft_dice(logits.softmax(dim=1) * known, targets[:, None] * known)
+            counted = (targets != IGNORED)[:, None]
+            soft_dice = self.soft_dice(logits.softmax(dim=1) * counted, targets[:, None] * counted)
             total = soft_dice if self.dice_alone else total + soft_dice
         if not self.samplers:
             return LossTerms(total, cross_entropy, {})
@@ -280,7 +280,7 @@ class BoundaryTaskLoss(SegmentationMetricLoss):
     def forward(self, output: SegmentationOutput, labels: Labels, generator: Generator | None = None) -> LossTerms:
         """All terms for one batch; `metric` holds the error of the map as "distance"."""
         terms = super().forward(output, labels, generator)
-        distance, known = contour_distance(labels, self.REACH)
-        errors = (output.embeddings[:, -1].float() - distance / self.REACH).square().where(known, 0.0)
-        error = errors.sum() / known.sum().clamp(min=1)
+        distance, is_known = contour_distance(labels, self.REACH)
+        errors = (output.embeddings[:, -1].float() - distance / self.REACH).square().where(is_known, 0.0)
+        error = errors.sum() / is_known.sum().clamp(min=1)
         return terms._replace(total=terms.total + self.weight * error, metric={"distance": error})

@@ -25,7 +25,7 @@ from pydantic import (
 
 from mupkg.scans.cases import MOST_LETTERS
 
-ALIKE = 0.75  # from this similarity on (difflib's), a name is taken for a misspelt parameter
+NAME_SIMILARITY = 0.75  # from this similarity on (difflib's), a name is taken for a misspelt parameter
 LONGEST_SHOWN = 100  # characters of a wrong value
 ANNOTATED = re.compile(r"^([^\W\d]\w*)[ \t]*:[^=\n]+=", re.MULTILINE)  # in a cell
 INJECTED = re.compile(r"^([^\W\d]\w*) = ", re.MULTILINE)  # in the cell that papermill writes
@@ -120,7 +120,7 @@ def _explained(fault: Mapping[str, Any], names: Sequence[str], hint: str) -> str
     """One of pydantic's faults in our words."""
     name, value = ".".join(str(part) for part in fault["loc"]), fault["input"]
     if fault["type"] == "extra_forbidden":
-        near = get_close_matches(name, names, 3, ALIKE)
+        near = get_close_matches(name, names, 3, NAME_SIMILARITY)
         ask = f". Did you mean {' or '.join(near)}?" if near else ""
         return f"unknown parameter {name!r}; there are: {', '.join(names)}{ask}{hint}"
     message, shown = fault["msg"], repr(value)

@@ -25,7 +25,7 @@ from mupkg.explore.controls import TITLE_PX, button, slider, small, table, wrapp
 from mupkg.explore.predictions import CasePredictions
 from mupkg.explore.voxels import draw_voxels, measure
 from mupkg.report import figures
-from mupkg.report.figures import HEAT, PREDICTION, TRUTH, mean
+from mupkg.report.figures import HEAT, PREDICTION, TRUTH, format_mean
 
 DPI = 80  # of pictures on the screen
 CLICK = 0.015  # part of a picture that a hand may move in a click
@@ -135,7 +135,7 @@ class SlicePanel:
         for image, words, layer, title in zip(self._images, self._titles, self.layers, self.titles, strict=True):
             image.value, words.value = figures.slice_png(*layer, lit=self.lit), small(title, f"{TITLE_PX - 2}px")
         bar = figures.colour_bar(self.colours, *self.meaning)
-        self.legend.value = small(f"{figures.key(self.contours)} &nbsp; {bar}")
+        self.legend.value = small(f"{figures.legend_html(self.contours)} &nbsp; {bar}")
 
     @cached_property
     def widget(self) -> ipywidgets.Widget:
@@ -298,7 +298,7 @@ class DistanceMap(SlicePanel):
         z, titles, distances = self.slice.value, [], self.distances()
         for name, distance in distances.items():
             inside, outside = distance[self.case.truth[z]], distance[~self.case.truth[z]]
-            titles.append(self.case.title(name, f"mean: prostate {mean(inside)}, rest {mean(outside)}"))
+            titles.append(self.case.title(name, f"mean: prostate {format_mean(inside)}, rest {format_mean(outside)}"))
         near = [1 - distance.clip(0, 1) for distance in distances.values()]
         lit = np.array([self.voxel[1:]] if self.voxel[0] == z else [], int).reshape(-1, 2)
         self.draw(near, titles, opacity=0.75, lit=lit)

@@ -23,7 +23,7 @@ from mupkg.explore.predictions import CasePredictions
 from mupkg.losses import gather_embeddings, squared_distance
 from mupkg.report import figures, results
 from mupkg.report.embeddings import MARGIN, EmbeddedVoxels, principal_axes, separation
-from mupkg.samplers import ContourSampler, HardNegativeSampler, RandomSampler
+from mupkg.samplers import ANCHORS, TAU, ContourSampler, HardNegativeSampler, RandomSampler
 from mupkg.stages.film import Frames, read_film
 from mupkg.stages.regions import Regions
 from mupkg.stages.runs import FILM, STAGE1
@@ -80,9 +80,9 @@ class SamplersAtWork:
         films: Mapping[str, CaseFilm] | None = None,
         *,
         patch: int = 32,
-        anchors: int = 20,
+        anchors: int = ANCHORS,
         pairs: int = 1,
-        tau: float = 0.1,
+        tau: float = TAU,
         margin: float = MARGIN,
     ):
         self.case, self.films, self.margin, self.slice = case, dict(films or {}), margin, case.slice
@@ -132,7 +132,7 @@ class SamplersAtWork:
             window = tuple(slice(start, start + size) for start, size in zip(place, self.extent, strict=True))
             slices = case.region[z], case.truth[z], case.heat[run][z]
             embedding, spacing_mm = case.embedding(run, z)[window], case.spacing_mm
-            name = f"{case.case_id}, slice {z}"
+            name = ", ".join(filter(None, [case.case_id, case.mark, f"slice {z}"]))
         return Patch(*(part[window] for part in slices), embedding, name, spacing_mm)
 
     def tuples(self, anchors: int | None = None, near: bool | None = None, step: str | None = None) -> pd.DataFrame:

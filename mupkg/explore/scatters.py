@@ -27,7 +27,7 @@ from mupkg.explore.panels import DPI
 from mupkg.explore.predictions import Cases
 from mupkg.report import embeddings
 from mupkg.report.embeddings import Projection
-from mupkg.report.figures import CHOSEN, HEAT, KIND_COLOURS, colour_bar, key, pc_names
+from mupkg.report.figures import CHOSEN, HEAT, KIND_COLOURS, colour_bar, legend_html, pc_names
 from mupkg.stages.voxels import KINDS
 
 if TYPE_CHECKING:  # slow to import
@@ -146,10 +146,10 @@ class VoxelExplorer:
         by = self.colour.value
         _, colours, *ends = COLOURS[by]
         if by == "kind":
-            legend = key(dict(zip(KINDS, KIND_COLOURS, strict=True)))
+            legend = legend_html(dict(zip(KINDS, KIND_COLOURS, strict=True)))
         else:
             legend = colour_bar(colours, "case, from the worst to the best" if by == "case" else by, *ends)
-        self.legend.value = small(f"{legend} &nbsp; {key({'chosen': CHOSEN})}")
+        self.legend.value = small(f"{legend} &nbsp; {legend_html({'chosen': CHOSEN})}")
         for name, words in zip(self.names, self.titles, strict=True):
             words.value = SQUARE + small(self.title(name), f"{TITLE_PX - 2}px")
         for scatter, data in zip(self.__dict__.get("scatters", ()), self._data(), strict=False):

@@ -78,7 +78,7 @@ def png(figure: Figure) -> bytes:
     return pixels_png(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
-def key(colours: Mapping[str, str]) -> str:
+def legend_html(colours: Mapping[str, str]) -> str:
     """Names, each with a dot in its colour, as HTML."""
     dots = (f'<span style="color: {c}">&#9679;</span>&nbsp;{name}' for name, c in colours.items())
     return " &nbsp; ".join(f'<span style="white-space: nowrap">{dot}</span>' for dot in dots)
@@ -334,10 +334,10 @@ class TuplePlane:
         hinge = np.maximum(to_positive - to_negative + self.margin, 0)
         self.dots.set_offsets(np.column_stack([to_positive, to_negative]))
         self.dots.set_color(np.where(hinge > 0, TEACHES["active"], TEACHES["satisfied"]))
-        self.ax.set_title(f"mean hinge {mean(hinge)}, margin σ = {self.margin:g}", fontsize=9, y=1.0)
+        self.ax.set_title(f"mean hinge {format_mean(hinge)}, margin σ = {self.margin:g}", fontsize=9, y=1.0)
 
 
-def mean(values: np.ndarray) -> str:
+def format_mean(values: np.ndarray) -> str:
     """A mean in words that an empty set has too."""
     return f"{values.mean():.2f}" if len(values) else "none"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -160,9 +161,20 @@ def summary(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.Dat
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table to read: three digits, metrics with their units, and no column in which every cell is empty."""
-    table = table.dropna(axis="columns", how="all").map(_three_digits)
-    return table.rename(columns=lambda name: with_unit(name) if str(name).removesuffix("_all") in METRICS else name)
+    """A table to read: three digits, one number a cell, metrics with their units, and no column of empty cells."""
+    table = table.dropna(axis="columns", how="all")
+    for name in [name for name in table if str(name).endswith(("_zyx", "_zyx_mm"))]:  # lists, as cohort.csv has them
+        what, unit = name.split("_")[0], ", mm" * name.endswith("_mm")
+        numbers = pd.DataFrame(table[name].map(json.loads).tolist(), table.index)
+        table = table.drop(columns=name).join(numbers.set_axis([f"{what} {axis}{unit}" for axis in "zyx"], axis=1))
+    return table.map(_three_digits).rename(columns=_titled)
+
+
+def _titled(column: Any) -> Any:
+    """A column's name with the unit of its metric, of which it may be the mean or the standard deviation."""
+    metric = re.sub("(_all)?(_mean|_std)?$", "", str(column))
+    unit = METRICS[metric].unit if metric in METRICS else ""
+    return f"{column} ({unit})" if unit else column
 
 
 def _three_digits(value: Any) -> Any:

@@ -73,22 +73,22 @@ def kept_runs(
     """Which of a study's runs need not be trained: they are kept, they and their first stage were told the same.
 
     Args:
-        runs, stages: by folder what they are told, `Study.run_parameters` and `Study.stages`.
+        runs, stages: their parameters by folder, `Study.run_parameters` and `Study.stages`.
         outputs: the study's folder; where it has regions already, a kept run must have seen these.
     """
     kept, cut = kept_folder(study), {}  # of each stage 1: its regions' fingerprints; one, unless here are others
-    for name, told in stages.items():
-        if not (kept / name / REGIONS).is_file() or not parameter_fault(kept / name, told, Stage1Settings):
+    for name, parameters in stages.items():
+        if not (kept / name / REGIONS).is_file() or not parameter_fault(kept / name, parameters, Stage1Settings):
             places = [place / name for place in (kept, outputs) if place and (place / name / FINGERPRINT).is_file()]
             cut[name] = {recorded("regions", place, 2) for place in places}
 
-    def stands(run: Path, told: Mapping[str, Any]) -> bool:
-        stage1 = told.get("stage1", STAGE1)
-        if stage1 not in cut or not (run / METRICS_CSV).is_file() or parameter_fault(run, told):
+    def stands(run: Path, parameters: Mapping[str, Any]) -> bool:
+        stage1 = parameters.get("stage1", STAGE1)
+        if stage1 not in cut or not (run / METRICS_CSV).is_file() or parameter_fault(run, parameters):
             return False
         return cut[stage1] <= {read_run(run / RUN, "data_fingerprint", cure=TRAIN_ANEW)["data_fingerprint"]}
 
-    return {name for name, told in runs.items() if stands(kept / name, told)}
+    return {name for name, parameters in runs.items() if stands(kept / name, parameters)}
 
 
 def kept_stages(study: str, stages: Mapping[str, Mapping[str, Any]], outputs: Path) -> set[str]:

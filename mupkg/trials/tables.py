@@ -47,10 +47,11 @@ def trial_runs(
     for stage1 in {row["folder"].parent / name for row in rows for name in stages}:
         if (stage1 / RUN).is_file():
             faults[str(stage1)] = parameter_fault(stage1, stages[stage1.name], Stage1Settings)
-    if told := [f"{name}: {fault}" for name, fault in faults.items() if fault]:
+    if wrong := [f"{name}: {fault}" for name, fault in faults.items() if fault]:
         raise ValueError(
-            f"{study}: the protocol plans {len(planned)} runs, but {'; '.join(told)}; remove what was told something "
-            "else, or give a changed arm a name of its own, and start the batch again: it trains what is missing"
+            f"{study}: the protocol plans {len(planned)} runs, but {'; '.join(wrong)}; remove what was told "
+            "something else, or give a changed arm a name of its own, and start the batch again: it trains what is "
+            "missing"
         )
     return pd.DataFrame(rows)
 
