@@ -143,7 +143,8 @@ class Cases:
 
     Args:
         volumes: a study's regions, or a whole cohort.
-        networks: by the name that is shown; any that take three slices in [0, 1], see `EmbeddingTap`.
+        networks: by the name that is shown; any that take three slices in [0, 1], see `EmbeddingTap`. Instead of a
+            run's, the path of its weights, which are read once the run is shown.
         tested: DSC of tested cases, a row a case and a column a network.
 
     Attributes:
@@ -153,10 +154,10 @@ class Cases:
     def __init__(
         self,
         volumes: Regions | Cohort,
-        networks: Mapping[str, nn.Module],
+        networks: Mapping[str, nn.Module | Path],
         tested: pd.DataFrame | None = None,
     ):
-        self.volumes, self.networks, self.names = volumes, networks, list(networks)
+        self.volumes, self.networks, self.names = volumes, dict(networks), list(networks)
         labelled = volumes.table[["split"]].dropna()  # a cohort's scan without a label is in no split
         self.table = labelled.join(pd.DataFrame(tested, columns=self.names, dtype=float))
         self.measured_here = self.table[self.names].isna()
@@ -171,9 +172,14 @@ class Cases:
         if isinstance(study, Cases):
             return study
         runs = results.finished_runs(study, configurations, seed)
-        folders = runs.set_index("configuration")["folder"]
-        networks = {name: _as_the_loss_sees_it(*load_network(folder / BEST)) for name, folder in folders.items()}
-        return cls(Regions.read(Path(study) / STAGE1), networks, results.per_case(results.case_metrics(runs), "DSC"))
+        weights = {run.configuration: run.folder / BEST for run in runs.itertuples()}
+        return cls(Regions.read(Path(study) / STAGE1), weights, results.per_case(results.case_metrics(runs), "DSC"))
+
+    def network(self, name: str) -> nn.Module:
+        """The network of this name, read if it was not yet."""
+        if isinstance(path := self.networks[name], Path):
+            self.networks[name] = _as_the_loss_sees_it(*load_network(path))
+        return self.networks[name]
 
     def worst_first(self, names: Sequence[str]) -> list[str]:
         """Cases by the mean DSC of these networks, the worst first; then those that nobody has measured."""
@@ -194,7 +200,7 @@ class Cases:
     def open(self, case_id: str | None = None, names: Sequence[str] | None = None) -> CasePredictions:
         """A case, the worst one if none is named, as these networks predict it (all of them if None).
 
-        ValueError if there is no such case, or it has no label.
+        ValueError if there is no such case with a label.
         """
         names = list(names or self.names)
         case_id = case_id or self.worst_first(names)[0]
@@ -205,14 +211,14 @@ class Cases:
         else:
             image, label = (self.volumes.image(case_id, part) for part in ("image", "label"))
         region, truth = sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(label) == 1
-        for name in names:
+        networks = {name: self.network(name) for name in names}
+        for name, network in networks.items():
             if (case_id, name) not in self._predicted:
-                work = region.size * sum(weight.numel() for weight in self.networks[name].parameters())
+                work = region.size * sum(weight.numel() for weight in network.parameters())
                 with threadpool_limits(1 if work < SMALL_WORK else None):
-                    self._predicted[case_id, name] = predict_and_embed(self.networks[name], region)
+                    self._predicted[case_id, name] = predict_and_embed(network, region)
         for key in list(self._predicted)[:-EMBEDDED_KEPT]:
             self._predicted[key] = self._predicted[key][0], None
-        networks = {name: self.networks[name] for name in names}
         heat, embeddings = ({name: self._predicted[case_id, name][part] for name in names} for part in (0, 1))
         split, spacing = self.table.loc[case_id, "split"], array_spacing(image)
         case = CasePredictions(case_id, region, truth, spacing, networks, heat, split, image, embeddings)

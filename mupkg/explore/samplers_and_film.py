@@ -102,16 +102,20 @@ class SamplersAtWork:
         self.draw_number = slider("draw", 0, 0, 99)
         self._of_run()
         self.run.observe(lambda _: self._of_run(), "value")
-        self.where = [self.run, self.step, self.slice, self.top, self.left]
+        of_region = [self.slice, self.top, self.left]
+        self.where = [self.run, self.step, *of_region]
         self.what = [self.anchors, self.pairs, self.tau, self.draw_number, self.near]
-        for control in (*self.where, *self.what):
+        for control in (self.run, self.step, *self.what):
             control.observe(lambda _: self.draw(), "value")
+        for control in of_region:  # a film has its own slice and patch
+            control.observe(lambda _: self.draw() if self.step.value == TRAINED else None, "value")
 
     def _of_run(self) -> None:
-        """Offer the steps at which the run was filmed."""
+        """Offer the steps at which the run was filmed; a run that was filmed at the same ones keeps the step."""
         film = self.films.get(self.run.value)
-        self.step.options = [*map(str, film.frames.steps if film else []), TRAINED]
-        self.step.value = TRAINED
+        steps = (*map(str, film.frames.steps if film else []), TRAINED)
+        if steps != tuple(self.step.options):
+            self.step.options, self.step.value = steps, TRAINED
 
     @property
     def patch(self) -> Patch:

@@ -325,8 +325,9 @@ class CohortExplorer(VoxelExplorer):
     def figure(self) -> Figure:
         """Scatters by kind and by error, a row a run, and below them the patches of the chosen voxels."""
         rows, some = len(self.names), self._some(PATCHES // 2)
-        figure = Figure(figsize=(11, 4.2 * rows + 1.6), dpi=DPI, layout="constrained")
-        upper, lower = figure.subfigures(2, 1, height_ratios=[4.2 * rows, 1.6])
+        low = 1.6 if some else 0.01  # inches
+        figure = Figure(figsize=(11, 4.2 * rows + low), dpi=DPI, layout="constrained")
+        upper, lower = figure.subfigures(2, 1, height_ratios=[4.2 * rows, low])
         for by, axes in zip(("kind", "error"), upper.subplots(rows, 2, squeeze=False).T, strict=True):
             self.paint_on(axes, by)
             for ax, name in zip(axes, self.names, strict=True):

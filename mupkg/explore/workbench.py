@@ -88,7 +88,8 @@ class EmbeddingExplorer(VoxelExplorer):
 
     def choose(self, rows: Int[np.ndarray, " r"], how: str = "by-code") -> None:
         """Light these voxels up in the slice and these points in every scatter; `how` names the saved file."""
-        self.view.light(self.index[rows])  # before the scatters, which keep the browser busy
+        if len(rows) or len(self.view.voxels):
+            self.view.light(self.index[rows])  # before the scatters, which keep the browser busy
         super().choose(rows, how)
 
     def choose_points(self, rows: Int[np.ndarray, " r"]) -> None:

@@ -62,23 +62,24 @@ def tested_metrics(table: pd.DataFrame, regions: Regions | None = None, shift: S
 
     Args:
         regions: the study's as they are now: what every run must have been trained on, and whose test cases it must
-            have been tested on, all of them; None: those of the first run.
+            have been tested on, all of them; None: those that any run was tested on.
 
     Raises:
         ValueError: if runs differ in their test cases or regions, or a file is missing or broken or lists a case
             twice.
     """
-    parts, again = [], f"test the run again {WITH}"
+    parts, again = {}, f"test the run again {WITH}"
     for run in table.itertuples():
         path = run.folder / metrics_name(shift)
-        part = read_cases(path, again).assign(configuration=run.configuration, seed=run.seed)
-        if "case_id" not in part or part["case_id"].duplicated().any():
+        parts[path] = read_cases(path, again).assign(configuration=run.configuration, seed=run.seed)
+        if "case_id" not in parts[path] or parts[path]["case_id"].duplicated().any():
             raise ValueError(f"{path}: must have a case_id for every row, each once; {again}")
-        parts.append(part)
-        tested, wanted = {*part["case_id"]}, {*(regions.ids("test") if regions is not None else parts[0]["case_id"])}
-        faults = {"lacks the test case(s)": wanted - tested, "was tested on others:": tested - wanted}
-        if told := [f"{fault} {', '.join(sorted(cases))}" for fault, cases in faults.items() if cases]:
-            raise ValueError(f"{path}: {' and '.join(told)}; {again}")
+    tested = {path: {*part["case_id"]} for path, part in parts.items()}
+    wanted = {*regions.ids("test")} if regions is not None else set().union(*tested.values())
+    for path, cases in tested.items():
+        faults = {"lacks the test case(s)": wanted - cases, "was tested on others:": cases - wanted}
+        if wrong := [f"{fault} {', '.join(sorted(ids))}" for fault, ids in faults.items() if ids]:
+            raise ValueError(f"{path}: {' and '.join(wrong)}; {again}")
     trained_on = {read_run(folder / RUN, "data_fingerprint")["data_fingerprint"] for folder in table["folder"]}
     cure = "(data_fingerprint in run.json); after a new stage 1, train every run of the study again"
     if len(trained_on) > 1:
@@ -86,7 +87,7 @@ def tested_metrics(table: pd.DataFrame, regions: Regions | None = None, shift: S
     if regions is not None and {regions.fingerprint()} != trained_on:
         place = regions.folder / REGIONS
         raise ValueError(f"{place}: its regions are not those that the runs were trained on {cure}")
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts.values(), ignore_index=True)
 
 
 def check_settings(parameters: Mapping[str, Mapping[str, Any]]) -> None:

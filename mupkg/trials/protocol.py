@@ -156,8 +156,11 @@ class Trial(Settings):
             arms = [arm for side in pair for arm in ([side] if isinstance(side, str) else side)]
             if unknown := [arm for arm in arms if arm not in self.arms]:
                 raise ValueError(f"contrasts: there is no arm {', '.join(unknown)}; there are {', '.join(self.arms)}")
-            if len({*arms}) < len(arms) or (len(arms) == 2 and self.arms[arms[0]] == self.arms[arms[1]]):
-                raise ValueError(f"contrasts: {' and '.join(map(side_name, pair))} must not share or equal an arm")
+            sides = " and ".join(map(side_name, pair))
+            if len({*arms}) < len(arms):
+                raise ValueError(f"contrasts: {sides} share an arm; name each one once")
+            if len(arms) == 2 and self.arms[arms[0]] == self.arms[arms[1]]:
+                raise ValueError(f"contrasts: {sides} are the same; let them differ in something")
         if len({frozenset(pair) for pair in self.contrasts}) < len(self.contrasts):
             raise ValueError("contrasts: must name each one once, in one direction")
         if not (self.contrasts or self.factors):
@@ -185,6 +188,8 @@ class Trial(Settings):
         for name in varying.keys() - {*self.factors}:
             if features[name].nunique() != 2 or all(abs(sign[name] @ sign[f]) < len(features) for f in self.factors):
                 raise ValueError(f"factors: arms differ in {name} as well; name it, or let all arms have the same")
+        if taken := {*self.means} & {*self.arms}:
+            raise ValueError(f"arm {', '.join(sorted(taken))}: is what a mean of arms is called; name it otherwise")
         return self
 
 

@@ -141,8 +141,13 @@ def nadeau_bengio(fold_differences: Float[np.ndarray, " trainings"], folds: int)
     Args:
         fold_differences: of each training the mean difference over its own test cases.
         folds: k, so test cases / training cases = 1 / (k - 1).
+
+    Raises:
+        ValueError: if the trainings are not whole repeats of k folds.
     """
     d = np.asarray(fold_differences, dtype=float)
+    if folds < 2 or not len(d) or len(d) % folds:
+        raise ValueError(f"{len(d)} trainings are not whole repeats of {folds} folds; train the missing folds")
     variance = np.nan if _all_the_same(d, axis=0) else d.var(ddof=1)
     return Estimate(d.mean(), (1 / len(d) + 1 / (folds - 1)) * variance, len(d) - 1)
 
@@ -207,7 +212,7 @@ def of_arms(metrics: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     odd = times[times != 1].rename("times").reset_index().groupby([*run, "times"])["case_id"]
     count = rows["case_id"].nunique()
     faults = [
-        f"{run_name(arm, seed)} has {'every case' if len(cases) == count else ', '.join(cases)} {n} times"
+        f"{run_name(arm, seed)} has {'every case' if len(cases) == count else ', '.join(map(str, cases))} {n} times"
         for (arm, seed, n), cases in odd
     ]
     if "fold" in rows:
@@ -328,8 +333,10 @@ def contrasts(
         descriptive: intervals alone; the verdict is "not judged".
 
     Raises:
-        ValueError: as `of_arms`; an unknown metric.
+        ValueError: as `of_arms`; an unknown metric; nothing to compare.
     """
+    if not (pairs and names):
+        raise ValueError("there is nothing to compare; name two arms or configurations, and a metric")
     if unknown := [name for name in names if name.removesuffix("_all") not in METRICS]:
         raise ValueError(f"{', '.join(unknown)}: is more of it better or worse? Say so in metrics.METRICS")
     counts = _collapses(metrics, means or {})

@@ -44,7 +44,7 @@ def trial_runs(
         faults[name] = parameter_fault(folder, own) if places else "is missing"
         rows.append({"configuration": own["arm"], "seed": own["seed"], "replicate": own["replicate"]})
         rows[-1] |= {"stage1": study / own.get("stage1", STAGE1), "folder": folder, "kept": folder.parent != study}
-    for stage1 in {row["folder"].parent / name for row in rows for name in stages}:
+    for stage1 in dict.fromkeys(row["folder"].parent / name for row in rows for name in stages):
         if (stage1 / RUN).is_file():
             faults[str(stage1)] = parameter_fault(stage1, stages[stage1.name], Stage1Settings)
     if wrong := [f"{name}: {fault}" for name, fault in faults.items() if fault]:

@@ -1,9 +1,11 @@
 """A slice that shows what it is told, pixel by pixel, and boxes however they are drawn."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from a_case import SPACING, TRUTH, Places
 from IPython.display import Image as Shown
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -11,9 +13,11 @@ from PIL import Image
 
 from mupkg import in_lab
 from mupkg.explore import panels
-from mupkg.explore.panels import SlicePanel, show
+from mupkg.explore.panels import CaseViewer, DistanceMap, SlicePanel, show
 from mupkg.explore.predictions import CasePredictions
-from mupkg.report.figures import CHOSEN, TRUTH, colour_bar
+from mupkg.explore.workbench import EmbeddingExplorer
+from mupkg.report import figures
+from mupkg.report.figures import CHOSEN, colour_bar, png
 
 SHAPE = (12, 20)
 COLD = np.zeros(SHAPE, np.float32)
@@ -60,7 +64,7 @@ def test_heat_shows_where_it_is_warm_and_contours_where_they_belong():
     picture = pixels(panel)
     warm, cold = middles(picture)[4, 4], middles(picture)[9, 15]
     assert (cold == 90).all() and np.abs(warm - 90).max() > 30
-    y, x = np.nonzero(np.abs(picture - 255 * np.array(to_rgb(TRUTH))).max(axis=2) < 3)
+    y, x = np.nonzero(np.abs(picture - 255 * np.array(to_rgb(figures.TRUTH))).max(axis=2) < 3)
     scale = picture.shape[1] / SHAPE[1]
     for found, voxel in ((y.min(), 2), (x.min(), 2), (y.max(), 9), (x.max(), 9)):
         assert abs(found / scale - voxel) < 3 / scale
@@ -187,3 +191,95 @@ def test_outside_jupyterlab_the_picture_stands_for_the_widget(monkeypatch, tmp_p
 def test_a_colour_bar_has_its_ends():
     bar = colour_bar("coolwarm", "mm to contour", -10, 10)
     assert "mm to contour -10" in bar and bar.count("#") == 9 and "> 10<" in bar
+
+
+@pytest.mark.slow
+def test_the_viewer_draws_anew_and_jumps(seen):
+    view = CaseViewer(seen, "slices")
+    assert view.slice.value in range(1, 5)
+    first = png(view.figure)
+    view.threshold.value = 0.3
+    assert view.scores["DSC"].iloc[1] == pytest.approx(seen.scores(0.3)["DSC"].iloc[1])
+    second = png(view.figure)
+    assert first != second and "DSC 1.000" in view.titles[0]
+    view.threshold.value = 0.5
+    view.worst.click()
+    assert view.slice.value == 3 and png(view.figure) != second
+    assert view.widget
+    before = view._images[0].value
+    view.opacity.value = 0.9
+    assert view._images[0].value != before
+
+
+def test_one_slider_moves_all_views_of_a_case(seen):
+    view, explorer, distance = CaseViewer(seen, "slices"), EmbeddingExplorer(seen, per_kind=10), DistanceMap(seen)
+    views = view, explorer.view, distance
+    assert view.slice is explorer.slice is distance.slice
+    for panel in views:
+        assert panel.pictures
+    before = [panel._images[0].value for panel in views]
+    explorer.slice.value = 3
+    assert all(panel._images[0].value != was for panel, was in zip(views, before, strict=True))
+
+
+def test_a_mask_with_islands_says_so_and_a_training_case_is_marked_beside_every_number(seen):
+    heat = {name: heat.copy() for name, heat in seen.heat.items()}
+    heat["UNet"][5, 22, 28] = 1.0
+    heat["MetricUNet-H"][:] = 0.9 * TRUTH
+    case = replace(seen, heat=heat, split="train")
+    view, explorer, distance = CaseViewer(case, "slices"), EmbeddingExplorer(case, per_kind=5), DistanceMap(case)
+    assert case.scores()["islands"].tolist() == [1, 0]
+    assert "with 1 island" in view.titles[0] and "island" not in view.titles[1]
+    titles = [*view.titles, *distance.titles, *(t.value for t in explorer.titles)]
+    assert len(titles) == 6 and all("TRAINING case" in title for title in titles)
+    assert "TRAINING case" in explorer.measured.value
+    assert "TRAINING" not in "".join(CaseViewer(seen, "slices").titles)
+
+
+def test_an_unknown_viewer_is_refused(seen):
+    with pytest.raises(ValueError, match="niivue, slices or itkwidgets, not 'vtk'"):
+        CaseViewer(seen, "vtk")
+
+
+def test_the_distance_map_is_the_squared_distance_over_the_runs_own_scale(seen):
+    view = DistanceMap(seen)
+    view.slice.value = 2
+    view.measure_from((2, 5, 7))
+    rows, columns = np.indices(TRUTH.shape[1:])
+    squared = (rows - 5) ** 2 + (columns - 7) ** 2
+    for name, factor in (("UNet", 1), ("MetricUNet-H", 9)):
+        np.testing.assert_allclose(view.distances()[name] * view.scale[name], factor * squared, rtol=1e-4)
+    np.testing.assert_allclose(*view.distances().values(), rtol=1e-4)  # free of scale
+    assert view.lit.tolist() == [[5, 7]]
+    view.choose((9.0, 3.0), (9.0, 3.0))
+    assert view.voxel == (2, 9, 3) and all(d[9, 3] == 0 for d in view.distances().values())
+    # what is near glows: all at the voxel, nothing as far away as background usually is
+    near, far = view.heats[0], view.distances()["UNet"] >= 1
+    assert near[9, 3] == 1 and (near[far] == 0).all() and (near >= 0).all()
+    assert view.describe(2, 9, 3).splitlines()[4] == "distance: A 0.00, B 0.00"
+
+
+def test_distances_are_those_of_the_slice_shown(seen):
+    class Slices(Places):
+        def forward(self, images):
+            output = super().forward(images)
+            grey = images[:, 1:2, :1, :1]  # a corner of the middle slice
+            return output._replace(embeddings=output.embeddings * grey)
+
+    seen = CasePredictions("made up", seen.region, TRUTH, SPACING, {"UNet": Slices()}, {"UNet": seen.heat["UNet"]})
+    view, at = DistanceMap(seen), np.array([5, 7])
+    view.measure_from((2, 5, 7))
+    chosen = seen.region[2, 0, 0] / 255 * at  # the voxel's embedding stays, whichever slice is shown
+    for z in (2, 4, 2):
+        view.slice.value = z
+        expected = ((seen.region[z, 0, 0] / 255 * np.array([12, 7]) - chosen) ** 2).sum() / view.scale["UNet"]
+        assert view.distances()["UNet"][12, 7] == pytest.approx(expected, rel=1e-3)
+        assert view.lit.tolist() == ([[5, 7]] if z == 2 else [])
+
+
+def test_edges_are_not_lost_by_a_box_that_leaves_the_picture(seen):
+    explorer = EmbeddingExplorer(seen, per_kind=2000)
+    explorer.slice.value = 2
+    explorer.view.choose((-8, -5), (90, 90))
+    assert len(explorer.rows) == (explorer.index[:, 0] == 2).sum()
+    assert len(explorer.view.lit) == len(explorer.rows)

@@ -115,10 +115,11 @@ def test_metrics_are_gathered_with_names_as_text(tmp_path):
 
 @pytest.mark.parametrize("other", [["000", "002"], ["000"]])
 def test_runs_on_other_cases_are_not_compared(tmp_path, other):
+    """Regression: the first run was the yardstick, and a good one was blamed for the case that the first lacked."""
     write_run(tmp_path, "UNet-seed0", [0.5, 0.7])
     write_run(tmp_path, "MetricUNet-R-seed0", [0.5] * len(other), cases=other)
-    with pytest.raises(ValueError, match=r"lacks the test case\(s\) 001.*; test the run again"):
-        case_metrics(finished_runs(tmp_path))
+    with pytest.raises(ValueError, match=r"MetricUNet-R-seed0.*lacks the test case\(s\) 001; test the run again"):
+        case_metrics(finished_runs(tmp_path).iloc[::-1])
 
 
 def regions_of(tmp_path, *cases, fingerprint="1234"):
