@@ -25,18 +25,15 @@ WITH_AFFINE = "save it with the right affine (nibabel.Nifti1Image(voxels, affine
 MALFORMED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
 MALFORMED += (NotImplementedError, zlib.error, BytesLengthException, InvalidDicomError)  # what bad headers raise
 
+META_DIMENSIONS = 10  # ITK has room for so many
 META_SAME = {"Rotation": "TransformMatrix", "Orientation": "TransformMatrix"}
 META_SAME |= {"Position": "Offset", "Origin": "Offset"}
 META_NEEDED = ("NDims", "DimSize", "ElementSpacing", "TransformMatrix", "Offset")
 META_NUMBERS = {"TransformMatrix": 2, "ElementNumberOfChannels": 0}  # how many: NDims to this power
 META_NUMBERS |= dict.fromkeys(("DimSize", "ElementSpacing", "ElementSize", "Offset", "CenterOfRotation"), 1)
-META_ALLOWED = {"NDims": "[1-9]|10", "DimSize": r"0*[1-9]\d*(\s+0*[1-9]\d*)*"}  # ITK has room for 10 dimensions
-META_ALLOWED |= {"BinaryData": "True", "CompressedData": "False|True", "HeaderSize": "0|-1"}
-META_ALLOWED |= {"DistanceUnits": "mm"}  # ITK takes all numbers for mm
-NRRD_ALLOWED = {"encoding": "raw|gzip|gz", "spacedirections": r"([^(]*\([^)]*\)){3,}[^(]*"}  # three vectors
-NRRD_ALLOWED |= {"space": "left-posterior-superior|lps|right-anterior-superior|ras|left-anterior-superior|las"}
-NRRD_ALLOWED |= dict.fromkeys(("units", "spaceunits"), r'("(mm)?"\s*)*')
-NRRD_ALLOWED |= dict.fromkeys(("datafile", "lineskip", "byteskip"), "(?!)")  # nothing: its voxels would lie elsewhere
+META_WORDS = {"BinaryData": ("True",), "CompressedData": ("False", "True"), "HeaderSize": ("0", "-1")}
+META_WORDS |= {"DistanceUnits": ("mm",)}  # ITK takes all numbers for mm
+NRRD_SPACES = ("left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las")
 META_LINE, NRRD_LINE = r"([^=:]+)[=:](.*)", r"#.*|[^:]*:=.*|([^:]{,99}): (.{,999})"  # a longer one crashes ITK
 NIFTI_FLOATS = {16: "f4", 64: "f8"}  # by the code of its type
 NIFTI = {"dim": (40, "8h"), "type": (70, "h"), "bitpix": (72, "h"), "pixdim": (76, "8f")}
@@ -65,8 +62,8 @@ def named(path: Path, kind: str = "an image") -> Iterator[None]:
         raise ValueError(f"{path}: cannot be read as {kind} ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
-def _fields(header: bytes, pattern: str, needed: Sequence[str], allowed: dict[str, str]) -> dict[str, str]:
-    """The lines of a header by their keys; Fault if one is malformed, told twice, not allowed, or not there."""
+def _fields(header: bytes, pattern: str, needed: Sequence[str]) -> dict[str, str]:
+    """The lines of a header by their keys; Fault if one is malformed, told twice, or needed and not there."""
     fields: dict[str, str] = {}
     for line in filter(str.strip, header.decode("latin-1").split("\n")):
         match = re.fullmatch(pattern, line.strip())
@@ -75,8 +72,6 @@ def _fields(header: bytes, pattern: str, needed: Sequence[str], allowed: dict[st
             raise Fault(f"the line {line[:80]!r} of its header is malformed, or repeats another one")
         if key is not None:
             fields[key] = match[2].strip()
-            if not re.fullmatch(allowed.get(key, ".*"), fields[key]):
-                raise Fault(f"its {key} is {fields[key][:80]}, which is not read here")
     for key in needed:
         if key.replace(" ", "") not in fields:
             raise Fault(f"its header has no line `{key}`", f"{AGAIN}, or add the line if you know what it must say")
@@ -88,11 +83,18 @@ def meta_voxels(path: Path, start: bytes) -> tuple[Path, int, bool]:
     end = re.search(rb"^ElementDataFile[ \t]*[=:][^\r\n]*\r?(\n|\Z)", start, re.MULTILINE)
     if end is None:
         raise Fault("cannot be read as an image: no line `ElementDataFile` ends its header")
-    fields = _fields(start[: end.end()], META_LINE, META_NEEDED, META_ALLOWED)
+    fields = _fields(start[: end.end()], META_LINE, META_NEEDED)
     n, file = int(fields["NDims"]), fields["ElementDataFile"]
+    if not 1 <= n <= META_DIMENSIONS:
+        raise Fault(f"its NDims is {n}")
     for key, power in META_NUMBERS.items():
         if key in fields and len([float(number) for number in fields[key].split()]) != n**power:
             raise Fault(f"its {key} does not hold {n**power} number(s)")
+    if not all(size.isdecimal() and int(size) > 0 for size in fields["DimSize"].split()):
+        raise Fault(f"its DimSize is {fields['DimSize']}")
+    for key, allowed in META_WORDS.items():
+        if fields.get(key, allowed[0]) not in allowed:
+            raise Fault(f"its {key} is {fields[key]}, not {' or '.join(allowed)}")
     voxels, begin = (path, end.end()) if file == "LOCAL" else (path.parent / file, 0)
     if (path.suffix.lower() == ".mha") != (file == "LOCAL") or "%" in file or file.startswith("LIST"):
         raise Fault(f"its ElementDataFile is {file}: a .mha holds its voxels (LOCAL), a .mhd names their file")
@@ -108,7 +110,17 @@ def nrrd_voxels(start: bytes) -> tuple[int, bool]:
     if end is None or not start.startswith(b"NRRD"):
         raise Fault("does not begin with NRRD, or no empty line ends its header")
     lines = start[: end.start()].lower().partition(b"\n")[2]
-    fields = _fields(lines, NRRD_LINE, ("encoding", "space", "space directions", "space origin"), NRRD_ALLOWED)
+    fields = _fields(lines, NRRD_LINE, ("encoding", "space", "space directions", "space origin"))
+    if fields["space"] not in NRRD_SPACES:
+        raise Fault(f"its space is {fields['space']}, not one of {', '.join(NRRD_SPACES)}", "export it again")
+    if fields["spacedirections"].count("(") < 3:
+        raise Fault(f"its space directions are {fields['spacedirections']}, not those of three axes")
+    if units := set(re.findall('"([^"]*)"', fields.get("units", "") + fields.get("spaceunits", ""))) - {"mm", ""}:
+        raise Fault(f"its units are {', '.join(units)}, not mm", "export it again in mm")
+    if fields["encoding"] not in ("raw", "gzip", "gz"):
+        raise Fault(f"its encoding is {fields['encoding']}, not raw or gzip")
+    if elsewhere := {"datafile", "lineskip", "byteskip"} & set(fields):
+        raise Fault(f"its header has the line `{elsewhere.pop()}`, so its voxels lie elsewhere")
     return end.end(), fields["encoding"] != "raw"
 
 

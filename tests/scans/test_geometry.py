@@ -576,15 +576,15 @@ def test_a_nrrd_in_another_space_lies_at_the_same_place(space, flips, tmp_path):
         ("mha", "TransformMatrix = 1 0 0 0 1 0 0 0 1\n", "", "no line `TransformMatrix`"),
         ("mha", "Offset = -20 30 -300\n", "", "no line `Offset`"),
         ("mha", "Offset", "Origin = 0 0 0\nOffset", "repeats another one"),
-        ("mha", "NDims = 3\n", "NDims = 3\nDistanceUnits = cm\n", "its DistanceUnits is cm"),
+        ("mha", "NDims = 3\n", "NDims = 3\nDistanceUnits = cm\n", "DistanceUnits is cm, not mm"),
         ("mha", "TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 0.2 1 0", "not at right angles"),
         ("nrrd", "space: left-posterior-superior\n", "space dimension: 3\n", "no line `space`"),
         ("nrrd", "left-posterior-superior", "scanner-xyz", "its space is scanner-xyz"),
         ("nrrd", NRRD_PLACE, "spacings: 2 2.5 4", "no line `space directions`"),
-        ("nrrd", NRRD_PLACE, NRRD_PLACE.replace("(2,0,0)", "none"), "its spacedirections is none"),
+        ("nrrd", NRRD_PLACE, NRRD_PLACE.replace("(2,0,0)", "none"), "not those of three axes"),
         ("nrrd", NRRD_PLACE, NRRD_PLACE.replace("(0,0,4)", "(0,1,4)"), "not at right angles"),
         ("nrrd", "space origin: (-20,30,-300)\n", "", "no line `space origin`"),
-        ("nrrd", "kinds: domain", 'space units: "m" "m" "m"\nkinds: domain', 'its spaceunits is "m"'),
+        ("nrrd", "kinds: domain", 'space units: "m" "m" "m"\nkinds: domain', "its units are m, not mm"),
     ],
 )
 def test_mha_and_nrrd_that_do_not_place_their_voxels_are_refused(ending, old, new, named, tmp_path):
