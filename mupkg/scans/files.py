@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import SimpleITK as sitk
 
 from mupkg.scans.cases import MOST_VOXELS, CohortError, one_volume
 from mupkg.scans.geometry import RESAMPLE, check_affines, dicom_header, image_affine, series_geometry, series_image
-from mupkg.scans.headers import AGAIN, GZIP, Fault, held, meta_voxels, named, nifti_affines, nrrd_voxels
+from mupkg.scans.headers import AGAIN, Fault, count_bytes, meta_voxels, named, nifti_affines, nrrd_voxels, unpacked
 from mupkg.scans.writing import whole_file
 
 TWO_FILES = (".mhd", ".nhdr", ".hdr", ".img")  # a header and its voxels apart: never whole at one stroke
@@ -100,14 +101,14 @@ def _checked(path: Path, channel: int = 0) -> sitk.ImageFileReader:
         raise ValueError(f"{path}: is one of two files, header and voxels apart; convert them to one .nii.gz or .mha")
     reader.SetFileName(str(path))
     reader.SetImageIO(next((io for ending, io in READERS.items() if name.endswith(ending)), ""))
-    voxels, begin, first, packed, affines, kind = path, 0, 0, start.startswith(GZIP), {}, None
+    voxels, begin, packed, needed, affines, floats = path, 0, start.startswith(b"\x1f\x8b"), 0, {}, None
     with named(path), np.errstate(all="ignore"):
         if reader.GetImageIO() == "MetaImageIO":
             voxels, begin, packed = meta_voxels(path, start)
         elif reader.GetImageIO() == "NrrdImageIO":
             begin, packed = nrrd_voxels(start)
         elif reader.GetImageIO() == "NiftiImageIO":
-            size, first, kind, affines = nifti_affines(start)
+            size, needed, affines, floats = nifti_affines(start, channel)
             check_affines([*size, 1, 1][:3], affines)  # ITK has no words for some faults
         else:
             raise Fault("its format does not say where voxels lie", "convert it to .nii.gz, .mha or .nrrd")
@@ -116,18 +117,16 @@ def _checked(path: Path, channel: int = 0) -> sitk.ImageFileReader:
         if not 0 < min(spacing[:3]) <= max(spacing[:3]) < math.inf:
             raise Fault(f"its spacing is {spacing} mm", "export it again with a positive one")
         check_affines([*size, 1, 1][:3], affines | {"reading by SimpleITK": image_affine(reader)})
-        if kind is None:
-            pixel = sitk.Image([1] * len(size), reader.GetPixelID(), reader.GetNumberOfComponents())
-            kind = np.dtype(f"V{pixel.GetNumberOfComponentsPerPixel() * pixel.GetSizeOfPixelComponent()}")
-    n, needed, wrong = math.prod(size), first + math.prod(size) * kind.itemsize, 0
-    with named(voxels), voxels.open("rb") as file:
+    if not needed:
+        pixel = sitk.Image([1] * len(size), reader.GetPixelID(), reader.GetNumberOfComponents())
+        needed = math.prod(size) * pixel.GetNumberOfComponentsPerPixel() * pixel.GetSizeOfPixelComponent()
+    with voxels.open("rb") as file, named(voxels):
         file.seek(begin)
-        there = held(file, packed, needed + 1) if n <= MOST_VOXELS else b""
-        if kind.kind == "f" and len(there) >= needed:
-            volumes = np.frombuffer(there, kind, n, first).reshape(-1, math.prod(size[:3]))
-            wrong = np.count_nonzero(~np.isfinite(volumes[channel : channel + 1]))
-    if len(there) < needed:
-        claims = f"it claims {' x '.join(map(str, size))} voxels, {needed} bytes; {voxels.name} holds fewer"
+        held, wrong = voxels.stat().st_size - begin, 0
+        if packed or floats:
+            held, wrong = count_bytes(unpacked(file) if packed else iter(partial(file.read, 2**20), b""), floats)
+    if held < needed or math.prod(size) > MOST_VOXELS:
+        claims = f"it claims {' x '.join(map(str, size))} voxels, {needed} bytes; {voxels.name} holds {held} bytes"
         raise ValueError(f"{path}: cannot be read as an image ({claims}); {AGAIN}")
     if wrong:
         raise ValueError(f"{path}: {wrong} voxel(s) in it are NaN or infinite; export the scan again")

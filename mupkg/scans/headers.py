@@ -9,17 +9,15 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from gzip import GzipFile
-from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from scipy.spatial.transform import Rotation
 
-GZIP = b"\x1f\x8b"  # begins what is packed so
 AGAIN = "copy or export it again"
 WITH_AFFINE = "save it with the right affine (nibabel.Nifti1Image(voxels, affine)), or convert its DICOM series again"
 MALFORMED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
@@ -124,12 +122,20 @@ def nrrd_voxels(start: bytes) -> tuple[int, bool]:
     return end.end(), fields["encoding"] != "raw"
 
 
-def nifti_affines(start: bytes) -> tuple[list[int], int, np.dtype, dict[str, np.ndarray]]:
-    """A NIfTI's size, from which byte on it has its voxels, of what type, and all that places them.
+class Floats(NamedTuple):
+    """Where one volume of floats lies in a file, in bytes when unpacked."""
 
-    These are affines (see `geometry`) by name. The type of all that are no floats is bytes.
+    dtype: np.dtype
+    begin: int
+    size: int
+
+
+def nifti_affines(start: bytes, channel: int) -> tuple[list[int], int, dict[str, np.ndarray], Floats | None]:
+    """A NIfTI's size, its bytes when unpacked, and all that places its voxels: affines (see `geometry`) by name.
+
+    And where the volume of a channel lies if it is of floats.
     """
-    header = zlib.decompressobj(47).decompress(start, 1024) if start.startswith(GZIP) else start
+    header = zlib.decompressobj(47).decompress(start, 1024) if start.startswith(b"\x1f\x8b") else start
     if header[344:347] != b"n+1":
         raise Fault("cannot be read as an image: it lacks the mark of NIfTI-1", f"{AGAIN}, in this format")
     order = "<" if header[:4] == struct.pack("<i", 348) else ">"
@@ -149,19 +155,35 @@ def nifti_affines(start: bytes) -> tuple[list[int], int, np.dtype, dict[str, np.
         raise Fault(f"does not say where its voxels lie ({fault})", WITH_AFFINE)
     mm = NIFTI_MM[unit] * np.array([[-1], [-1], [1]])  # NIfTI's x and y lead to the right and to the front
     size = fields["dim"][1 : fields["dim"][0] + 1].tolist()
-    kind = NIFTI_FLOATS.get(int(fields["type"][0]), f"V{int(fields['bitpix'][0]) // 8}")
+    voxel, begin, floats = int(fields["bitpix"][0]) // 8, int(fields["vox_offset"][0]), None
+    if kind := NIFTI_FLOATS.get(int(fields["type"][0])):
+        volume = math.prod(size[:3]) * voxel
+        floats = Floats(np.dtype(order + kind), begin + channel * volume, volume)
     affines = {name: np.vstack([affine * mm, [0, 0, 0, 1]]) for name, affine in affines.items()}
-    return size, int(fields["vox_offset"][0]), np.dtype(order + kind), affines
+    return size, math.prod(size) * voxel + begin, affines, floats
 
 
-def held(file: BufferedReader, packed: bool, most: int) -> bytes:
-    """What a file holds from here on, unpacked, and no more than so many bytes.
+def unpacked(file: BinaryIO) -> Iterator[bytes]:
+    """A zlib stream or gzip members, from here on; zlib.error if they are cut or a checksum is wrong."""
+    unpacker = zlib.decompressobj(47)  # 47: either kind
+    while chunk := file.read(2**16):  # so no more than 72 MB at once
+        yield unpacker.decompress(chunk)
+        while unpacker.eof and unpacker.unused_data.startswith(b"\x1f\x8b"):
+            left, unpacker = unpacker.unused_data, zlib.decompressobj(47)
+            yield unpacker.decompress(left)
+    if not unpacker.eof:
+        raise zlib.error("it is cut short")
 
-    Raises:
-        zlib.error, OSError or EOFError: if it is packed, and cut or a checksum is wrong.
-    """
-    if not packed:
-        return file.read(most)
-    if file.peek().startswith(GZIP):
-        return GzipFile(fileobj=file).read(most)
-    return zlib.decompressobj().decompress(file.read(), most)
+
+def count_bytes(chunks: Iterable[bytes], floats: Floats | None) -> tuple[int, int]:
+    """How many bytes there are, and how many of the floats among them are NaN or infinite."""
+    held = wrong = 0
+    rest = b""
+    for chunk in chunks:
+        if floats:
+            rest += chunk[max(0, floats.begin - held) : max(0, floats.begin + floats.size - held)]
+            whole = len(rest) - len(rest) % floats.dtype.itemsize
+            wrong += np.count_nonzero(~np.isfinite(np.frombuffer(rest[:whole], floats.dtype)))
+            rest = rest[whole:]
+        held += len(chunk)
+    return held, wrong
