@@ -136,7 +136,8 @@ def build(
         loss = SegmentationMetricLoss(dice_alone=True)
     elif chosen.backbone == "BoundaryFCN":
         loss = BoundaryTaskLoss(weight=1.0, dice=dice)
-    return BACKBONES[chosen.backbone].network(**sizes, separate=chosen.separate), loss
+    sizes |= {"separate": True} if chosen.separate else {}
+    return BACKBONES[chosen.backbone].network(**sizes), loss
 
 
 def _refuse_idle(

@@ -272,7 +272,7 @@ def vnet(filters: int = 16) -> EmbeddingTap:
 class Backbone(NamedTuple):
     """A network that configurations name. To add one: an entry of BACKBONES, its test, METHOD.md."""
 
-    network: Callable[..., nn.Module]  # of in_channels, base_filters, embedding_dim and separate
+    network: Callable[..., nn.Module]  # of in_channels, base_filters, embedding_dim (and separate)
     multiple: int = MULTIPLE  # of which the edges of images (blocks) must be
     dimensions: int = 2
     metric: bool = False  # whether samplers may be put on it, as Metric<name>-...

@@ -66,7 +66,8 @@ class Settings(BaseModel):
     @classmethod
     def _no_other_type(cls, value: Any, info: ValidationInfo) -> Any:
         """True would pass for 1, and a list that papermill's -p has made a text of for a name."""
-        if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        takes_several = "tuple[" in str(cls.model_fields[info.field_name].annotation)
+        if takes_several and isinstance(value, str) and value.startswith("[") and value.endswith("]"):
             raise ValueError(
                 f"must not be a text in brackets; papermill takes a list by -y '{info.field_name}: {value}'"
             )
@@ -125,7 +126,8 @@ def _explained(fault: Mapping[str, Any], names: Sequence[str], hint: str) -> str
         return f"unknown parameter {name!r}; there are: {', '.join(names)}{ask}{hint}"
     message, shown = fault["msg"], repr(value)
     if len(shown) > LONGEST_SHOWN:  # a whole cohort, say, which a later cell has put in the name's place
-        shown = f"{shown[:LONGEST_SHOWN]}...; run the cell that sets it again"
+        again = "" if isinstance(value, str) else "; run the cell that sets it again"
+        shown = f"{shown[:LONGEST_SHOWN]}...{again}"
     if fault["type"] == "string_type" and isinstance(value, int | float):
         message += f"; papermill's -r {fault['loc'][0]} takes a number for text, and so do quotes in -y and in files"
     elif fault["type"] == "tuple_type" and isinstance(value, str):

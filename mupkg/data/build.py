@@ -100,9 +100,11 @@ def write_cohort(
         save_table(table, making / TABLE, index=False)
         for name in (TABLE, FINGERPRINT):  # from here on the folder is in the making
             (folder / name).unlink(missing_ok=True)
-        moved = {"copy_function": os.replace, "dirs_exist_ok": True}
-        shutil.copytree(making, folder, ignore=shutil.ignore_patterns(TABLE), **moved)
-        os.replace(making / TABLE, folder / TABLE)
+        files = [path for path in making.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == TABLE):
+            target = folder / path.relative_to(making)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)  # alone: what may enter the folder is its owner's to say
         cohort = Cohort.read(folder)
         write_text(folder / FINGERPRINT, json.dumps({"cohort": cohort.fingerprint(), "source": source}) + "\n")
     return cohort

@@ -28,7 +28,7 @@ import SimpleITK as sitk
 
 from mupkg.data.preprocessing import Preparation, Prepared, array_spacing
 from mupkg.scans.cases import PHANTOM, Case, CohortError, grid_difference, name_faults, patient_key, spelt_alike
-from mupkg.scans.files import access_named, read_scan
+from mupkg.scans.files import no_access, read_scan
 from mupkg.scans.writing import FINGERPRINT, fingerprint
 
 SPLITS = ("train", "validation", "test")
@@ -65,6 +65,8 @@ class Cohort:
         path = self.folder / "preparation.json"
         try:
             return Preparation.model_validate_json(path.read_bytes())
+        except PermissionError as error:
+            raise CohortError([no_access(path, error)]) from error
         except (OSError, ValueError) as error:
             raise CohortError([f"{path}: does not tell the preparation ({error}); {REMADE}"]) from error
 
@@ -181,6 +183,8 @@ def recorded(what: Literal["cohort", "regions"], folder: Path, notebook: int) ->
     path = folder / FINGERPRINT
     try:
         return json.loads(path.read_bytes())[what]
+    except PermissionError as error:
+        raise ValueError(no_access(path, error)) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: does not tell the {what} ({error!r}); run notebook 0{notebook} again") from error
 
@@ -195,10 +199,8 @@ def read_cases(path: Path, advice: str) -> pd.DataFrame:
     Raises:
         CohortError: naming the file, with this advice if it is no such table.
     """
-    if not path.exists():
-        raise CohortError([f"{path}: there is no such table; {advice}"])
     try:
-        with access_named(path), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
             options = {"index_col": False, "skipinitialspace": True, "keep_default_na": False}
             read = partial(pd.read_csv, path, encoding="utf-8-sig", **options)
@@ -207,6 +209,10 @@ def read_cases(path: Path, advice: str) -> pd.DataFrame:
                 raise ValueError(f"there are two columns {', '.join(map(repr, twice))}; leave one out")
             names = [name or f"Unnamed: {number}" for number, name in enumerate(header)]
             table = read(header=0, names=names, dtype=dict.fromkeys(TEXT, str), na_values=[""])
+    except FileNotFoundError:
+        raise CohortError([f"{path}: there is no such table; {advice}"]) from None
+    except PermissionError as error:
+        raise CohortError([no_access(path, error)]) from error
     except (OSError, ValueError, pd.errors.ParserWarning) as error:
         raise CohortError([f"{path}: is not a CSV table ({error}); {advice}"]) from error
     for column in table.columns.intersection(TEXT):
@@ -356,7 +362,7 @@ def _file_faults(folder: Path, table: pd.DataFrame) -> Iterator[str]:
         yield f"case {case_id}: no image is named; fill the column 'image'"
     for column in ("image", "label"):
         named = table.dropna(subset=column)
-        reals = [os.path.realpath(folder / name) for name in named[column]]
+        reals = [os.path.realpath(folder / name.replace("\0", "?")) for name in named[column]]
         files = [*zip(named["case_id"].astype(str), named[column], reals, strict=True)]
         for case_id, name, real in files:
             if not Path(real).is_relative_to(os.path.realpath(folder)):

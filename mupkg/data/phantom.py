@@ -474,7 +474,7 @@ def _check_grid(spacing_mm: Vector, shape: tuple[int, int, int] | None) -> None:
     spacing = np.asarray(spacing_mm, float)
     if spacing.shape != (3,) or not ((spacing > 0) & (spacing <= 12)).all():
         raise ValueError(f"spacing_mm must be three lengths (z, y, x) above 0 and up to 12 mm, not {spacing_mm!r}")
-    if shape is not None and not (np.multiply(shape, spacing) >= LEAST_MM).all():
+    if shape is not None and (len(shape) != 3 or not (np.multiply(shape, spacing) >= LEAST_MM).all()):
         raise ValueError(
             f"shape {shape!r} at spacing_mm {spacing_mm!r}: a pelvis needs {LEAST_MM} mm (z, y, x) at least"
         )

@@ -64,6 +64,10 @@ def embedding_layer(network: nn.Module) -> nn.Module:
     """
     for wrapper in ("module", "_orig_mod"):  # DistributedDataParallel's, torch.compile's
         network = getattr(network, wrapper, network)
+    if not hasattr(network, "decoder"):
+        raise ValueError(
+            f"{type(network).__name__}: has no decoder; choose plans of PlainConvUNet or ResidualEncoderUNet"
+        )
     return network.decoder.stages[-1]
 
 
@@ -117,6 +121,7 @@ def install_trainers() -> Path:
 
     nnU-Net looks nowhere else. Returns the module's path; it may be deleted at any time.
     """
+    require_nnunet()
     package = Path(importlib.util.find_spec("nnunetv2").origin).parent
     path = package / "training/nnUNetTrainer/variants/mupkg_trainers.py"
     write_text(path, f"from mupkg.nnunet.trainers import {', '.join(TRAINERS.values())}\n")
@@ -187,6 +192,7 @@ def run(command: str, *arguments: str, folder: Path, results: Path, log: Path, *
     Raises:
         RuntimeError: with the end of its output, if it fails.
     """
+    require_nnunet()
     places = {f"nnUNet_{name}": folder.resolve() / name for name in ("raw", "preprocessed")}
     places["nnUNet_results"] = results.resolve()
     usual = {} if DEVICE == "cuda" else {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
@@ -229,7 +235,7 @@ def begin(run_folder: Path, parameters: Mapping[str, Any], **record: Any) -> Non
     if (run_folder / RUN).exists():
         before = read_run(run_folder / RUN)
         was = {**before["parameters"], "data_fingerprint": before.get("data_fingerprint")}
-        now = {**parameters, "data_fingerprint": record["data_fingerprint"]}
+        now = json.loads(json.dumps({**parameters, "data_fingerprint": record["data_fingerprint"]}))
         if differ := [f"{k} {was.get(k)} and not {now.get(k)}" for k in was | now if was.get(k) != now.get(k)]:
             raise ValueError(f"{run_folder}: holds a run with {', '.join(differ)}; delete it, or choose another seed")
     write_run(run_folder, parameters, **record)

@@ -103,7 +103,7 @@ def _range(values: np.ndarray) -> list[list[float]]:
 def card(run_folder: str | Path) -> str:
     """The model card of a run, in Markdown: data, split, results, limits and licence, as far as its files tell.
 
-    What run.json and metrics.csv do not say is called unknown.
+    What run.json does not record (`data` as a whole) is called unknown, and a run without metrics.csv not tested.
 
     Raises:
         ValueError: naming the file, if run.json is missing, or one of the two is broken.

@@ -98,13 +98,15 @@ def evaluate_elsewhere(run_folder: str | Path, cohort: Cohort, case_ids: Sequenc
     which stage 1 finds no prostate counts as an empty mask; `located` says so.
 
     Raises:
-        ValueError: naming the file if a part of the run is missing or broken.
+        ValueError: naming the file if a part of the run is missing or broken, or a case has no label.
     """
     pipeline, rows = Pipeline.load(run_folder), []
     own = {"modality": cohort.preparation.modality, "channel": None}
     pipeline = replace(pipeline, preparation=pipeline.preparation.model_copy(update=own))
     for case_id in progress(case_ids, desc="testing", unit="case"):
         case = cohort.case(case_id)
+        if case.label is None:
+            raise ValueError(f"case {case_id}: has no label to measure against; leave it out")
         try:
             mask, located = pipeline(case.image, name=case_id).mask, True
         except NotLocated:

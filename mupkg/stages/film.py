@@ -106,13 +106,17 @@ def read_film(run_folder: str | Path) -> Frames:
     """The frames of a run in their order.
 
     Raises:
-        ValueError: naming the folder or file, if there is no film or a frame of it is broken.
+        ValueError: naming the folder or file, if there is no film or its frames do not belong together.
     """
-    folder = Path(run_folder) / FILM
-    paths = sorted(folder.glob("[!.]*.safetensors"), key=lambda path: int(path.stem))
+    folder = Path(run_folder) / FILM  # frames are named by their step
+    paths = sorted((p for p in folder.glob("*.safetensors") if p.stem.isdecimal()), key=lambda path: int(path.stem))
     if not paths:
         raise ValueError(f"{folder}: holds no film; set film to True in notebook 03 (delete a run trained without)")
     frames, about = zip(*map(load_tensors, paths), strict=True)
+    for path, tensors, facts in zip(paths, frames, about, strict=True):
+        same = all(torch.equal(tensors[name], frames[0][name]) for name in ("index", "kind"))
+        if not same or any(facts[name] != about[0][name] for name in ("case_id", "slice", "corner")):
+            raise ValueError(f"{path}: is of another film than {paths[0].name}; delete {folder} and train again")
     stacked = {
         name: np.stack([frame[name].numpy() for frame in frames]).astype(np.float32)
         for name in ("embeddings", "patch_embeddings", "probability")

@@ -82,15 +82,17 @@ def batches(
     """
     device, processes, own = accelerator.device, accelerator.num_processes, accelerator.process_index
     numbers = range(steps.start * processes + own, steps.stop * processes, processes)
-    workers = workers if source.device.type == "cpu" else 0
+    cut_here = source.device.type == "cpu"
+    workers, pin = workers if cut_here else 0, cut_here and device.type == "cuda"  # a GPU fetches what is pinned
     cut = map(source.batch, numbers)
     if workers:
         # A batch follows from its number alone, so the workers need no seeds; they are not to come from torch's own
-        # generator. "Collating" a number is cutting its batch. Pinned, a GPU fetches it while the CPU goes on.
+        # generator. "Collating" a number is cutting its batch.
         options = {"batch_size": None, "collate_fn": source.batch, "generator": torch.Generator()}
-        cut = iter(DataLoader(numbers, num_workers=workers, pin_memory=device.type == "cuda", **options))
+        cut = iter(DataLoader(numbers, num_workers=workers, pin_memory=pin, **options))
     try:
-        for images, labels in cut:
+        for batch in cut:
+            images, labels = (tensor.pin_memory() for tensor in batch) if pin else batch
             images = images.to(device, memory_format=layout, non_blocking=True)
             yield images, labels.to(device, non_blocking=True)
     finally:

@@ -174,7 +174,7 @@ class Pipeline:
         location = locate(case, prepared, self.localizer, coarse_mm=self.coarse_mm)
         region = crop_region(prepared, location.centre, self.region_mm)
         probability = region_probability(self.network, region, precision, None if everywhere else location.coarse_box)
-        return Segmentation(to_scan_grid(keep_largest(probability), image), probability, location)
+        return Segmentation(to_scan_grid(keep_largest(probability), case.image), probability, location)
 
 
 def segment(image: sitk.Image, run_folder: str | Path, *, precision: Literal["no", "bf16"] = "no") -> sitk.Image:

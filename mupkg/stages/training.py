@@ -250,7 +250,9 @@ class _Run:
         """Put the checkpoint's state back; returns the machines that it was made on."""
         tensors, stored = load_tensors(path)
         self.history, made_on = (stored.pop(name, []) for name in ("history", "made_on"))
-        scale = stored.pop("scaler", {})
+        scale = stored.pop("scaler", None)
+        if not self.history or (self.scaler.is_enabled() and scale is None):
+            raise ValueError(f"{path}: is no whole checkpoint (it lacks its history or loss scale); delete it")
         if stored != self.metadata:
             changed = sorted(k for k in {*stored, *self.metadata} if stored.get(k) != self.metadata.get(k))
             raise ValueError(
@@ -261,7 +263,7 @@ class _Run:
             raise ValueError(
                 f"{self.folder / BEST}: is missing beside its checkpoint; delete {CHECKPOINT} to train anew"
             )
-        self.scaler.load_state_dict(scale)
+        self.scaler.load_state_dict(scale or {})
         weights, momentum = (
             {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
             for kind in ("network.", "momentum.")

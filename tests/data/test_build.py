@@ -3,6 +3,7 @@
 import gzip
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from pydicom import dcmread
 
 from mupkg.data.build import (
     LAYOUTS,
+    Source,
     sources_from_dicom_rt,
     sources_from_pattern,
     sources_from_phantoms,
@@ -23,6 +25,7 @@ from mupkg.data.build import (
 from mupkg.data.cohort import CohortError, patients, table_faults
 from mupkg.data.phantom import make_phantom
 from mupkg.data.preprocessing import Preparation
+from mupkg.scans.cases import Case
 from mupkg.scans.dicom_rt import write_rtstruct
 
 SHAPE = (6, 12, 14)
@@ -402,3 +405,14 @@ def test_with_hash_patients_nothing_of_a_path_or_a_person_enters_a_cohort(tmp_pa
         unpacked = gzip.decompress(content) if path.suffix == ".gz" else b""
         whole = b"\n".join([str(path.relative_to(cohort)).encode(), content, unpacked])
         assert not [name for name in names if name.encode() in whole], path
+
+
+def test_a_cohort_made_again_leaves_its_folders_permissions_alone(tmp_path):
+    """Regression: patients' folders that were closed to others were open afterwards."""
+    of_mr, folder = partial(Case, label=mask(), modality="MR"), tmp_path / "patients"
+    sources = [Source(i, partial(of_mr, i, scan(seed=n)), {"label": i}) for n, i in enumerate("abc")]
+    write_cohort(folder, sources, MR, split_seed=0)
+    for place in (folder, folder / "images"):
+        place.chmod(0o700)
+    write_cohort(folder, sources, MR, split_seed=0)
+    assert [place.stat().st_mode & 0o777 for place in (folder, folder / "images")] == [0o700, 0o700]

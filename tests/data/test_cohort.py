@@ -23,6 +23,7 @@ from mupkg.data.build import (
 from mupkg.data.cohort import (
     Cohort,
     CohortError,
+    _file_faults,
     of_replicate,
     patients,
     read_cases,
@@ -749,3 +750,9 @@ def test_a_prepared_volume_of_another_build_is_refused(tmp_path, kind):
     ):
         cohort.prepared("b")
     assert cohort.prepared("a").label is not None
+
+
+def test_a_name_with_a_nul_is_a_file_that_is_not_there(folder):
+    table = pd.read_csv(folder / "cohort.csv", dtype=str)
+    table.loc[0, "image"] += "\0"
+    assert "is not there, or may not be read" in next(_file_faults(folder, table))

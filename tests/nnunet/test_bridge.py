@@ -256,7 +256,7 @@ def test_it_is_found_behind_the_wrappers_of_a_compiled_training_on_several_gpus(
 
 
 def test_a_network_without_such_a_layer_is_told():
-    with pytest.raises(AttributeError, match="'Conv2d' object has no attribute 'decoder'"):
+    with pytest.raises(ValueError, match="Conv2d: has no decoder; choose plans"):
         nnunet.embedding_layer(nn.Conv2d(1, 1, 1))
 
 
@@ -324,7 +324,7 @@ def test_a_prediction_that_is_missing_or_broken_is_told_before_any_table(cohort,
 
 
 @pytest.mark.parametrize("found", [None, "2.8.1"])
-def test_without_its_nnunet_the_way_out_is_told(found, monkeypatch):
+def test_without_its_nnunet_the_way_out_is_told(found, cohort, regions, monkeypatch, tmp_path):
     def version(_name):
         if found is None:
             raise PackageNotFoundError
@@ -332,11 +332,14 @@ def test_without_its_nnunet_the_way_out_is_told(found, monkeypatch):
 
     monkeypatch.setattr(nnunet, "version", version)
     said = rf"nnU-Net {nnunet.VERSION} is needed, and {f'nnunetv2 {found}' if found else 'no nnunetv2'} is installed"
-    with pytest.raises(ModuleNotFoundError, match=rf'{said} .*pip install -c constraints\.txt -e "\.\[nnunet\]"'):
-        nnunet.require_nnunet()
+    for ask in (nnunet.require_nnunet, nnunet.install_trainers, lambda: nnunet.prepare(regions, cohort, tmp_path)):
+        with pytest.raises(ModuleNotFoundError, match=rf'{said} .*pip install -c constraints\.txt -e "\.\[nnunet\]"'):
+            ask()
+    assert not (tmp_path / "fingerprint.json").exists()
 
 
 def test_a_command_that_fails_is_told_with_the_end_of_its_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(nnunet, "version", lambda _name: nnunet.VERSION)
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "nnUNetv2_train"
     command.write_text('#!/bin/sh\necho "$nnUNet_raw"\necho no case\nexit 1\n')

@@ -188,3 +188,11 @@ def test_scans_are_prepared_as_their_modality_asks_on_the_run_s_own_grid(cohort,
     evaluate_elsewhere(run_folder, elsewhere, cohort.ids("test"))
     own = Pipeline.load(run_folder).preparation
     assert own.modality == "CT" and seen == [own.model_copy(update={"modality": "MR"})]
+
+
+def test_a_case_without_a_label_is_named(cohort, run_folder):
+    unlabelled = SimpleNamespace(
+        case=lambda case_id: replace(cohort.case(case_id), label=None), preparation=cohort.preparation
+    )
+    with pytest.raises(ValueError, match=f"case {cohort.ids('test')[0]}: has no label"):
+        evaluate_elsewhere(run_folder, unlabelled, cohort.ids("test"))

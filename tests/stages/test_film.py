@@ -1,5 +1,7 @@
 """A film shows the same voxels in every frame, as the network saw them, and changes nothing of the training."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,19 @@ def test_the_first_validation_case_is_filmed(regions, tmp_path):
 def test_no_film_is_said_with_the_cure(tmp_path):
     with pytest.raises(ValueError, match=r"film: holds no film; set film to True in notebook 03"):
         read_film(tmp_path)
+
+
+def test_frames_that_do_not_belong_together_are_refused_by_name(tmp_path):
+    Film(tmp_path, "c", REGION, LABEL, per_kind=3).record(network(0), 0)
+    Film(tmp_path, "d", REGION, LABEL, per_kind=3).record(network(0), 10)
+    with pytest.raises(ValueError, match=r"000010.safetensors: is of another film than 000000.safetensors"):
+        read_film(tmp_path)
+
+
+def test_a_copy_beside_the_frames_is_none(tmp_path):
+    Film(tmp_path, "c", REGION, LABEL, per_kind=3).record(network(0), 5)
+    shutil.copy(tmp_path / FILM / "000005.safetensors", tmp_path / FILM / "000005 (copy).safetensors")
+    assert read_film(tmp_path).steps == [5]
 
 
 def test_a_broken_frame_is_refused_by_name(tmp_path):

@@ -192,6 +192,9 @@ def test_of_a_4d_scan_the_channel_that_the_run_was_trained_on_is_taken(scan, run
     again = read_scan(tmp_path / "several.nii.gz", channel=pipeline.preparation.channel)
     for image in (several, again, scan):
         np.testing.assert_array_equal(array(segment(image, copied)), array(segment(scan, run_folder)))
+    # Regression: an image of one channel failed on the way back to the scan's grid
+    one = Pipeline.load(run_folder)(sitk.JoinSeries([scan]), name="P1").mask
+    np.testing.assert_array_equal(array(one), array(segment(scan, run_folder)))
     with pytest.raises(ValueError, match=r"P1: has 1 channels, no channel 1; choose one from 0 to 0"):
         pipeline(sitk.JoinSeries([scan]), name="P1")
     with pytest.raises(ValueError, match=r"several\.nii\.gz: is 4D, .* choose a channel when the cohort is made"):
