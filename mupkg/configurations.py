@@ -21,6 +21,10 @@ from mupkg.models import BACKBONES
 from mupkg.samplers import ANCHORS, SAMPLERS, TAU, whole_number
 
 Control = Literal["voxels", "balanced", "shuffled"]  # of what the metric loss does; METHOD.md, "Beyond the paper"
+OWN_LOSSES = {  # of networks that learn by another one than the cross-entropy
+    "VNet": lambda dice: SegmentationMetricLoss(dice_alone=True),
+    "BoundaryFCN": lambda dice: BoundaryTaskLoss(weight=1.0, dice=dice),
+}
 OF_VOXELS = ("voxels", "balanced")  # the controls that put `DrawnCrossEntropy` in place of the metric loss
 
 TABLE_II = (
@@ -132,12 +136,9 @@ def build(
         metric_loss = DrawnCrossEntropy(balanced=control == "balanced")
     drawing = [samplers[letter] for letter in chosen.samplers]
     loss = SegmentationMetricLoss(drawing, metric_loss, weight, shuffled=control == "shuffled", dice=dice)
-    if chosen.backbone == "VNet":
-        loss = SegmentationMetricLoss(dice_alone=True)
-    elif chosen.backbone == "BoundaryFCN":
-        loss = BoundaryTaskLoss(weight=1.0, dice=dice)
-    sizes |= {"separate": True} if chosen.separate else {}
-    return BACKBONES[chosen.backbone].network(**sizes), loss
+    loss = OWN_LOSSES[chosen.backbone](dice) if chosen.backbone in OWN_LOSSES else loss
+    separate = {"separate": True} if chosen.separate else {}
+    return BACKBONES[chosen.backbone].network(**sizes, **separate), loss
 
 
 def _refuse_idle(
