@@ -74,10 +74,10 @@ PYTEST = $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reor
 check: lint
 	$(PYTEST) -m "not slow"
 
-# The browser last and alone: what software draws in place of a GPU takes both cores.
+# The browsers last: what software draws in place of a GPU takes both cores.
 test: lint
 	$(PYTEST) --ignore tests/lab
-	$(BIN)/python -m pytest tests/lab
+	$(PYTEST) tests/lab
 
 test-real: setup
 	$(PYTEST) -m real_scans

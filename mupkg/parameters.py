@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -322,6 +323,11 @@ NUMBERS_OF_THE_LOSS = {
 }
 
 
+@cache  # a trial asks it of hundreds of runs that are alike
+def _try_to_build(name: str, options: tuple[tuple[str, Any], ...]) -> None:
+    build(name, 1, 1, 1, **dict(options))
+
+
 class Stage2Settings(MetricOptions, TrainingSettings):
     """Notebook 03: one configuration, one seed."""
 
@@ -348,7 +354,7 @@ class Stage2Settings(MetricOptions, TrainingSettings):
     @model_validator(mode="after")
     def _options_that_do_something(self) -> Self:
         """`build` refuses an option that would do nothing; here, before any work."""
-        build(self.configuration, 1, 1, 1, **self.loss_options)
+        _try_to_build(self.configuration, tuple(self.loss_options.items()))
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ OURS = {
 OURS = {number: answer for answer, numbers in OURS.items() for number in numbers.split()}
 
 
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_case_from_the_field_holds(name: str, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def stand_for_a_fork(name: str, arguments: list[str]) -> int:
 
     It is also over when the parent of this process ends, as kernels end without theirs.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # with which a kernel's end begins
     parent, status = os.getppid(), None
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(f"\0{name}")

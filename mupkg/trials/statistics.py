@@ -229,8 +229,11 @@ def of_arms(metrics: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
 
 def differences(metrics: pd.DataFrame, arm: str, against: str, metric: str) -> pd.DataFrame:
     """One metric of `arm` minus that of `against`: case x replicate; ValueError as `of_arms`."""
-    rows = of_arms(metrics, (arm, against))
-    values = rows.pivot_table(metric, "case_id", ["configuration", "seed"], dropna=False)
+    return _differences(of_arms(metrics, (arm, against)), arm, against, metric)
+
+
+def _differences(both: pd.DataFrame, arm: str, against: str, metric: str) -> pd.DataFrame:
+    values = both.pivot_table(metric, "case_id", ["configuration", "seed"], dropna=False)
     return values[arm] - values[against]
 
 
@@ -341,8 +344,9 @@ def contrasts(
         raise ValueError(f"{', '.join(unknown)}: is more of it better or worse? Say so in metrics.METRICS")
     counts = _collapses(metrics, means or {})
     metrics = with_means(metrics, means or {})
-    table = [_contrast(metrics, *pair, name, margins.get(name, np.nan), counts) for name in names for pair in pairs]
-    table = pd.DataFrame(table)
+    both = {pair: of_arms(metrics, pair) for pair in pairs}
+    rows = [_contrast(both[pair], *pair, name, margins.get(name, np.nan), counts) for name in names for pair in pairs]
+    table = pd.DataFrame(rows)
     table["correction"] = np.where(table["metric"] == primary, "Holm", "Benjamini-Hochberg")
     return judged(table, descriptive)
 
@@ -381,10 +385,10 @@ def _collapses(metrics: pd.DataFrame, means: Mapping[str, Sequence[str]]) -> pd.
 
 
 def _contrast(
-    metrics: pd.DataFrame, arm: str, against: str, metric: str, margin: float, counts: pd.DataFrame
+    both: pd.DataFrame, arm: str, against: str, metric: str, margin: float, counts: pd.DataFrame
 ) -> dict[str, Any]:
-    """One row of `contrasts`, without what depends on the other rows."""
-    both, table = of_arms(metrics, (arm, against)), differences(metrics, arm, against, metric)
+    """One row of `contrasts`, of the rows `of_arms`, without what depends on the other rows."""
+    table = _differences(both, arm, against, metric)
     table = table.drop(index=both.loc[both[metric].isna(), "case_id"].unique())
     d, (cases, replicates) = table.to_numpy(), table.shape
     folds = both["fold"].nunique() if "fold" in both else 0

@@ -43,6 +43,7 @@ from mupkg.scans import writing
 from mupkg.stages.runs import load_tensors
 
 ROOT = Path(__file__).parents[2]
+PYTHON = (sys.executable, "-m")
 MARK = "MUPKG_SOAK"
 OUT = "outputs/smoke"
 STUDY, TRIAL = "smoke", "trials/smoke"  # of notebooks/studies
@@ -146,9 +147,11 @@ def workplace(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, targets: Sequence[str] = (), study: str = STUDY) -> subprocess.Popen:
+def start(
+    folder: Path, targets: Sequence[str] = (), study: str = STUDY, python: Sequence[str] = PYTHON
+) -> subprocess.Popen:
     """Start the study, or go on with it; what it says goes to study.log."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", f"notebooks/studies/{study}.yaml"]
+    command = [*python, "snakemake", "--cores", "2", "--configfile", f"notebooks/studies/{study}.yaml"]
     command += ["--workflow-profile", "notebooks/studies/profiles/laptop", *targets]
     environment = os.environ | {MARK: str(folder), "CUDA_VISIBLE_DEVICES": "", "JPY_SESSION_NAME": ""}
     with (folder / "study.log").open("a") as log:
@@ -157,10 +160,10 @@ def start(folder: Path, targets: Sequence[str] = (), study: str = STUDY) -> subp
         )
 
 
-def finish(folder: Path, targets: Sequence[str] = (), study: str = STUDY) -> None:
+def finish(folder: Path, targets: Sequence[str] = (), study: str = STUDY, python: Sequence[str] = PYTHON) -> None:
     """Run the study to its end."""
     (folder / ORDER).unlink(missing_ok=True)
-    process = start(folder, targets, study)
+    process = start(folder, targets, study, python)
     try:
         if process.wait(timeout=900):
             raise AssertionError(f"the study failed:\n{(folder / 'study.log').read_text(encoding='utf-8')[-4000:]}")

@@ -235,9 +235,9 @@ def test_a_notebook_whose_folder_is_a_file_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data", "outputs"])
-def test_a_study_whose_folder_is_a_file_says_so(tmp_path, name):
+def test_a_study_whose_folder_is_a_file_says_so(tmp_path, name, warm):
     (tmp_path / name).write_text("mine")
-    command = [sys.executable, "-m", "snakemake", "--configfile", "notebooks/studies/smoke.yaml", "--cores", "2"]
+    command = [*warm, "snakemake", "--configfile", "notebooks/studies/smoke.yaml", "--cores", "2"]
     command += ["--nolock", "--config", *(f"{top}_folder={tmp_path / top}" for top in ("data", "outputs"))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1

@@ -23,6 +23,7 @@ from kill_study import (
     SAME,
     SECOND_ARM,
     STAGE1,
+    STUDY,
     T_DATA,
     T_OUT,
     TRIAL,
@@ -50,9 +51,23 @@ TARGETS = (f"{RUN}/metrics.csv",)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def finish_warm(_warm_python):
+    """`finish` for what nobody kills: it and its kernels start warm."""
+    python, environment = _warm_python
+
+    def run(folder, targets, study=STUDY):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            finish(folder, targets, study, python)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finish_warm, tmp_path_factory):
     folder = workplace(tmp_path_factory.mktemp("undisturbed") / "study")
-    finish(folder, TARGETS)
+    finish_warm(folder, TARGETS)
     return folder
 
 
@@ -70,16 +85,16 @@ def test_three_kills_leave_no_trace(undisturbed, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_trial_killed_in_its_second_arm_trains_nothing_twice(tmp_path):
+def test_a_trial_killed_in_its_second_arm_trains_nothing_twice(finish_warm, tmp_path):
     whole, killed = workplace(tmp_path / "whole"), tmp_path / "killed"
-    finish(whole, [f"{FIRST_ARM}/metrics.csv"], TRIAL)
+    finish_warm(whole, [f"{FIRST_ARM}/metrics.csv"], TRIAL)
     shutil.copytree(whole, killed)
     done = finished(killed)
     places = {path.relative_to(killed).parts[:3] for path in done}
     assert {place[:2] for place in places} == {tuple(place.split("/")) for place in (T_DATA, T_OUT)}
     assert {place[2] for place in places if place[0] == "outputs"} == {"stage1", FIRST_ARM.rpartition("/")[2]}
     target = [f"{SECOND_ARM}/metrics.csv"]
-    finish(whole, target, TRIAL)
+    finish_warm(whole, target, TRIAL)
     kills = kill_study(killed, [Moment("03", SECOND_ARM, "checkpoint.safetensors")], target, TRIAL)
     assert kills["met"].all() and (kills["half_written"] == "").all(), kills
     assert (kills["redone"] == "").all() and (kills["done"] == len(done)).all(), kills
@@ -126,7 +141,7 @@ def test_a_moment_that_is_past_is_made_to_come_and_after_one_that_never_does_the
 ):
     """Regression: a film's first frame was there from before, the study ran to its end, and the rest was missed."""
 
-    def toy(folder, targets=(), study=""):
+    def toy(folder, targets=(), study="", python=()):
         command, environment = [sys.executable, "-c", TOY], os.environ | {kill_study_module.MARK: str(folder)}
         return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
 
