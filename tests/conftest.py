@@ -50,7 +50,7 @@ SLOW |= {f"test_{name}.py" for name in ("batch", "batch_from_kept", "claims", "d
 SLOW |= {f"test_{name}.py" for name in ("field_cases", "kept_tables", "landmarks")}
 # The longest first, so that no worker is left alone with one of them at the end.
 LONGEST = ("test_notebooks", "test_kill", "test_lessons", "test_batch_from_kept", "test_distributed")
-LONGEST += ("test_gpu_minutes", "test_bench", "test_batch", "test_field_cases")
+LONGEST += ("test_bench", "test_claims", "test_field_cases", "test_gpu_minutes", "test_notebook_08", "test_any_runs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

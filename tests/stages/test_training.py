@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import _inductor as inductor
 from watching import Watch
 
 from mupkg.configurations import build, configuration
@@ -374,7 +373,7 @@ def test_what_is_compiled_goes_on_after_a_break(tmp_path, monkeypatch):
 def test_what_cannot_be_compiled_is_refused_before_any_work(tmp_path, monkeypatch, reason):
     """Regression: PyTorch hands such a path to g++ unquoted, which ended late in a page of its compiler's words."""
     if reason == "no compiler":
-        monkeypatch.setattr(inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+        monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
         told = "InvalidCxxCompiler: No working C\\+\\+ compiler"
     else:
         monkeypatch.setattr(sysconfig, "get_config_var", lambda _name: "/plain/it's/lib")
