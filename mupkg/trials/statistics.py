@@ -6,6 +6,7 @@ METHOD.md, "How a difference is judged": d(case, replicate) = difference + case 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -190,11 +191,11 @@ def smallest_effect(measured: Estimate, cases: Any, replicates: Any) -> Any:
 
 def replicates_needed(measured: Estimate, effect: float, cases: int) -> float:
     """How many replicates find this difference at `POWER`; inf: no number up to 1000, it takes more cases."""
-    tried = np.arange(2, 1001)
-    detectable = smallest_effect(measured, cases, tried)
-    if np.isnan(detectable * effect).any():
+    tried = range(2, 1001)  # the more, the smaller what they find
+    if np.isnan(smallest_effect(measured, cases, tried[0]) * effect):
         return np.nan
-    return float(next(iter(tried[detectable <= abs(effect)]), np.inf))
+    number = bisect_left(tried, -abs(effect), key=lambda n: -smallest_effect(measured, cases, n))
+    return float(tried[number]) if number < len(tried) else np.inf
 
 
 # Tables of runs: `metrics` is what results.case_metrics gives (configuration, seed, case_id, metrics)
