@@ -179,7 +179,7 @@ class VoxelExplorer:
             values = self.table[column.format(name)]
             dots = ax.scatter(*self.points[name].T, c=values, cmap=colours, vmin=low, vmax=high, **look)
             ax.set(xticks=[], yticks=[], xlabel=self.axes[name][0], ylabel=self.axes[name][1])
-        bar = axes[0].figure.colorbar(dots, ax=list(axes), label=by, shrink=0.4)
+        bar = axes[0].figure.colorbar(dots, ax=list(axes), label="" if by == "kind" else by, shrink=0.4)
         bar.solids.set_alpha(1)
         if by == "kind":
             bar.set_ticks(range(len(KINDS)), labels=KINDS)

@@ -172,7 +172,7 @@ class Neighbours:
         patches = []
         for row in self.table(name).itertuples():
             case = self.bench.opened[row.case]
-            lines = [row.case, case.mark, row.kind, f"p {row.p:.2f}, d {row.distance:.2g}"]
+            lines = [row.case, case.mark, row.kind, f"p {row.p:.2f}, d {row.distance:.2g}".replace(" 0.", " .")]
             patches.append((patch(case, (row.z, row.y, row.x)), "\n".join(filter(None, lines))))
         return patches
 

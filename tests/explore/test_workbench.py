@@ -193,7 +193,7 @@ def test_neighbours_are_shown_as_patches_that_follow_the_click(three):
     assert three.widget
     three.right.value = "neighbours"
     words = three.neighbours.words
-    assert [text.value.count("<img") for text in words] == [10, 10] and "p 0" in words[0].value
+    assert [text.value.count("<img") for text in words] == [10, 10] and "p ." in words[0].value
     assert all(place.layout.display == "none" for place in (*three.view.pictures, *three.distance.pictures))
     before = words[0].value
     row = int(np.flatnonzero(three.table["kind"] == "far background")[0])
