@@ -1,9 +1,11 @@
 """What every test runs under: one thread, and the method's signatures checked at run time."""
 
 import locale
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import jaxtyping
 import numpy as np
@@ -87,9 +89,7 @@ def _warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[lis
 def warm(_warm_python: tuple[list[str], dict[str, str]]) -> Iterator[list[str]]:
     """What `python -m` is in a command that starts warm; the kernels of this module's tests do, too."""
     command, environment = _warm_python
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
+    with mock.patch.dict(os.environ, environment):
         yield command
 
 

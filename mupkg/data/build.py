@@ -29,7 +29,7 @@ from mupkg.data.cohort import (
     table_faults,
 )
 from mupkg.data.preprocessing import Preparation, prepare
-from mupkg.scans.cases import PHANTOM, Case, CohortError, checked_case, label_volume_ml, name_faults
+from mupkg.scans.cases import Case, CohortError, checked_case, label_volume_ml, name_faults, phantom_name
 from mupkg.scans.files import files_below, read_scan, write_image
 from mupkg.scans.writing import FINGERPRINT, machine_lock, save_table, write_text
 
@@ -226,7 +226,7 @@ def sources_from_phantoms(seeds: Iterable[int], spacing_mm: tuple[float, float, 
 
     return [
         Source(name, lambda seed=seed: make_phantom(seed, spacing_mm=spacing_mm), {"label": name, "seed": seed})
-        for seed, name in ((seed, f"{PHANTOM}{seed:04d}") for seed in seeds)
+        for seed, name in ((seed, phantom_name(seed)) for seed in seeds)
     ]
 
 

@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from mupkg.scans.cases import PHANTOM, Case
+from mupkg.scans.cases import Case, phantom_name
 
 HU = {  # the means of the tissues; those of a real CT beside them are in notebook 01
     "air": -1000.0, "gas": -960.0, "table shell": 120.0, "table foam": -940.0, "skin": 5.0, "fat": -105.0,
@@ -467,7 +467,7 @@ def make_phantom(seed: int, *, spacing_mm: Vector | None = None, shape: tuple[in
         volume.SetOrigin(canvas.origin.tolist())
     heads = [canvas.turn @ (canvas.stretch * (side * anatomy.head_x, 0.0, 0.0)) for side in (1, -1)]
     heads = tuple(tuple((canvas.position + head).tolist()) for head in heads)
-    return Case(f"{PHANTOM}{seed:04d}", image, label, modality="CT", femoral_heads=heads)
+    return Case(phantom_name(seed), image, label, modality="CT", femoral_heads=heads)
 
 
 def _check_grid(spacing_mm: Vector, shape: tuple[int, int, int] | None) -> None:

@@ -66,7 +66,8 @@ class EmbeddingExplorer(VoxelExplorer):
         """Show another case, or other runs; projection, colour and threshold stay."""
         self.shown, self.slice = case, case.slice
         self.opened[case.case_id] = replace(case, kept={})
-        self.view.open(case)
+        if case is not self.view.case:  # which the view was made with
+            self.view.open(case)
         self.numbers = measure(drawn, case.heat, self.margin, self.seed)
         rows = self.numbers.rename(index=case.letters, columns=lambda name: name.replace("mean d", "d")).T
         self.measured.value = small(case.mark) + rows.style.format("{:.2f}").set_table_styles([CELLS]).to_html()

@@ -223,6 +223,11 @@ def patient_key(patient: object) -> str:
     return " ".join(part or "0" for part in essence(text)) or text
 
 
+def phantom_name(seed: int) -> str:
+    """The name of the made-up case of this seed."""
+    return f"{PHANTOM}{seed:04d}"
+
+
 def name_faults(case_ids: Iterable[object]) -> Iterator[str]:
     """The faults of names that are listed twice, or cannot name files."""
     for number, (case_id, times) in enumerate(Counter(case_ids).items(), start=1):

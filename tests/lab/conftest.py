@@ -1,6 +1,8 @@
 """One JupyterLab for all tests of this folder."""
 
+import os
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 from lab import Lab, find_chromium
@@ -14,8 +16,6 @@ def lab(_warm_python, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]
     """
     if not find_chromium():
         pytest.skip("no Chromium: apt-get install chromium, or name one in MUPKG_CHROMIUM")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in _warm_python[1].items():
-            patch.setenv(name, value)  # its kernels start warm
-        with Lab(tmp_path_factory.mktemp("lab")) as lab:
-            yield lab
+    _, environment = _warm_python
+    with mock.patch.dict(os.environ, environment), Lab(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import kill_study as kill_study_module
 import numpy as np
@@ -56,9 +57,7 @@ def finish_warm(_warm_python):
     python, environment = _warm_python
 
     def run(folder, targets, study=STUDY):
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
+        with mock.patch.dict(os.environ, environment):
             finish(folder, targets, study, python)
 
     return run
